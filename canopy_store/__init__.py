@@ -1,0 +1,35 @@
+"""canopy_store: the record of what language models generate, kept, queried and compared.
+
+>>> import canopy_store
+>>> con = canopy_store.open("my-store")                    # DuckDB, with every view
+>>> con.sql("select * from model_metrics").pl()            # a polars frame
+>>> canopy_store.read("my-store", "model_metrics")         # the same in one call
+"""
+
+from canopy_store._version import __version__
+from canopy_store.errors import (
+    CanopyError,
+    ConflictError,
+    DataError,
+    StoreError,
+    UsageError,
+)
+from canopy_store.importing import import_rollouts
+from canopy_store.sql import connect as open
+from canopy_store.sql import read
+from canopy_store.status import status
+from canopy_store.store import init
+
+__all__ = [
+    "CanopyError",
+    "ConflictError",
+    "DataError",
+    "StoreError",
+    "UsageError",
+    "__version__",
+    "import_rollouts",
+    "init",
+    "open",
+    "read",
+    "status",
+]

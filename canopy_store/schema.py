@@ -1,0 +1,296 @@
+"""The one definition of every table and of every column a view shows.
+
+Arrow schemas, zero-row views, DuckDB comments and the data dictionary derive from it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pyarrow as pa
+
+FORMAT_VERSION = 1
+METADATA_KEY = b"canopy_schema"  # in every Parquet file: "<table>:<format version>"
+
+_ARROW = {
+    "VARCHAR": pa.string(),
+    "INTEGER": pa.int32(),
+    "BIGINT": pa.int64(),
+    "DOUBLE": pa.float64(),
+    "TIMESTAMP": pa.timestamp("us"),
+    "INTEGER[]": pa.list_(pa.int32()),
+    "FLOAT[]": pa.list_(pa.float32()),
+    "DOUBLE[]": pa.list_(pa.float64()),
+    "INTEGER[][]": pa.list_(pa.list_(pa.int32())),
+    "FLOAT[][]": pa.list_(pa.list_(pa.float32())),
+}
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column: DuckDB type, unit ('' when it has none) and what it means."""
+
+    name: str
+    type: str
+    doc: str
+    unit: str = ""
+    required: bool = True
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table: what one row is, its key, its path partitions and its columns.
+
+    ``partitions`` are hive keys of the path (``family=…/``); those that are not also columns of the
+    file are columns of the view all the same.
+    """
+
+    name: str
+    grain: str
+    keys: tuple[str, ...]
+    columns: tuple[Column, ...]
+    partitions: tuple[str, ...] = ()
+
+    @property
+    def path_columns(self) -> tuple[str, ...]:
+        """The partition keys that become columns (``run`` stands in the file as run_id)."""
+        return tuple(key for key in self.partitions if key != "run")
+
+
+def _c(name: str, type: str, doc: str, unit: str = "", required: bool = True) -> Column:
+    return Column(name, type, doc, unit, required)
+
+
+_RUN_ID = _c("run_id", "VARCHAR", "The run: one ingest of (model, task, sampling policy).")
+_PROMPT_ID = _c("prompt_id", "VARCHAR", "The prompt: a content hash, or the id an import gave.")
+_SAMPLE = _c("sample", "INTEGER", "Number of the rollout among those of its prompt, from 0.")
+_MODEL_ID = _c("model_id", "VARCHAR", "The checkpoint: family/variant.")
+_FAMILY = _c("family", "VARCHAR", "Model family, held fixed in comparisons.")
+_VARIANT = _c("variant", "VARCHAR", "Variant of the family: base, sft, instruct, …")
+_TASK = _c("task", "VARCHAR", "Task the prompt belongs to: coding, math, …")
+_LOGPROB = _c(
+    "logprob",
+    "FLOAT[]",
+    "Per step, log π of the sampled token under the sampling policy.",
+    "nats",
+    False,
+)
+_ENTROPY = _c(
+    "entropy", "FLOAT[]", "Per step, entropy of the sampling policy over its whole support.", "nats"
+)
+_EOS_LOGPROB = _c(
+    "eos_logprob",
+    "FLOAT[]",
+    "Per step, log of the policy's probability of ending the rollout; -inf where it cannot end.",
+    "nats",
+    False,
+)
+_SUMS = (
+    _c("entropy_sum", "DOUBLE", "H_i: sum of entropy over the rollout.", "nats"),
+    _c("surprisal_sum", "DOUBLE", "Sum of -logprob over the rollout.", "nats", False),
+    _c(
+        "stop_entropy_sum", "DOUBLE",
+        "Sum over steps of the binary entropy of ending against going on.", "nats", False,
+    ),
+)  # fmt: skip
+
+TABLES: dict[str, Table] = {
+    table.name: table
+    for table in (
+        Table(
+            "models", "one row per checkpoint", ("model_id",),
+            (
+                _MODEL_ID, _FAMILY, _VARIANT,
+                _c("parent_id", "VARCHAR", "model_id this one was made from.", "", False),
+                _c("treatment", "VARCHAR", "What was done to the parent: base, sft, lora, dpo, …"),
+                _c("generation", "INTEGER", "Generations since the first ancestor; 0 for a base."),
+                _c("seed", "BIGINT", "Seed of the treatment.", "", False),
+                _c("hyperparameters", "VARCHAR", "Of the treatment, as JSON.", "", False),
+                _c("data_sha256", "VARCHAR", "Hash of the treatment's data file.", "", False),
+                _c("weights_sha256", "VARCHAR", "Hash of the weight files.", "", False),
+                _c("tokenizer_sha256", "VARCHAR", "Hash of vocabulary and merges.", "", False),
+                _c("source", "VARCHAR", "Folder name or hub id it was loaded from.", "", False),
+            ),
+        ),
+        Table(
+            "prompts", "one row per prompt of a task", ("task", "prompt_id"),
+            (
+                _PROMPT_ID,
+                _c("text", "VARCHAR", "The prompt as plain text.", "", False),
+                _c("messages", "VARCHAR", "The prompt as chat messages, JSON.", "", False),
+                _c("source", "VARCHAR", "Where the prompt came from.", "", False),
+                _c("license", "VARCHAR", "Licence of the prompt.", "", False),
+            ),
+            ("task",),
+        ),
+        Table(
+            "runs", "one row per complete run", ("run_id",),
+            (
+                _RUN_ID, _MODEL_ID, _FAMILY, _VARIANT, _TASK,
+                _c("rendering", "VARCHAR", "How prompts became tokens: chat, plain or import."),
+                _c("temperature", "DOUBLE", "Sampling temperature; 0 is greedy.", "", False),
+                _c("top_k", "INTEGER", "Tokens kept by top-k; 0 is off.", "tokens", False),
+                _c("top_p", "DOUBLE", "Probability mass kept by top-p; 1 is off.", "", False),
+                _c("max_new_tokens", "INTEGER", "Longest rollout allowed.", "tokens", False),
+                _c("n_prompts", "BIGINT", "Prompts in the run."),
+                _c("n_samples", "INTEGER", "Rollouts per prompt (the most, where it varies)."),
+                _c("n_rollouts", "BIGINT", "Rollouts in the run."),
+                _c("n_tokens", "BIGINT", "Generated tokens in the run.", "tokens"),
+                _c("n_shards", "INTEGER", "Parquet files of the run's rollouts."),
+                _c("seed", "BIGINT", "Seed asked for.", "", False),
+                _c("dtype", "VARCHAR", "Number format of the weights while sampling.", "", False),
+                _c("device", "VARCHAR", "Device it ran on.", "", False),
+                _c("engine", "VARCHAR", "What sampled: transformers, import, …"),
+                _c("versions", "VARCHAR", "Versions that matter, as JSON.", "", False),
+                _c("settings", "VARCHAR", "Every setting a resumed run must repeat, as JSON."),
+                _c("started_at", "TIMESTAMP", "Start of the run's first ingest, UTC."),
+                _c("finished_at", "TIMESTAMP", "When the run was completed, UTC."),
+                _c("wall_s", "DOUBLE", "Time spent sampling in the ingest that completed the run.",
+                   "seconds", False),
+                _c("energy_j", "DOUBLE", "Energy used; NULL when not measured.", "joules", False),
+                _c("energy_method", "VARCHAR", "How energy_j was measured.", "", False),
+            ),
+        ),
+        Table(
+            "rollouts", "one row per rollout", ("run_id", "prompt_id", "sample"),
+            (
+                _RUN_ID, _PROMPT_ID, _SAMPLE,
+                _c("text", "VARCHAR", "The generated text.", "", False),
+                _c("token_ids", "INTEGER[]",
+                   "Generated token ids, the end-of-sequence token included when sampled.", "",
+                   False),
+                _c("n_tokens", "INTEGER", "N: generated tokens, the end token included.", "tokens"),
+                _c("finish_reason", "VARCHAR",
+                   "stop: ended by itself; length: cut at max_new_tokens.", "", False),
+                _LOGPROB, _ENTROPY, _EOS_LOGPROB, *_SUMS,
+                _c("top_token_ids", "INTEGER[][]", "Per step, ids of the likeliest tokens, in order.",
+                   "", False),
+                _c("top_logprobs", "FLOAT[][]", "Per step, log π of top_token_ids.", "nats", False),
+            ),
+            ("family", "variant", "task", "run"),
+        ),
+        Table(
+            "scores", "one row per rollout under another model or policy",
+            ("run_id", "prompt_id", "sample", "scorer_id", "policy"),
+            (
+                _RUN_ID, _PROMPT_ID, _SAMPLE,
+                _c("policy", "VARCHAR", "The policy scored under, as JSON."),
+                _LOGPROB, _ENTROPY, _EOS_LOGPROB, *_SUMS,
+            ),
+            ("scorer_id", "run"),
+        ),
+        Table(
+            "embeddings", "one row per rollout under an embedder",
+            ("run_id", "prompt_id", "sample", "embedder"),
+            (
+                _RUN_ID, _PROMPT_ID, _SAMPLE,
+                _c("embedding", "FLOAT[]", "Unit-length embedding of the rollout's text."),
+            ),
+            ("embedder", "run"),
+        ),
+        Table(
+            "embedding_spectra", "one row per prompt's rollouts under an embedder",
+            ("run_id", "prompt_id", "embedder", "selection"),
+            (
+                _RUN_ID, _PROMPT_ID,
+                _c("selection", "VARCHAR", "Named subset of the rollouts; 'all' is every one."),
+                _c("n", "INTEGER", "Rollouts in the subset."),
+                _c("embedding_sum", "DOUBLE[]", "Sum of the unit embeddings."),
+                _c("eigenvalues", "DOUBLE[]",
+                   "Eigenvalues of the cosine kernel / n, largest first; they sum to 1."),
+            ),
+            ("embedder", "run"),
+        ),
+        Table(
+            "rewards", "one row per rollout under a reward model",
+            ("run_id", "prompt_id", "sample", "reward_model"),
+            (_RUN_ID, _PROMPT_ID, _SAMPLE, _c("reward", "DOUBLE", "The reward model's score.")),
+            ("reward_model", "run"),
+        ),
+    )
+}  # fmt: skip
+
+_PATH_DOCS = (
+    _FAMILY, _VARIANT, _TASK,
+    _c("embedder", "VARCHAR", "Embedding model; 'none' in views where nothing is embedded."),
+    _c("reward_model", "VARCHAR", "Reward model."),
+    _c("scorer_id", "VARCHAR", "The scoring model."),
+)  # fmt: skip
+
+# Columns that only views have. Definitions: docs/measures.md.
+METRICS: tuple[Column, ...] = (
+    _c("entropy_rate", "DOUBLE", "r: entropy_sum / n_tokens, averaged above the rollout.",
+       "nats per token"),
+    _c("content_entropy_sum", "DOUBLE", "entropy_sum - stop_entropy_sum: what to say, given that "
+       "the rollout goes on.", "nats"),
+    _c("semantic_distance", "DOUBLE", "1 - mean cosine similarity to the prompt's other rollouts."),
+    _c("n_rollouts", "BIGINT", "Rollouts behind the row."),
+    _c("n_prompts", "BIGINT", "Prompts behind the row."),
+    _c("ce_star", "DOUBLE", "CE*: mean entropy_sum, the estimate of H(N, Y | X).", "nats"),
+    _c("surprisal_mean", "DOUBLE", "Mean surprisal_sum: a second, noisier estimate of CE*.", "nats"),
+    _c("mean_length", "DOUBLE", "Mean n_tokens.", "tokens"),
+    _c("gen_ppl", "DOUBLE", "exp(ce_star / mean_length)."),
+    _c("branching_factor", "DOUBLE", "exp(entropy_rate)."),
+    _c("canopy_size_log10", "DOUBLE", "log10 of exp(ce_star), the effective number of rollouts.",
+       "powers of ten"),
+    _c("rho_pearson", "DOUBLE", "Pearson correlation of length and entropy rate."),
+    _c("rho_spearman", "DOUBLE", "Spearman correlation of length and entropy rate (mid-ranks)."),
+    _c("rho_kendall", "DOUBLE", "Kendall's tau-b of length and entropy rate."),
+    _c("cov_length_rate", "DOUBLE", "Sample covariance of length and entropy rate.", "nats"),
+    _c("truncation_rate", "DOUBLE", "Share of rollouts cut at max_new_tokens."),
+    _c("semantic_diversity", "DOUBLE", "1 - mean cosine similarity over pairs of rollouts."),
+    _c("rho_length_diversity_pearson", "DOUBLE", "Pearson, length and semantic distance."),
+    _c("rho_length_diversity_spearman", "DOUBLE", "Spearman, length and semantic distance."),
+    _c("rho_length_diversity_kendall", "DOUBLE", "Kendall's tau-b, length and semantic distance."),
+    _c("cov_length_diversity", "DOUBLE", "Sample covariance, length and semantic distance.",
+       "tokens"),
+    _c("vendi_score", "DOUBLE", "exp of the spectrum's Shannon entropy: effective number of "
+       "distinct rollouts."),
+    _c("length_rate_product", "DOUBLE", "E[N] · E[r].", "nats"),
+    _c("cov_within", "DOUBLE", "Mean over prompts of the population covariance of N and r.", "nats"),
+    _c("cov_between", "DOUBLE", "Population covariance over prompts of E[N|X] and E[r|X].", "nats"),
+    _c("stop_entropy", "DOUBLE", "Entropy of ending against going on, summed over a rollout or at "
+       "one position.", "nats"),
+    _c("content_entropy", "DOUBLE", "Entropy of the next token given that the rollout goes on, "
+       "weighted by going on.", "nats"),
+    _c("position", "INTEGER", "Step of the rollout, from 1.", "tokens"),
+    _c("active", "BIGINT", "Rollouts that reach the position."),
+    _c("mean_entropy", "DOUBLE", "Mean entropy of the step over active rollouts.", "nats"),
+    _c("mean_entropy_rate", "DOUBLE", "Mean over active rollouts of their entropy rate so far.",
+       "nats per token"),
+    _c("stop_probability", "DOUBLE", "Mean probability of ending at the position."),
+    _c("stopped", "BIGINT", "Rollouts that did end by themselves at the position."),
+    _c("tercile", "VARCHAR", "Length tercile within the prompt: short, medium or long."),
+    _c("D", "DOUBLE", "semantic_diversity, as the regressions call it."),
+    _c("R_bar", "DOUBLE", "entropy_rate, as the regressions call it.", "nats per token"),
+    _c("N_bar", "DOUBLE", "mean_length, as the regressions call it.", "tokens"),
+    _c("mean_excess", "DOUBLE", "Mean over rollouts of surprisal_sum - entropy_sum.", "nats"),
+    _c("sd", "DOUBLE", "Standard deviation of that excess.", "nats"),
+    _c("z", "DOUBLE", "mean_excess in standard errors; standard normal when logging is right."),
+    _c("ok", "BOOLEAN", "|z| <= 5: logged from the distribution that was sampled."),
+)  # fmt: skip
+
+# Every column a table or view can show, by name: the first definition wins.
+COLUMNS: dict[str, Column] = {}
+for _column in (
+    *(c for t in TABLES.values() for c in t.columns if t.name != "prompts"),
+    *_PATH_DOCS,
+    *METRICS,
+):
+    COLUMNS.setdefault(_column.name, _column)
+
+
+def arrow_schema(table: str, embedding_dim: int | None = None) -> pa.Schema:
+    """The Arrow schema of a table's files; ``embedding_dim`` fixes the size of that list."""
+    fields = []
+    for column in TABLES[table].columns:
+        kind = _ARROW[column.type]
+        if column.name == "embedding" and embedding_dim is not None:
+            kind = pa.list_(pa.float32(), embedding_dim)
+        fields.append(pa.field(column.name, kind, nullable=not column.required))
+    return pa.schema(fields, metadata={METADATA_KEY: f"{table}:{FORMAT_VERSION}".encode()})
+
+
+def view_columns(table: str) -> list[Column]:
+    """The columns of a table's view: path partitions first, then those of the file."""
+    return [COLUMNS[key] for key in TABLES[table].path_columns] + list(TABLES[table].columns)

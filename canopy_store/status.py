@@ -1,0 +1,58 @@
+"""What a store holds, and what in it is not finished."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import polars as pl
+import pyarrow.parquet as pq
+
+from canopy_store import store
+from canopy_store.schema import TABLES
+
+_COLUMNS = {
+    "run_id": pl.String, "family": pl.String, "variant": pl.String, "task": pl.String,
+    "complete": pl.Boolean, "shards": pl.Int64, "shards_planned": pl.Int64,
+    "rollouts": pl.Int64, "tokens": pl.Int64, "bytes": pl.Int64, "embedders": pl.String,
+}  # fmt: skip
+
+
+def status(root: str | Path) -> pl.DataFrame:
+    """One row per run begun: whether complete, shards, rollouts, tokens, bytes, embedders.
+
+    ``embedders`` names each embedder with the share of the run's shards it has done. Reads the
+    footer of every file in the store.
+
+    Raises
+    ------
+    DataError
+        A file in the store is truncated, foreign or of a newer version.
+    """
+    root = store.require(root)
+    for table in TABLES:
+        for path in store.files(root, table):
+            store.check_file(path, table)
+    rows = []
+    for run in store.runs(root):
+        shards = run["shards"]
+        tokens = sum(pq.ParquetFile(p).read(["n_tokens"])["n_tokens"].to_numpy().sum() for p in shards)
+        rows.append({
+            **{key: run[key] for key in ("run_id", "family", "variant", "task", "complete")},
+            "shards": len(shards),
+            "shards_planned": len(shards) if run["complete"] else run.get("n_shards"),
+            "rollouts": sum(pq.read_metadata(p).num_rows for p in shards),
+            "tokens": int(tokens),
+            "bytes": sum(p.stat().st_size for p in shards),
+            "embedders": ", ".join(_embedders(root, run["run_id"], len(shards))),
+        })  # fmt: skip
+    return pl.DataFrame(rows, schema=_COLUMNS)
+
+
+def _embedders(root: Path, run_id: str, shards: int) -> list[str]:
+    found = []
+    for where in sorted((root / "embedding_spectra").glob("embedder=*")):
+        done = len(list((where / f"run={store.quoted(run_id)}").glob("part-*.parquet")))
+        if done:
+            name = store.unquoted(where.name.partition("=")[2])
+            found.append(name if done == shards else f"{name} ({done}/{shards})")
+    return found

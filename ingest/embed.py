@@ -1,0 +1,100 @@
+"""The ingest of embeddings: every stored rollout's text under one embedder, and the spectra."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pyarrow.parquet as pq
+from sentence_transformers import SentenceTransformer
+
+from canopy_store import sql, store
+from canopy_store.embeddings import write_embeddings
+from canopy_store.errors import DataError, StoreError
+from canopy_store.ingest import models
+from canopy_store.ingest.rollouts import Progress
+
+
+def ingest_embeddings(
+    root: str | Path,
+    embedder: str,
+    *,
+    name: str | None = None,
+    prompt_prefix: str = "",
+    runs: tuple[str, ...] = (),
+    device: str | None = None,
+    batch_size: int = 64,
+    progress: Progress | None = None,
+) -> str:
+    """The name under which the embeddings of all complete runs' rollouts are now stored.
+
+    Shards already embedded are skipped, so it resumes, and picks up runs added since.
+
+    Parameters
+    ----------
+    root : path of the store
+    embedder : sentence-transformers folder, hub id, or package:NAME
+    name : name in the store; by default the folder's or hub id's last part
+    prompt_prefix : put before each text, for embedders trained with one
+    runs : run ids; by default every complete run
+
+    Raises
+    ------
+    ConflictError
+        The name is stored with another model or prefix.
+    DataError
+        A rollout without text.
+    """
+    progress = progress or Progress()
+    root = store.require(root)
+    path = models.resolve_model(embedder)
+    name = store.check_name("--name", name or embedder.rstrip("/").rpartition("/")[2].rpartition(":")[2])
+    known = {run["run_id"]: run for run in store.runs(root) if run["complete"]}
+    for run_id in runs:
+        if run_id not in known:
+            raise StoreError(f"--run {run_id}: no complete run of this name; see: canopy status")
+    chosen = [known[run_id] for run_id in runs] if runs else list(known.values())
+    weights = sorted(path.rglob("*.safetensors"))
+    if not weights:
+        raise StoreError(f"{path}: no *.safetensors; pickled weights are not loaded")
+    settings = {
+        "embedder": name,
+        "weights_sha256": store.content_id([store.sha256(file) for file in weights]),
+        "prompt_prefix": prompt_prefix,
+    }
+    try:
+        encoder = SentenceTransformer(
+            str(path), device=device or models.default_device(), trust_remote_code=False,
+            local_files_only=True, model_kwargs={"use_safetensors": True},
+        )  # fmt: skip
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise StoreError(f"{path}: cannot be loaded: {' '.join(str(error).split())[:300]}") from None
+    if encoder.tokenizer is not None and getattr(encoder.tokenizer, "pad_token", "") is None:
+        # texts of several lengths share a batch: any token can fill, the mask hides it
+        encoder.tokenizer.pad_token = encoder.tokenizer.eos_token or encoder.tokenizer.unk_token
+    store.plan(root, "embedder", name, settings)
+    todo = []
+    for run in chosen:
+        where = store.folder(root, "embedding_spectra", embedder=name, run=run["run_id"])
+        store.remove_leftovers(where)
+        for number, shard in enumerate(run["shards"]):
+            if not store.shard_path(where, number).exists():
+                todo.append((run["run_id"], number, shard, pq.read_metadata(shard).num_rows))
+    every = sum(pq.read_metadata(shard).num_rows for run in chosen for shard in run["shards"])
+    progress.start(every, every - sum(rows for *_, rows in todo))
+    for run_id, number, shard, rows in todo:
+        part = pq.ParquetFile(shard).read(["prompt_id", "sample", "text", "n_tokens"]).to_pydict()
+        if None in part["text"]:
+            at = part["text"].index(None)
+            raise DataError(
+                f"run {run_id}: prompt {part['prompt_id'][at]} sample {part['sample'][at]} has no "
+                "text to embed; choose other runs with --run"
+            )
+        matrix = encoder.encode(
+            [prompt_prefix + text for text in part["text"]], batch_size=batch_size,
+            normalize_embeddings=True, convert_to_numpy=True, show_progress_bar=False,
+        )  # fmt: skip
+        write_embeddings(root, name, run_id, number, part["prompt_id"], part["sample"], matrix)
+        progress.tokens(sum(part["n_tokens"]))
+        progress.rollouts(rows)
+    sql.write_database(root)
+    return name

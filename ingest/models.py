@@ -1,0 +1,142 @@
+"""Models as transformers loads them: a local folder, a GGUF file, or a hub id. Safetensors only."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging as transformers_logging
+
+from canopy_store import store
+from canopy_store.errors import StoreError, UsageError
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def default_device() -> str:
+    """The best device present: cuda, then mps, then cpu."""
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def default_dtype(device: str) -> str:
+    """bfloat16 on cuda, float32 elsewhere."""
+    return "bfloat16" if device.startswith("cuda") else "float32"
+
+
+def resolve_model(source: str, revision: str | None = None) -> Path:
+    """The local folder or GGUF file behind ``source``.
+
+    ``package:NAME`` is the folder an installed package names MODEL_DIR; anything that is not a path
+    is a hub id, fetched or found in the hub's cache.
+
+    Raises
+    ------
+    StoreError
+        It is neither here nor on the hub.
+    """
+    if source.startswith("package:"):
+        name = source.removeprefix("package:")
+        try:
+            return Path(importlib.import_module(name).MODEL_DIR)
+        except (ImportError, AttributeError):
+            raise StoreError(f"{source}: no installed package of this name has a model") from None
+    path = Path(source).expanduser()
+    if path.exists():
+        return path.resolve()
+    if source.count("/") != 1 or source.startswith((".", "/", "~")):
+        raise StoreError(f"{source}: no such folder or file")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(
+            snapshot_download(
+                source,
+                revision=revision,
+                allow_patterns=["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"],
+            )
+        )
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:120]
+        raise StoreError(
+            f"{source}: neither a local folder nor to be had from the hub ({reason})"
+        ) from None
+
+
+def load_model(
+    source: str, device: str | None = None, dtype: str | None = None
+) -> tuple[Any, Any, Path]:
+    """A causal model in eval mode, its tokenizer, and the folder or GGUF file they came from.
+
+    Weights are read from safetensors (or GGUF) alone, and no code that comes with a model is run.
+
+    Raises
+    ------
+    StoreError
+        Nothing to load there, or only pickled weights.
+    UsageError
+        An unknown dtype.
+    """
+    path = resolve_model(source)
+    device = device or default_device()
+    dtype = dtype or default_dtype(device)
+    if dtype not in DTYPES:
+        raise UsageError(f"--dtype {dtype}: one of {', '.join(DTYPES)}")
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    kwargs: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True}
+    folder = path
+    if path.is_file():
+        if path.suffix != ".gguf":
+            raise StoreError(f"{path}: a model is a folder or a .gguf file")
+        folder, kwargs["gguf_file"] = path.parent, path.name
+    elif not list(path.glob("*.safetensors")):
+        pickled = list(path.glob("*.bin")) + list(path.glob("*.pt")) + list(path.glob("*.pth"))
+        what = f"only pickled weights ({pickled[0].name})" if pickled else "no *.safetensors"
+        raise StoreError(f"{path}: {what}; save it with save_pretrained first")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, **kwargs)
+        if "gguf_file" not in kwargs:
+            kwargs["use_safetensors"] = True
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPES[dtype], **kwargs)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise StoreError(f"{path}: cannot be loaded: {' '.join(str(error).split())[:300]}") from None
+    return model.to(torch.device(device)).eval(), tokenizer, path
+
+
+def weights_sha256(path: Path) -> str:
+    """One hash over a model's weight files, in name order."""
+    weights = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
+    return hashlib.sha256("".join(store.sha256(file) for file in weights).encode()).hexdigest()
+
+
+def tokenizer_sha256(tokenizer: Any) -> str:
+    """A hash that two tokenizers share when they map the same text to the same ids."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    text = backend.to_str() if backend is not None else store.canonical(tokenizer.get_vocab())
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def end_token_ids(model: Any, tokenizer: Any) -> list[int]:
+    """Every token id that ends a rollout: the generation config's, else config's, else tokenizer's."""
+    for holder in (getattr(model, "generation_config", None), model.config, tokenizer):
+        ids = getattr(holder, "eos_token_id", None)
+        if ids is not None:
+            return sorted({int(i) for i in (ids if isinstance(ids, (list, tuple)) else [ids])})
+    return []
+
+
+def context_window(model: Any) -> int | None:
+    """The most tokens a model can attend to, or None when its config does not say."""
+    config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else None
+    for name in ("max_position_embeddings", "n_positions", "n_ctx"):
+        value = getattr(config or model.config, name, None)
+        if value:
+            return int(value)
+    return None

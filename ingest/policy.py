@@ -1,0 +1,84 @@
+"""The sampling policy: temperature, then top-k, then top-p, renormalised; and its exact statistics.
+
+The sampler takes its tokens and its record from this one place, so what is logged is what is sampled.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Policy:
+    """A next-token distribution per row.
+
+    ``logprobs`` (B, K) in nats: log π, -inf outside the support. ``ids`` (B, K): the token each
+    column stands for, or None when column v is token v.
+    """
+
+    logprobs: torch.Tensor
+    ids: torch.Tensor | None
+
+    def entropy(self) -> torch.Tensor:
+        """Entropy (B,) in nats over the whole support."""
+        return torch.special.entr(self.logprobs.exp()).sum(-1)
+
+    def event_logprob(self, member: torch.Tensor) -> torch.Tensor:
+        """Log-probability (B,) in nats of the set of tokens that ``member`` (V,) marks."""
+        inside = member.expand_as(self.logprobs) if self.ids is None else member[self.ids]
+        return self.logprobs.masked_fill(~inside, -torch.inf).logsumexp(-1).clamp(max=0)
+
+    def sample(self, uniform: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Token ids (B,) and their log-probabilities (B,), by inversion of ``uniform`` (B,) in [0, 1).
+
+        One number a row and step, so a rollout's randomness is a short list that follows from its
+        seed on any device. The sum runs in float64 where the device has it.
+        """
+        wide = torch.float32 if self.logprobs.device.type == "mps" else torch.float64
+        cumulative = self.logprobs.to(wide).exp().cumsum(-1)
+        target = uniform.to(wide)[:, None] * cumulative[:, -1:]
+        column = torch.searchsorted(cumulative, target, right=True)
+        # a target that rounding lifts to the end, or a NaN, must stay in range
+        last = (self.logprobs > -torch.inf).cumsum(-1).argmax(-1, keepdim=True)
+        column = torch.minimum(column, last)
+        logprob = self.logprobs.gather(-1, column)[:, 0]
+        token = column if self.ids is None else self.ids.gather(-1, column)
+        return token[:, 0], logprob
+
+    def top(self, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Ids and log-probabilities (B, k) of the likeliest tokens, best first."""
+        best = self.logprobs.topk(min(k, self.logprobs.shape[-1]), dim=-1)
+        ids = best.indices if self.ids is None else self.ids.gather(-1, best.indices)
+        return ids, best.values
+
+
+def sampling_policy(
+    logits: torch.Tensor, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0
+) -> Policy:
+    """The policy that ``logits`` (B, V) give: temperature, then top-k, then top-p, renormalised.
+
+    Parameters
+    ----------
+    logits : (B, V) of any float type; -inf is allowed, NaN and +inf surface as NaN statistics
+    temperature : above 0, or 0 for greedy: the first likeliest token has probability 1
+    top_k : tokens kept; 0 keeps all. Exactly k: of tokens tied at the edge the kernel picks
+    top_p : keeps the smallest set of likeliest tokens whose probability reaches it; 1 keeps all
+    """
+    logits = logits.float()
+    if temperature == 0:
+        best = logits.max(-1, keepdim=True)
+        # 0 for a finite maximum; NaN and infinities stay visible
+        return Policy(best.values - best.values, best.indices)
+    logits = logits / temperature
+    ids = None
+    if 0 < top_k < logits.shape[-1]:
+        logits, ids = logits.topk(top_k, dim=-1)
+    if top_p < 1:
+        if ids is None:
+            logits, ids = logits.sort(dim=-1, descending=True, stable=True)
+        probability = logits.softmax(-1)
+        before = probability.cumsum(-1) - probability
+        logits = logits.masked_fill(before >= top_p, -torch.inf)
+    return Policy(logits.log_softmax(-1), ids)

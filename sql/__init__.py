@@ -1,0 +1,196 @@
+"""The DuckDB layer: views over a store's Parquet files, derived and rebuilt from nothing.
+
+Two ways to have them: `connect`, an in-memory database on absolute paths that can read the store and
+nothing else, and `write_database`, the file canopy.duckdb on relative paths, for a plain DuckDB shell
+opened in the store's folder.
+"""
+
+from __future__ import annotations
+
+import difflib
+import glob
+import os
+import tempfile
+from importlib.resources import files as resources
+from pathlib import Path
+
+import duckdb
+import polars as pl
+
+from canopy_store import store
+from canopy_store.errors import DataError, StoreError, UsageError
+from canopy_store.schema import COLUMNS, TABLES, view_columns
+
+# In order: a view stands on tables and on views before it.
+VIEWS = (
+    "rollout_metrics",
+    "prompt_metrics",
+    "model_metrics",
+    "ce_star_decomposition",
+    "entropy_trajectory",
+    "eos_trajectory",
+    "length_terciles",
+    "model_length_terciles",
+    "panel",
+    "logging_check",
+)
+
+
+def source(name: str) -> str:
+    """The text of one of the SQL files beside this one."""
+    return resources(__name__).joinpath(f"{name}.sql").read_text(encoding="utf-8")
+
+
+def connect(root: str | Path, *, incomplete: bool = False) -> duckdb.DuckDBPyConnection:
+    """A DuckDB connection with every table and view of the store, closed to all other files.
+
+    Parameters
+    ----------
+    root : path of the store
+    incomplete : also shows rollouts of runs that are not complete
+
+    Raises
+    ------
+    StoreError, DataError
+        No store, a newer format, or a file in it that is truncated or foreign.
+    """
+    root = store.require(root).resolve()
+    con = duckdb.connect(config={"python_enable_replacements": False})
+    con.execute("set temp_directory = ?", [os.path.join(tempfile.gettempdir(), "canopy-duckdb")])
+    try:
+        _check_files(con, root)
+        _create_views(con, root, str(root), incomplete)
+    except duckdb.Error as error:
+        con.close()
+        raise explain(error) from None
+    con.execute("set allowed_directories = [?]", [str(root)])
+    con.execute("set enable_external_access = false")
+    con.execute("set lock_configuration = true")
+    return con
+
+
+def read(root: str | Path, relation: str, *, incomplete: bool = False) -> pl.DataFrame:
+    """A polars frame of one table or view of the store.
+
+    Raises
+    ------
+    UsageError
+        No such table or view; the message lists them.
+    """
+    if relation not in (*TABLES, *VIEWS):
+        near = difflib.get_close_matches(relation, (*TABLES, *VIEWS), 1)
+        hint = f"did you mean {near[0]}?" if near else "there are " + ", ".join((*TABLES, *VIEWS))
+        raise UsageError(f"no table or view {relation!r}: {hint}")
+    with connect(root, incomplete=incomplete) as con:
+        return con.sql(f"from {relation}").pl()
+
+
+def write_database(root: str | Path) -> Path:
+    """The path of canopy.duckdb, rebuilt: run it from inside the store's folder.
+
+    Written in a storage version that older DuckDB shells open too.
+    """
+    root = store.require(root).resolve()
+    path = root / "canopy.duckdb"
+    before = os.getcwd()
+    with tempfile.TemporaryDirectory(prefix=".canopy-", dir=root) as scratch:
+        fresh = Path(scratch) / "canopy.duckdb"
+        con = duckdb.connect()
+        try:
+            os.chdir(root)  # views are bound as they are made, and these paths are relative
+            con.execute(f"attach '{_literal(str(fresh))}' as canopy (storage_version 'v1.2.0')")
+            con.execute("use canopy")
+            _create_views(con, root, "", False)
+            con.execute("use memory")
+            con.execute("detach canopy")
+        except duckdb.Error as error:
+            raise explain(error) from None
+        finally:
+            os.chdir(before)
+            con.close()
+        with store.replacing(path) as file:
+            file.write(fresh.read_bytes())
+    return path
+
+
+def explain(error: duckdb.Error) -> DataError | StoreError:
+    """A DuckDB error as one line."""
+    text = " ".join(str(error).split("LINE 1:")[0].split())
+    if "disk" in text.lower() and "full" in text.lower():
+        return StoreError(text)
+    return DataError(text)
+
+
+def _literal(text: str) -> str:
+    return text.replace("'", "''")
+
+
+def _pattern(table: str, prefix: str) -> str:
+    depth = "/*" * len(TABLES[table].partitions)
+    base = f"{glob.escape(prefix)}/" if prefix else ""
+    return _literal(f"{base}{table}{depth}/*.parquet")
+
+
+def _check_files(con: duckdb.DuckDBPyConnection, root: Path) -> None:
+    """Raises the clear error for the first file whose label is not one this package can read."""
+    for table in TABLES:
+        names = [str(path) for path in store.files(root, table)]
+        if not names:
+            continue
+        try:
+            labelled = con.execute(
+                "select file_name, value::varchar from parquet_kv_metadata(?)"
+                " where key = 'canopy_schema'::blob",
+                [[glob.escape(name) for name in names]],
+            ).fetchall()
+        except duckdb.Error:
+            labelled = []
+        expected = f"{table}:{store.FORMAT_VERSION}"
+        good = {name for name, label in labelled if label == expected}
+        for name in names:
+            if name not in good:
+                store.check_file(Path(name), table)
+
+
+def _create_views(con: duckdb.DuckDBPyConnection, root: Path, prefix: str, incomplete: bool) -> None:
+    con.execute(source("macros"))
+    for table in TABLES:
+        con.execute(_table_view(root, table, prefix, incomplete))
+        con.execute(f"comment on view {table} is '{_literal(TABLES[table].grain)}'")
+        for column in view_columns(table):
+            _comment(con, table, column.name, column.doc, column.unit)
+    for view in VIEWS:
+        text = source(view)
+        con.execute(f"create or replace view {view} as {text}")
+        grain = text.splitlines()[0].removeprefix("-- grain: ")
+        con.execute(f"comment on view {view} is '{_literal(grain)}'")
+        for (name,) in con.execute(
+            "select column_name from duckdb_columns() where table_name = ?", [view]
+        ).fetchall():
+            column = COLUMNS[name]
+            _comment(con, view, name, column.doc, column.unit)
+
+
+def _comment(con: duckdb.DuckDBPyConnection, view: str, name: str, doc: str, unit: str) -> None:
+    text = f"{doc} [{unit}]" if unit else doc
+    con.execute(f"comment on column {view}.\"{name}\" is '{_literal(text)}'")
+
+
+def _table_view(root: Path, table: str, prefix: str, incomplete: bool) -> str:
+    columns = view_columns(table)
+    if not store.files(root, table):
+        # a glob that matches nothing fails: a typed view of no rows stands in
+        empty = ", ".join(f'null::{c.type} as "{c.name}"' for c in columns)
+        return f"create or replace view {table} as select {empty} where false"
+    keys = TABLES[table].partitions
+    hive = ", ".join(f"'{key}': varchar" for key in keys)
+    options = f", hive_partitioning = true, hive_types = {{{hive}}}" if keys else ""
+    names = ", ".join(f'"{c.name}"::{c.type} as "{c.name}"' for c in columns)
+    scan = f"read_parquet('{_pattern(table, prefix)}'{options})"
+    text = f"create or replace view {table} as select {names} from {scan}"
+    if table == "prompts":
+        # the same prompt may stand in the files of several ingests
+        text += " qualify row_number() over (partition by task, prompt_id order by source) = 1"
+    if "run" in keys and not incomplete:
+        text += " where run_id in (select run_id from runs)"
+    return text

@@ -1,0 +1,46 @@
+-- grain: one row per prompt of a run, embedder, selection and length tercile
+-- keys: run_id, prompt_id, embedder, selection, tercile
+-- source: docs/measures.md, 'Length terciles'
+with placed as (
+    select *, floor((row_number() over (
+            partition by run_id, prompt_id, embedder, selection order by n_tokens, sample
+        ) - 1) * 3 / count(*) over (
+            partition by run_id, prompt_id, embedder, selection
+        ))::integer as bucket
+    from rollout_metrics
+),
+component as (
+    select p.run_id, p.prompt_id, p.embedder, p.selection, p.bucket,
+        generate_subscripts(e.embedding, 1) as component,
+        unnest(e.embedding)::double
+            / sqrt(list_inner_product(e.embedding::double[], e.embedding::double[])) as x
+    from placed p
+    join embeddings e using (run_id, prompt_id, sample, embedder)
+),
+summed as (
+    select run_id, prompt_id, embedder, selection, bucket, component,
+        sum(x) as x, count(*) as embedded
+    from component
+    group by all
+),
+similarity as (
+    select run_id, prompt_id, embedder, selection, bucket,
+        sum(x * x) as squared_norm, any_value(embedded) as embedded
+    from summed
+    group by all
+),
+measured as (
+    select family, variant, task, run_id, prompt_id, embedder, selection, bucket,
+        count(*) as n_rollouts, avg(n_tokens) as mean_length, avg(entropy_rate) as entropy_rate
+    from placed
+    group by all
+)
+select m.family, m.variant, m.task, m.run_id, m.prompt_id, m.embedder, m.selection,
+    case m.bucket when 0 then 'short' when 1 then 'medium' else 'long' end as tercile,
+    m.n_rollouts,
+    m.mean_length,
+    m.entropy_rate,
+    case when s.embedded > 1 then 1 - (s.squared_norm - s.embedded)
+        / (s.embedded * (s.embedded - 1.0)) end as semantic_diversity
+from measured m
+left join similarity s using (run_id, prompt_id, embedder, selection, bucket)

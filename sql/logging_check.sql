@@ -1,0 +1,21 @@
+-- grain: one row per run and selection
+-- keys: run_id, selection
+-- source: docs/measures.md, 'Self-check of logged data'
+with excess as (
+    select family, variant, task, run_id, 'all' as selection,
+        surprisal_sum - entropy_sum as x
+    from rollouts
+    where surprisal_sum is not null
+),
+summed as (
+    select family, variant, task, run_id, selection,
+        count(*) as n_rollouts, avg(x) as mean_excess, stddev_samp(x) as sd
+    from excess
+    group by all
+)
+select *,
+    mean_excess / nullif(sd, 0) * sqrt(n_rollouts) as z,
+    -- a constant excess has no standard error: it must be nothing (greedy) to be right
+    coalesce(abs(mean_excess / nullif(sd, 0) * sqrt(n_rollouts)) <= 5,
+        n_rollouts = 1 or abs(mean_excess) < 1e-6) as ok
+from summed

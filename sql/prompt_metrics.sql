@@ -1,0 +1,81 @@
+-- grain: one row per prompt of a run, embedder and selection
+-- keys: run_id, prompt_id, embedder, selection
+-- source: docs/measures.md, 'Per prompt'
+with rollout as (
+    -- rounded values decide ties, so that the last bits of a sum never make or break one
+    select *, n_tokens::double as n,
+        round(entropy_rate, 12) as r, round(semantic_distance, 12) as d
+    from rollout_metrics
+),
+ranked as (
+    select run_id, prompt_id, embedder, selection, n_tokens, finish_reason, entropy_sum,
+        surprisal_sum, entropy_rate, semantic_distance, n, family, variant, task,
+        rank() over (prompt order by n) + (count(*) over (prompt_n) - 1) / 2 as rank_n,
+        rank() over (prompt order by r) + (count(*) over (prompt_r) - 1) / 2 as rank_r,
+        rank() over (prompt order by d) + (count(*) over (prompt_d) - 1) / 2 as rank_d
+    from rollout
+    window prompt as (partition by run_id, prompt_id, embedder, selection),
+        prompt_n as (partition by run_id, prompt_id, embedder, selection, n),
+        prompt_r as (partition by run_id, prompt_id, embedder, selection, r),
+        prompt_d as (partition by run_id, prompt_id, embedder, selection, d)
+),
+per_prompt as (
+    select family, variant, task, run_id, prompt_id, embedder, selection,
+        count(*) as n_rollouts,
+        sum(n_tokens)::bigint as n_tokens,
+        avg(entropy_sum) as ce_star,
+        case when count(surprisal_sum) = count(*) then avg(surprisal_sum) end as surprisal_mean,
+        avg(n) as mean_length,
+        avg(entropy_rate) as entropy_rate,
+        varies(min(n), max(n)) and varies(min(entropy_rate), max(entropy_rate)) as rate_varies,
+        varies(min(n), max(n)) and varies(min(semantic_distance), max(semantic_distance))
+            as distance_varies,
+        corr(n, entropy_rate) as pearson_r,
+        corr(rank_n, rank_r) as spearman_r,
+        covar_samp(n, entropy_rate) as cov_length_rate,
+        case when count(finish_reason) = count(*)
+            then avg((finish_reason = 'length')::double) end as truncation_rate,
+        corr(n, semantic_distance) as pearson_d,
+        corr(rank_n, rank_d) as spearman_d,
+        covar_samp(n, semantic_distance) as cov_length_diversity
+    from ranked
+    group by all
+),
+kendall as (
+    -- tau-b over the pairs of a prompt's rollouts
+    select a.run_id, a.prompt_id, a.embedder, a.selection,
+        sum(sign(a.n - b.n) * sign(a.r - b.r))
+            / nullif(sqrt(sum(abs(sign(a.n - b.n))) * sum(abs(sign(a.r - b.r)))), 0) as tau_r,
+        sum(sign(a.n - b.n) * sign(a.d - b.d))
+            / nullif(sqrt(sum(abs(sign(a.n - b.n))) * sum(abs(sign(a.d - b.d)))), 0) as tau_d
+    from rollout a
+    join rollout b
+        on a.run_id = b.run_id and a.prompt_id = b.prompt_id and a.embedder = b.embedder
+        and a.selection = b.selection and a.sample < b.sample
+    group by all
+)
+select p.family, p.variant, p.task, p.run_id, p.prompt_id, p.embedder, p.selection,
+    p.n_rollouts,
+    p.n_tokens,
+    p.ce_star,
+    p.surprisal_mean,
+    p.mean_length,
+    p.entropy_rate,
+    exp(p.ce_star / p.mean_length) as gen_ppl,
+    exp(p.entropy_rate) as branching_factor,
+    p.ce_star / ln(10) as canopy_size_log10,
+    case when p.rate_varies then p.pearson_r end as rho_pearson,
+    case when p.rate_varies then p.spearman_r end as rho_spearman,
+    case when p.rate_varies then k.tau_r end as rho_kendall,
+    p.cov_length_rate,
+    p.truncation_rate,
+    case when s.n > 1 then 1 - (list_inner_product(s.embedding_sum, s.embedding_sum) - s.n)
+        / (s.n * (s.n - 1.0)) end as semantic_diversity,
+    case when p.distance_varies then p.pearson_d end as rho_length_diversity_pearson,
+    case when p.distance_varies then p.spearman_d end as rho_length_diversity_spearman,
+    case when p.distance_varies then k.tau_d end as rho_length_diversity_kendall,
+    p.cov_length_diversity,
+    vendi_score(s.eigenvalues, 1) as vendi_score
+from per_prompt p
+left join kendall k using (run_id, prompt_id, embedder, selection)
+left join embedding_spectra s using (run_id, prompt_id, embedder, selection)

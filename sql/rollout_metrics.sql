@@ -1,0 +1,34 @@
+-- grain: one row per rollout, embedder and selection
+-- keys: run_id, prompt_id, sample, embedder, selection
+-- source: metrics of a single rollout; arXiv 2605.30844, section on conditional entropy rate
+with distances as (
+    -- cosine similarity to the others follows from the sum of all unit embeddings
+    select e.run_id, e.prompt_id, e.sample, e.embedder, s.selection,
+        case when s.n > 1 then 1 - (
+            list_inner_product(e.embedding::double[], s.embedding_sum)
+            / sqrt(list_inner_product(e.embedding::double[], e.embedding::double[])) - 1
+        ) / (s.n - 1) end as semantic_distance
+    from embeddings e
+    join embedding_spectra s using (run_id, prompt_id, embedder)
+    where s.selection = 'all'
+),
+run_embedders as (
+    select distinct run_id, embedder from embedding_spectra
+)
+select
+    r.family, r.variant, r.task, r.run_id, r.prompt_id, r.sample,
+    coalesce(m.embedder, 'none') as embedder,
+    'all' as selection,
+    r.n_tokens,
+    r.finish_reason,
+    r.entropy_sum,
+    r.surprisal_sum,
+    r.stop_entropy_sum,
+    r.entropy_sum - r.stop_entropy_sum as content_entropy_sum,
+    r.entropy_sum / r.n_tokens as entropy_rate,
+    d.semantic_distance
+from rollouts r
+left join run_embedders m using (run_id)
+left join distances d
+    on d.run_id = r.run_id and d.prompt_id = r.prompt_id and d.sample = r.sample
+    and d.embedder = m.embedder
