@@ -81,6 +81,7 @@ def import_rollouts(
             "max_new_tokens": max_new_tokens, "embedder": embedder, "reward_model": reward_model,
             "family": family, "variant": variant, "task": task,
         }  # fmt: skip
+        store.forget_unfinished(root, run_id, engine="import")
         store.plan(root, "run", run_id, settings)
         jobs.append((settings, group))
     done = 0

@@ -272,25 +272,21 @@ def add_model(root: Path, row: Mapping[str, Any]) -> str:
         The same family and variant are stored with other weights, parent or treatment.
     """
     model_id = f"{row['family']}/{row['variant']}"
-    defaults = {"treatment": "base", "generation": 0}
-    new = {c.name: row.get(c.name, defaults.get(c.name)) for c in TABLES["models"].columns}
-    new["model_id"] = model_id
     path = root / "models" / f"{quoted(row['family'])}--{quoted(row['variant'])}.parquet"
+    said = {k: v for k, v in row.items() if v is not None}
     if path.exists():
         stored = read_rows(path).to_pylist()[0]
-        known = {k: v for k, v in new.items() if v is not None and k != "source"}
-        # what is not said again is not in conflict: a second ingest need not repeat the parent
-        for key in ("treatment", "generation"):
-            if row.get(key) is None:
-                known.pop(key)
+        # what is not said again is not in conflict: an ingest need not repeat the parent
+        known = {k: v for k, v in said.items() if k != "source"}
         if any(stored[k] != v for k, v in known.items()):
             raise ConflictError(
-                f"model {model_id} is stored with another "
+                f"model {model_id} is stored with other settings: "
                 f"{differences({k: stored[k] for k in known}, known)}; give another --variant"
             )
         return model_id
+    new = {"treatment": "base", "generation": 0, "parent_id": None, **said, "model_id": model_id}
     if new["parent_id"]:
-        new["generation"] = row.get("generation") or 1 + _generation(root, new["parent_id"])
+        new["generation"] = said.get("generation") or 1 + _generation(root, new["parent_id"])
     write_rows(path, "models", {key: [value] for key, value in new.items()})
     return model_id
 
@@ -342,6 +338,23 @@ def plan(root: Path, kind: str, name: str, settings: Mapping[str, Any]) -> bool:
             f"repeat the stored ones to resume, or give it another name with {option}"
         )
     return True
+
+
+def forget_unfinished(root: Path, run_id: str, engine: str) -> None:
+    """Removes a run that this engine began and never completed, files first and its plan last.
+
+    For imports, which cost nothing to repeat: a refused file must not stand in a mended one's way.
+    """
+    path = plan_path(root, "run", run_id)
+    if not path.exists() or is_complete(root, run_id):
+        return
+    if read_plan(path)["settings"]["engine"] != engine:
+        return
+    for table in ("rollouts", "embeddings", "embedding_spectra", "rewards"):
+        for file in files(root, table):
+            if file.parent.name == f"run={quoted(run_id)}":
+                file.unlink()
+    path.unlink()
 
 
 def read_plan(path: Path) -> dict[str, Any]:

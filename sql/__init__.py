@@ -93,7 +93,7 @@ def write_database(root: str | Path) -> Path:
     root = store.require(root).resolve()
     path = root / "canopy.duckdb"
     before = os.getcwd()
-    with tempfile.TemporaryDirectory(prefix=".canopy-", dir=root) as scratch:
+    with tempfile.TemporaryDirectory(prefix="canopy-") as scratch:
         fresh = Path(scratch) / "canopy.duckdb"
         con = duckdb.connect()
         try:
@@ -116,8 +116,8 @@ def write_database(root: str | Path) -> Path:
 def explain(error: duckdb.Error) -> DataError | StoreError:
     """A DuckDB error as one line."""
     text = " ".join(str(error).split("LINE 1:")[0].split())
-    if "disk" in text.lower() and "full" in text.lower():
-        return StoreError(text)
+    if "No space left" in text:
+        return StoreError(f"the disk is full: {text}; free some space and run it again")
     return DataError(text)
 
 

@@ -1,0 +1,144 @@
+"""kill -9 and Ctrl-C at any moment lose at most the shard in hand, and a resumed run equals an unbroken one."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import polars as pl
+from conftest import write_prompts
+from polars.testing import assert_frame_equal
+
+import canopy_store
+from canopy_store import store
+
+# Imports the heavy packages once and forks: a kill then costs no new start of the interpreter.
+DRIVER = """
+import json, os, random, signal, sys, time
+from canopy_store.cli import main
+import canopy_store.ingest.rollouts, canopy_store.ingest.embed  # noqa
+calls, kills_wanted, seed, longest = json.loads(sys.argv[1])
+random.seed(seed)
+slow, real = float(os.environ["SLOW_FSYNC"]), os.fsync
+
+def fsync(fd):  # a slow disk: kills land inside writes too
+    time.sleep(slow)
+    real(fd)
+
+def start(arguments):
+    pid = os.fork()
+    if pid == 0:
+        import torch
+        torch.set_num_threads(1)
+        os.fsync = fsync
+        os._exit(main(arguments))
+    return pid
+
+kills = 0
+for arguments in calls:
+    while True:
+        pid = start(arguments)
+        if kills < kills_wanted:
+            time.sleep(random.uniform(0.02, longest))
+            os.kill(pid, signal.SIGKILL)
+        code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        if code == -signal.SIGKILL:
+            kills += 1
+        elif code != 0:
+            sys.exit(f"exit code {code}")
+        else:
+            break
+print(kills)
+"""
+
+
+def drive(calls: list[list[str]], kills: int, seed: int, slow: float, longest: float) -> int:
+    done = subprocess.run(
+        [sys.executable, "-c", DRIVER, json.dumps([calls, kills, seed, longest])],
+        env={**os.environ, "SLOW_FSYNC": str(slow)}, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:] + done.stdout[-500:]
+    return int(done.stdout.split()[-1])
+
+
+def ingest_arguments(root: Path, model: Path, prompts: Path, **more: object) -> list[str]:
+    settings = {
+        "store": root, "model": model, "family": "chain", "variant": "base", "task": "walk",
+        "prompts": prompts, "samples": 30, "max-new-tokens": 60, "seed": 5, "batch-size": 30,
+        "prompts-per-shard": 1, **more,
+    }  # fmt: skip
+    return ["ingest", "rollouts", *(x for k, v in settings.items() for x in (f"--{k}", str(v)))]
+
+
+def rollouts(root: Path) -> pl.DataFrame:
+    return canopy_store.read(root, "rollouts").sort("run_id", "prompt_id", "sample")
+
+
+def shard_hashes(root: Path) -> dict[str, str]:
+    return {str(p.relative_to(root)): store.sha256(p) for p in store.files(root, "rollouts")}
+
+
+def test_killed_again_and_again_a_run_equals_an_unbroken_one(tmp_path, chain):
+    prompts = write_prompts(tmp_path / "p.jsonl", *(f"{a} {b}" for a in "abcd" for b in "abcdef"))
+    tasks = ("walk", "run", "swim")  # three runs, so that early kills never use up the work
+
+    def calls(root: Path) -> list[list[str]]:
+        return [ingest_arguments(root, chain, prompts, task=task) for task in tasks]
+
+    assert drive(calls(tmp_path / "whole"), 0, 0, slow=0, longest=1) == 0
+    kills = drive(calls(tmp_path / "broken"), 25, 1, slow=0.02, longest=0.9)
+    assert kills >= 20
+    assert rollouts(tmp_path / "broken").equals(rollouts(tmp_path / "whole"))
+    assert shard_hashes(tmp_path / "broken") == shard_hashes(tmp_path / "whole")
+    assert not list((tmp_path / "broken" / "rollouts").rglob("*.tmp"))  # a resume tidies up
+    for view in ("model_metrics", "logging_check"):
+        same = [canopy_store.read(tmp_path / r, view).sort("run_id") for r in ("whole", "broken")]
+        assert_frame_equal(*same, rel_tol=1e-12)  # threads add up in any order
+
+
+def test_an_incomplete_run_is_hidden_unless_asked_for(tmp_path, chain, canopy):
+    prompts = write_prompts(tmp_path / "p.jsonl", "a", "b", "c")
+    root = tmp_path / "s"
+    assert canopy(*ingest_arguments(root, chain, prompts))[0] == 0
+    os.unlink(root / "runs" / "chain.base.walk.parquet")
+    next(iter(store.files(root, "rollouts"))).unlink()
+    assert canopy("init", "--store", root)[0] == 0
+    assert len(canopy_store.read(root, "rollouts")) == 0
+    assert len(canopy_store.read(root, "rollouts", incomplete=True)) == 60
+    code, out, _ = canopy("status", "--store", root)
+    assert code == 0
+    assert "incomplete: chain.base.walk: 2 of 3 shards" in out
+    assert canopy(*ingest_arguments(root, chain, prompts))[0] == 0
+    assert len(canopy_store.read(root, "rollouts")) == 90
+
+
+def test_ctrl_c_says_how_to_resume(tmp_path, chain):
+    prompts = write_prompts(tmp_path / "p.jsonl", *(f"{a} {b}" for a in "abcdefg" for b in "abcdef"))
+    arguments = ingest_arguments(tmp_path / "s", chain, prompts, samples=200)
+    command = [sys.executable, "-m", "canopy_store.cli", *arguments]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    first = store.folder(
+        tmp_path / "s", "rollouts", family="chain", variant="base", task="walk", run="chain.base.walk"
+    )
+    deadline = time.monotonic() + 120
+    while not (first / "part-00000.parquet").exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert err.strip().splitlines()[-1] == (
+        "canopy: interrupted; what was stored is whole: run the same command again to resume"
+    )
+    assert "Traceback" not in err
+    stored = len(list(first.glob("part-*.parquet")))
+    assert 0 < stored < 42
+    again = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert again.returncode == 0, again.stderr
+    whole = ingest_arguments(tmp_path / "whole", chain, prompts, samples=200)
+    subprocess.run([sys.executable, "-m", "canopy_store.cli", *whole], check=True, timeout=120)
+    assert rollouts(tmp_path / "s").equals(rollouts(tmp_path / "whole"))

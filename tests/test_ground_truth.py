@@ -1,0 +1,109 @@
+"""Ingest against a closed form: a chain whose H(N, Y), E[N] and length entropy are known exactly."""
+
+import numpy as np
+import pytest
+from conftest import CHAIN_LOGITS, write_prompts
+
+import canopy_store
+
+PROMPTS = [f"{s} a" for s in "abcdefg"] + ["b c a", "c d a", "d e a"]  # all end in state a
+SAMPLES = 2000
+
+
+def chain_policy(temperature: float, top_k: int) -> np.ndarray:
+    """The chain's transition matrix under the policy, derived here from the logits alone."""
+    logits = CHAIN_LOGITS / temperature
+    if top_k:
+        edge = np.sort(logits, axis=1)[:, -top_k][:, None]
+        logits = np.where(logits >= edge, logits, -np.inf)
+    weight = np.exp(logits - logits.max(axis=1, keepdims=True))
+    return weight / weight.sum(axis=1, keepdims=True)
+
+
+def closed_form(policy: np.ndarray, start: int) -> dict[str, float]:
+    """Expected totals through the fundamental matrix (I - Q)^-1, and the length's own entropy."""
+    transient = policy[1:, 1:]
+    visits = np.linalg.inv(np.eye(len(transient)) - transient)[start - 1]
+
+    def entropy(p: np.ndarray) -> np.ndarray:
+        return -np.where(p > 0, p * np.log(np.where(p > 0, p, 1)), 0).sum(axis=-1)
+
+    ends = policy[1:, 0]
+    reach, lengths = np.eye(len(transient))[start - 1], []
+    for _ in range(3000):
+        lengths.append(reach @ ends)
+        reach = reach @ transient
+    return {
+        "ce_star": visits @ entropy(policy[1:]),
+        "mean_length": visits.sum(),
+        "stop_entropy": visits @ entropy(np.stack([ends, 1 - ends], axis=1)),
+        "length_entropy": float(entropy(np.array(lengths))),
+    }
+
+
+@pytest.mark.parametrize(("temperature", "top_k"), [(1.0, 0), (1.5, 6)])
+def test_twenty_thousand_rollouts_match_the_closed_form(tmp_path, chain, canopy, temperature, top_k):
+    prompts = write_prompts(tmp_path / "p.jsonl", *PROMPTS)
+    code, _, err = canopy(
+        "ingest", "rollouts", "--store", tmp_path / "s", "--model", chain, "--family", "chain",
+        "--variant", "base", "--task", "walk", "--prompts", prompts, "--samples", SAMPLES,
+        "--max-new-tokens", 500, "--batch-size", SAMPLES, "--temperature", temperature,
+        "--top-k", top_k, "--seed", 11,
+    )  # fmt: skip
+    assert code == 0, err
+    truth = closed_form(chain_policy(temperature, top_k), start=1)
+    rollouts = canopy_store.read(tmp_path / "s", "rollouts")
+    assert len(rollouts) == 20_000
+    assert (rollouts["finish_reason"] == "stop").all()
+    for column, name in (
+        ("entropy_sum", "ce_star"),
+        ("surprisal_sum", "ce_star"),
+        ("n_tokens", "mean_length"),
+        ("stop_entropy_sum", "stop_entropy"),
+    ):
+        values = rollouts[column].to_numpy().astype(float)
+        error = values.std(ddof=1) / np.sqrt(len(values))
+        assert abs(values.mean() - truth[name]) < 4 * error, column
+    # the plug-in entropy of the lengths, with Miller and Madow's correction of its bias
+    counts = np.unique(rollouts["n_tokens"].to_numpy(), return_counts=True)[1]
+    p = counts / counts.sum()
+    plug_in = -(p * np.log(p)).sum() + (len(p) - 1) / (2 * len(rollouts))
+    error = np.sqrt((p * np.log(p) ** 2).sum() - (p * np.log(p)).sum() ** 2) / np.sqrt(len(rollouts))
+    assert abs(plug_in - truth["length_entropy"]) < 4 * error + 1e-3
+    check = canopy_store.read(tmp_path / "s", "logging_check").row(0, named=True)
+    assert check["ok"]
+    assert abs(check["z"]) < 4
+    pooled = canopy_store.read(tmp_path / "s", "model_metrics").row(0, named=True)
+    assert pooled["ce_star"] == pytest.approx(rollouts["entropy_sum"].mean(), rel=1e-12)
+    assert pooled["truncation_rate"] == 0
+
+
+def test_a_wrong_log_is_found_out(tmp_path, chain, canopy):
+    """logging_check must fail a record logged at another temperature than was sampled."""
+    prompts = write_prompts(tmp_path / "p.jsonl", *PROMPTS[:2])
+    for name, temperature in (("right", 1.0), ("hot", 1.5)):
+        assert canopy(
+            "ingest", "rollouts", "--store", tmp_path / name, "--model", chain, "--family", "chain",
+            "--variant", "base", "--task", "walk", "--prompts", prompts, "--samples", 500,
+            "--max-new-tokens", 200, "--batch-size", 500, "--temperature", temperature,
+        )[0] == 0  # fmt: skip
+    right = canopy_store.read(tmp_path / "right", "rollouts")
+    # entropies of the right run beside surprisals of tokens drawn from a hotter policy
+    policy = chain_policy(1.0, 0)
+    hot = canopy_store.read(tmp_path / "hot", "rollouts")
+    rows = []
+    for row in hot.iter_rows(named=True):
+        path = [1, *row["token_ids"]]
+        rows.append({
+            "family": "chain", "variant": "wrong", "task": "walk", "prompt_id": row["prompt_id"],
+            "sample": row["sample"],
+            "logprob": [float(np.log(policy[a, b])) for a, b in zip(path, path[1:], strict=False)],
+            "entropy": [float(-(policy[a] * np.log(policy[a])).sum()) for a in path[:-1]],
+        })  # fmt: skip
+    import polars as pl
+
+    pl.DataFrame(rows).write_parquet(tmp_path / "wrong.parquet")
+    canopy_store.import_rollouts(tmp_path / "wrong", tmp_path / "wrong.parquet")
+    assert not canopy_store.read(tmp_path / "wrong", "logging_check")["ok"][0]
+    assert canopy_store.read(tmp_path / "right", "logging_check")["ok"][0]
+    assert len(right) == 1000
