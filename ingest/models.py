@@ -107,7 +107,8 @@ def load_model(
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPES[dtype], **kwargs)
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise StoreError(f"{path}: cannot be loaded: {' '.join(str(error).split())[:300]}") from None
-    return model.to(torch.device(device)).eval(), tokenizer, path
+    model.to(device)  # type: ignore[arg-type]  # its decorator hides the signature
+    return model.eval(), tokenizer, path
 
 
 def weights_sha256(path: Path) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from pathlib import Path
 from typing import Any
@@ -149,10 +150,10 @@ def ingest_rollouts(
         columns = _Columns()
         for i in members:
             prompt_id = listed[i]["prompt_id"]
+            noise = functools.partial(uniforms, run_id, seed, prompt_id, steps=max_new_tokens)
             columns.add(run_id, prompt_id, tokenizer, sample_prompt(
-                loaded, token_ids[i], range(samples),
-                lambda s, p=prompt_id: uniforms(run_id, seed, p, s, max_new_tokens),
-                sampling, f"{prompts}: line {listed[i]['line']}", progress.tokens,
+                loaded, token_ids[i], range(samples), noise, sampling,
+                f"{prompts}: line {listed[i]['line']}", progress.tokens,
             ))  # fmt: skip
         write_shard(shard, columns.values)
         progress.rollouts(len(members) * samples)

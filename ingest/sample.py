@@ -141,12 +141,17 @@ def _continue(
     likeliest = (top_ids.cpu().numpy(), top_logprobs.cpu().numpy()) if best else None
     return [
         Rollout(
-            sample, drawn[i, :n], *(logged[k, i, :n] for k in range(3)),
-            "stop" if stopped[i] else "length",
-            *((values[i, :n] for values in likeliest) if likeliest else ()),
+            sample=sample,
+            token_ids=drawn[i, :n],
+            logprob=logged[0, i, :n],
+            entropy=logged[1, i, :n],
+            eos_logprob=logged[2, i, :n],
+            finish_reason="stop" if stopped[i] else "length",
+            top_token_ids=likeliest[0][i, :n] if likeliest else None,
+            top_logprobs=likeliest[1][i, :n] if likeliest else None,
         )
         for i, (sample, n) in enumerate(zip(batch, lengths, strict=True))
-    ]  # fmt: skip
+    ]
 
 
 def _check_finite(logged: np.ndarray, lengths: np.ndarray, batch: list[int], name: str) -> None:

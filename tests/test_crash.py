@@ -1,4 +1,4 @@
-"""kill -9 and Ctrl-C at any moment lose at most the shard in hand, and a resumed run equals an unbroken one."""
+"""kill -9 and Ctrl-C lose at most the shard in hand; a resumed run equals an unbroken one."""
 
 from __future__ import annotations
 

@@ -1,5 +1,7 @@
 """Ingest against a closed form: a chain whose H(N, Y), E[N] and length entropy are known exactly."""
 
+import itertools
+
 import numpy as np
 import pytest
 from conftest import CHAIN_LOGITS, write_prompts
@@ -97,7 +99,7 @@ def test_a_wrong_log_is_found_out(tmp_path, chain, canopy):
         rows.append({
             "family": "chain", "variant": "wrong", "task": "walk", "prompt_id": row["prompt_id"],
             "sample": row["sample"],
-            "logprob": [float(np.log(policy[a, b])) for a, b in zip(path, path[1:], strict=False)],
+            "logprob": [float(np.log(policy[a, b])) for a, b in itertools.pairwise(path)],
             "entropy": [float(-(policy[a] * np.log(policy[a])).sum()) for a in path[:-1]],
         })  # fmt: skip
     import polars as pl
