@@ -12,17 +12,22 @@ import pyarrow as pa
 FORMAT_VERSION = 1
 METADATA_KEY = b"canopy_schema"  # in every Parquet file: "<table>:<format version>"
 
+
+def _list(kind: pa.DataType, size: int = -1) -> pa.DataType:
+    return pa.list_(pa.field("element", kind), size)  # the name Parquet gives a list's content
+
+
 _ARROW = {
     "VARCHAR": pa.string(),
     "INTEGER": pa.int32(),
     "BIGINT": pa.int64(),
     "DOUBLE": pa.float64(),
     "TIMESTAMP": pa.timestamp("us"),
-    "INTEGER[]": pa.list_(pa.int32()),
-    "FLOAT[]": pa.list_(pa.float32()),
-    "DOUBLE[]": pa.list_(pa.float64()),
-    "INTEGER[][]": pa.list_(pa.list_(pa.int32())),
-    "FLOAT[][]": pa.list_(pa.list_(pa.float32())),
+    "INTEGER[]": _list(pa.int32()),
+    "FLOAT[]": _list(pa.float32()),
+    "DOUBLE[]": _list(pa.float64()),
+    "INTEGER[][]": _list(_list(pa.int32())),
+    "FLOAT[][]": _list(_list(pa.float32())),
 }
 
 
@@ -286,7 +291,7 @@ def arrow_schema(table: str, embedding_dim: int | None = None) -> pa.Schema:
     for column in TABLES[table].columns:
         kind = _ARROW[column.type]
         if column.name == "embedding" and embedding_dim is not None:
-            kind = pa.list_(pa.float32(), embedding_dim)
+            kind = _list(pa.float32(), embedding_dim)
         fields.append(pa.field(column.name, kind, nullable=not column.required))
     return pa.schema(fields, metadata={METADATA_KEY: f"{table}:{FORMAT_VERSION}".encode()})
 

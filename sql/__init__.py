@@ -63,7 +63,8 @@ def connect(root: str | Path, *, incomplete: bool = False) -> duckdb.DuckDBPyCon
     except duckdb.Error as error:
         con.close()
         raise explain(error) from None
-    con.execute("set allowed_directories = [?]", [str(root)])
+    # the pattern is checked as well as the files it finds, and brackets in it are escaped
+    con.execute("set allowed_directories = ?", [[str(root), glob.escape(str(root))]])
     con.execute("set enable_external_access = false")
     con.execute("set lock_configuration = true")
     return con
