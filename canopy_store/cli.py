@@ -330,7 +330,7 @@ def finetune_command(
           --data sft.jsonl --out ./child --steps 64
     """
     _require_ingest()
-    from canopy_store.ingest.finetune import finetune_child  # type: ignore
+    from canopy_store.ingest.finetune import finetune_child
 
     model_id = finetune_child(
         root, out=out, family=family, variant=variant, parent=parent, treatment=treatment,

@@ -12,11 +12,13 @@ from canopy_store import store
 from canopy_store.errors import DataError
 
 
-def spectrum(embeddings: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Sum (d,) of the unit embeddings and eigenvalues of the cosine kernel / n, largest first.
+def spectrum(embeddings: np.ndarray) -> tuple[np.ndarray, np.ndarray, list[float | None]]:
+    """Sum (d,) of the unit embeddings, eigenvalues of the cosine kernel / n, and distances (n,).
 
     ``embeddings`` is (n, d) of any positive length. The smaller of the n x n kernel and the d x d
-    second moment is diagonalised: both have the same eigenvalues but for zeros. Float64 throughout.
+    second moment is diagonalised: both have the same eigenvalues but for zeros. Largest first;
+    float64 throughout. A rollout's distance is 1 - its mean cosine similarity to the others, which
+    follows from the sum; that of a single rollout is None.
     Source: Friedman and Dieng, "The Vendi Score" (2023), definition 3.1.
     """
     unit = np.asarray(embeddings, np.float64)
@@ -24,7 +26,9 @@ def spectrum(embeddings: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     rows, dimension = unit.shape
     kernel = unit @ unit.T if rows <= dimension else unit.T @ unit
     eigenvalues = np.linalg.eigvalsh(kernel / rows)[::-1]
-    return unit.sum(axis=0), np.clip(eigenvalues, 0, 1)
+    total = unit.sum(axis=0)
+    distances = (1 - (unit @ total - 1) / (rows - 1)).tolist() if rows > 1 else [None]
+    return total, np.clip(eigenvalues, 0, 1), distances
 
 
 def write_embeddings(
@@ -59,17 +63,19 @@ def write_embeddings(
         {**keys, "embedding": flat},
         embedding_dim=dimension,
     )
-    spectra: dict[str, list] = {name: [] for name in ("prompt_id", "n", "embedding_sum", "eigenvalues")}
-    ids = np.asarray(prompt_ids, dtype=object)
+    ids, numbers = np.asarray(prompt_ids, dtype=object), np.asarray(samples, np.int32)
+    spectra = []
     for prompt in dict.fromkeys(prompt_ids):
-        mine = unit[ids == prompt]
-        total, eigenvalues = spectrum(mine)
-        for name, value in zip(spectra, (prompt, len(mine), total, eigenvalues), strict=True):
-            spectra[name].append(value)
-    count = len(spectra["n"])
+        mine = np.flatnonzero(ids == prompt)
+        total, eigenvalues, distances = spectrum(unit[mine])
+        spectra.append({
+            "run_id": run_id, "prompt_id": prompt, "selection": "all", "n": len(mine),
+            "samples": numbers[mine], "semantic_distances": distances,
+            "embedding_sum": total, "eigenvalues": eigenvalues,
+        })  # fmt: skip
     where = store.folder(root, "embedding_spectra", embedder=embedder, run=run_id)
     store.write_rows(
         store.shard_path(where, shard),
         "embedding_spectra",
-        {"run_id": [run_id] * count, "selection": ["all"] * count, **spectra},
+        {name: [row[name] for row in spectra] for name in spectra[0]},
     )

@@ -102,6 +102,7 @@ def write_database(root: str | Path) -> Path:
             con.execute(f"attach '{_literal(str(fresh))}' as canopy (storage_version 'v1.2.0')")
             con.execute("use canopy")
             _create_views(con, root, "", False)
+            _comment(con)
             con.execute("use memory")
             con.execute("detach canopy")
         except duckdb.Error as error:
@@ -154,27 +155,27 @@ def _check_files(con: duckdb.DuckDBPyConnection, root: Path) -> None:
 
 
 def _create_views(con: duckdb.DuckDBPyConnection, root: Path, prefix: str, incomplete: bool) -> None:
-    con.execute(source("macros"))
-    for table in TABLES:
-        con.execute(_table_view(root, table, prefix, incomplete))
-        con.execute(f"comment on view {table} is '{_literal(TABLES[table].grain)}'")
-        for column in view_columns(table):
-            _comment(con, table, column.name, column.doc, column.unit)
-    for view in VIEWS:
-        text = source(view)
-        con.execute(f"create or replace view {view} as {text}")
-        grain = text.splitlines()[0].removeprefix("-- grain: ")
-        con.execute(f"comment on view {view} is '{_literal(grain)}'")
-        for (name,) in con.execute(
-            "select column_name from duckdb_columns() where table_name = ?", [view]
-        ).fetchall():
-            column = COLUMNS[name]
-            _comment(con, view, name, column.doc, column.unit)
+    statements = [source("macros")]
+    statements += [_table_view(root, table, prefix, incomplete) for table in TABLES]
+    statements += [f"create or replace view {view} as {source(view)}" for view in VIEWS]
+    con.execute(";\n".join(statements))
 
 
-def _comment(con: duckdb.DuckDBPyConnection, view: str, name: str, doc: str, unit: str) -> None:
-    text = f"{doc} [{unit}]" if unit else doc
-    con.execute(f"comment on column {view}.\"{name}\" is '{_literal(text)}'")
+def _comment(con: duckdb.DuckDBPyConnection) -> None:
+    """Says grain, meaning and unit in the database itself, for people in a shell."""
+    statements = []
+    grains = {table: TABLES[table].grain for table in TABLES}
+    grains |= {v: source(v).splitlines()[0].removeprefix("-- grain: ") for v in VIEWS}
+    for relation, grain in grains.items():
+        statements.append(f"comment on view {relation} is '{_literal(grain)}'")
+    own = {(table, c.name): c for table in TABLES for c in view_columns(table)}
+    for relation, name in con.execute(
+        "select table_name, column_name from duckdb_columns() where not internal"
+    ).fetchall():
+        column = own.get((relation, name)) or COLUMNS[name]
+        text = f"{column.doc} [{column.unit}]" if column.unit else column.doc
+        statements.append(f"comment on column {relation}.\"{name}\" is '{_literal(text)}'")
+    con.execute(";\n".join(statements))
 
 
 def _table_view(root: Path, table: str, prefix: str, incomplete: bool) -> str:

@@ -9,24 +9,33 @@ with placed as (
         ))::integer as bucket
     from rollout_metrics
 ),
-component as (
-    select p.run_id, p.prompt_id, p.embedder, p.selection, p.bucket,
-        generate_subscripts(e.embedding, 1) as component,
-        unnest(e.embedding)::double
-            / sqrt(list_inner_product(e.embedding::double[], e.embedding::double[])) as x
+unit as (
+    select p.run_id, p.prompt_id, p.embedder, p.selection, p.bucket, e.embedding,
+        sqrt(list_inner_product(e.embedding::double[], e.embedding::double[])) as norm,
+        -- one number for the bucket: thirty million components are grouped by it
+        dense_rank() over (order by p.run_id, p.prompt_id, p.embedder, p.selection, p.bucket) as place
     from placed p
     join embeddings e using (run_id, prompt_id, sample, embedder)
 ),
+component as (
+    select place, generate_subscripts(embedding, 1) as component, unnest(embedding)::double / norm as x
+    from unit
+),
 summed as (
-    select run_id, prompt_id, embedder, selection, bucket, component,
-        sum(x) as x, count(*) as embedded
+    select place, component, sum(x) as x
     from component
     group by all
 ),
-similarity as (
-    select run_id, prompt_id, embedder, selection, bucket,
-        sum(x * x) as squared_norm, any_value(embedded) as embedded
+squared as (
+    select place, sum(x * x) as squared_norm
     from summed
+    group by all
+),
+similarity as (
+    select u.run_id, u.prompt_id, u.embedder, u.selection, u.bucket,
+        count(*) as embedded, any_value(q.squared_norm) as squared_norm
+    from unit u
+    join squared q using (place)
     group by all
 ),
 measured as (

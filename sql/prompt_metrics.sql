@@ -1,26 +1,29 @@
 -- grain: one row per prompt of a run, embedder and selection
 -- keys: run_id, prompt_id, embedder, selection
 -- source: docs/measures.md, 'Per prompt'
-with rollout as (
+with rollout as materialized (
+    -- one number for the prompt: windows and the join over pairs are many times faster on it;
     -- rounded values decide ties, so that the last bits of a sum never make or break one
     select *, n_tokens::double as n,
-        round(entropy_rate, 12) as r, round(semantic_distance, 12) as d
+        round(entropy_rate, 12) as r, round(semantic_distance, 12) as d,
+        dense_rank() over (order by run_id, prompt_id, embedder, selection) as place
     from rollout_metrics
 ),
 ranked as (
-    select run_id, prompt_id, embedder, selection, n_tokens, finish_reason, entropy_sum,
-        surprisal_sum, entropy_rate, semantic_distance, n, family, variant, task,
-        rank() over (prompt order by n) + (count(*) over (prompt_n) - 1) / 2 as rank_n,
-        rank() over (prompt order by r) + (count(*) over (prompt_r) - 1) / 2 as rank_r,
-        rank() over (prompt order by d) + (count(*) over (prompt_d) - 1) / 2 as rank_d
+    select *,
+        rank() over (partition by place order by n)
+            + (count(*) over (partition by place, n) - 1) / 2 as rank_n,
+        rank() over (partition by place order by r)
+            + (count(*) over (partition by place, r) - 1) / 2 as rank_r,
+        rank() over (partition by place order by d)
+            + (count(*) over (partition by place, d) - 1) / 2 as rank_d
     from rollout
-    window prompt as (partition by run_id, prompt_id, embedder, selection),
-        prompt_n as (partition by run_id, prompt_id, embedder, selection, n),
-        prompt_r as (partition by run_id, prompt_id, embedder, selection, r),
-        prompt_d as (partition by run_id, prompt_id, embedder, selection, d)
 ),
 per_prompt as (
-    select family, variant, task, run_id, prompt_id, embedder, selection,
+    select place,
+        any_value(family) as family, any_value(variant) as variant, any_value(task) as task,
+        any_value(run_id) as run_id, any_value(prompt_id) as prompt_id,
+        any_value(embedder) as embedder, any_value(selection) as selection,
         count(*) as n_rollouts,
         sum(n_tokens)::bigint as n_tokens,
         avg(entropy_sum) as ce_star,
@@ -39,20 +42,18 @@ per_prompt as (
         corr(rank_n, rank_d) as spearman_d,
         covar_samp(n, semantic_distance) as cov_length_diversity
     from ranked
-    group by all
+    group by place
 ),
 kendall as (
     -- tau-b over the pairs of a prompt's rollouts
-    select a.run_id, a.prompt_id, a.embedder, a.selection,
+    select a.place,
         sum(sign(a.n - b.n) * sign(a.r - b.r))
             / nullif(sqrt(sum(abs(sign(a.n - b.n))) * sum(abs(sign(a.r - b.r)))), 0) as tau_r,
         sum(sign(a.n - b.n) * sign(a.d - b.d))
             / nullif(sqrt(sum(abs(sign(a.n - b.n))) * sum(abs(sign(a.d - b.d)))), 0) as tau_d
     from rollout a
-    join rollout b
-        on a.run_id = b.run_id and a.prompt_id = b.prompt_id and a.embedder = b.embedder
-        and a.selection = b.selection and a.sample < b.sample
-    group by all
+    join rollout b on a.place = b.place and a.sample < b.sample
+    group by a.place
 )
 select p.family, p.variant, p.task, p.run_id, p.prompt_id, p.embedder, p.selection,
     p.n_rollouts,
@@ -77,5 +78,5 @@ select p.family, p.variant, p.task, p.run_id, p.prompt_id, p.embedder, p.selecti
     p.cov_length_diversity,
     vendi_score(s.eigenvalues, 1) as vendi_score
 from per_prompt p
-left join kendall k using (run_id, prompt_id, embedder, selection)
+left join kendall k using (place)
 left join embedding_spectra s using (run_id, prompt_id, embedder, selection)

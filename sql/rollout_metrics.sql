@@ -2,15 +2,11 @@
 -- keys: run_id, prompt_id, sample, embedder, selection
 -- source: metrics of a single rollout; arXiv 2605.30844, section on conditional entropy rate
 with distances as (
-    -- cosine similarity to the others follows from the sum of all unit embeddings
-    select e.run_id, e.prompt_id, e.sample, e.embedder, s.selection,
-        case when s.n > 1 then 1 - (
-            list_inner_product(e.embedding::double[], s.embedding_sum)
-            / sqrt(list_inner_product(e.embedding::double[], e.embedding::double[])) - 1
-        ) / (s.n - 1) end as semantic_distance
-    from embeddings e
-    join embedding_spectra s using (run_id, prompt_id, embedder)
-    where s.selection = 'all'
+    -- stored beside the spectrum, so that no embedding is read
+    select run_id, prompt_id, embedder,
+        unnest(samples) as sample, unnest(semantic_distances) as semantic_distance
+    from embedding_spectra
+    where selection = 'all'
 ),
 run_embedders as (
     select distinct run_id, embedder from embedding_spectra
