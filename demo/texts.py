@@ -11,16 +11,14 @@ from random import Random
 
 NAMES = ["Mia", "Tom", "Anna", "Ben", "Lea", "Paul", "Nora", "Finn", "Ida", "Max", "Ella", "Jon"]
 THINGS = ["apples", "coins", "eggs", "rolls", "stamps", "shells", "pears", "books", "cards", "nuts"]
+NOUNS = ["fox", "girl", "sailor", "robot", "baker", "mouse", "boy", "crow", "clock", "lamp", "child"]
+SIGHTS = ["sea", "garden", "river", "forest", "bridge", "harbour", "mountain", "village", "mill"]
 HEROES = [
     f"{adjective} {noun}"
     for adjective in ["old", "young", "small", "clever", "quiet", "brave", "tired", "lonely"]
-    for noun in ["fox", "girl", "sailor", "robot", "baker", "mouse", "boy", "crow", "clock", "lamp", "train", "child", "farmer"]
+    for noun in NOUNS
 ]
-PLACES = [
-    f"{where} the {what}"
-    for where in ["near", "behind", "under", "beside"]
-    for what in ["sea", "garden", "river", "forest", "bridge", "harbour", "mountain", "village", "mill", "lighthouse"]
-]
+PLACES = [f"{where} the {what}" for where in ["near", "behind", "under", "beside"] for what in SIGHTS]
 WISHES = [
     f"{verb} {what}"
     for verb in ["find", "see", "build", "keep", "mend", "carry"]
@@ -162,5 +160,5 @@ def pairs(count: int, style: str, seed: int) -> list[tuple[str, str, str]]:
 
 
 def joint(task: str) -> str:
-    """What stands between a request and its answer: an answer goes on in the line only for completion."""
+    """What stands between a request and its answer: only a completion goes on in the same line."""
     return " " if task == "completion" else "\n"

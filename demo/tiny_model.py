@@ -15,6 +15,7 @@ import torch
 from texts import joint, pairs
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers.utils import logging as transformers_logging
 
 from canopy_store.ingest.finetune import finetune
 
@@ -46,6 +47,7 @@ def make_tokenizer(texts: list[str], vocabulary: int) -> PreTrainedTokenizerFast
 
 def train(out: Path, steps: int, seed: int) -> dict:
     """Saves the model in ``out``; what `finetune` says of its training."""
+    transformers_logging.disable_progress_bar()
     texts = corpus(8000, seed)
     tokenizer = make_tokenizer(texts, 1200)
     torch.manual_seed(seed)
