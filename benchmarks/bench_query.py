@@ -1,6 +1,6 @@
 """model_metrics over 80,000 rollouts: one query, beside a per-prompt PyTorch loop and the bare scan.
 
-    python benchmarks/bench_query.py [--out FILE.md] [--prompts 100] [--samples 100]
+    python benchmarks/bench_query.py [--prompts 100] [--samples 100] [--store DIR]
 
 Makes a store of 8 runs x 100 prompts x 100 rollouts, about 240 tokens each, 384-d embeddings; times the
 three in turn, five rounds, and prints medians and ratios; then bytes a token, per column, and each

@@ -10,14 +10,15 @@ with rollout as materialized (
     from rollout_metrics
 ),
 ranked as (
+    -- mid-ranks, doubled: the first place among equals plus the last
     select *,
-        rank() over (partition by place order by n)
-            + (count(*) over (partition by place, n) - 1) / 2 as rank_n,
-        rank() over (partition by place order by r)
-            + (count(*) over (partition by place, r) - 1) / 2 as rank_r,
-        rank() over (partition by place order by d)
-            + (count(*) over (partition by place, d) - 1) / 2 as rank_d
+        rank() over by_n + cume_dist() over by_n * count(*) over (partition by place) as rank_n,
+        rank() over by_r + cume_dist() over by_r * count(*) over (partition by place) as rank_r,
+        rank() over by_d + cume_dist() over by_d * count(*) over (partition by place) as rank_d
     from rollout
+    window by_n as (partition by place order by n),
+        by_r as (partition by place order by r),
+        by_d as (partition by place order by d)
 ),
 per_prompt as (
     select place,
