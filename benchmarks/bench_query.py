@@ -4,7 +4,7 @@
 
 Makes a store of 8 runs x 100 prompts x 100 rollouts, about 240 tokens each, 384-d embeddings; times the
 three in turn, five rounds, and prints medians and ratios; then bytes a token, per column, and each
-encoding of the float lists beside the others.
+encoding of the float lists beside the others. With --sizes STORE: the bytes a token of that store alone.
 """
 
 from __future__ import annotations
@@ -215,6 +215,12 @@ def encodings(root: Path) -> pl.DataFrame:
     return pl.DataFrame(rows)
 
 
+def show(title: str, table: pl.DataFrame) -> None:
+    with pl.Config(tbl_rows=-1, float_precision=2, tbl_hide_dataframe_shape=True,
+                   tbl_hide_column_data_types=True, tbl_formatting="ASCII_MARKDOWN"):  # fmt: skip
+        print(f"\n{title}\n{table}")
+
+
 def machine() -> str:
     """What this was measured on."""
     model = platform.processor() or platform.machine()
@@ -231,7 +237,11 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=100)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--store", help="keep the store here and use it again")
+    parser.add_argument("--sizes", metavar="STORE", help="only the bytes a token of this store")
     arguments = parser.parse_args()
+    if arguments.sizes:
+        show("bytes a token on disk", bytes_per_token(Path(arguments.sizes)))
+        return
     with tempfile.TemporaryDirectory() as scratch:
         root = Path(arguments.store or scratch) / "bench"
         if not (root / "canopy.duckdb").exists():
@@ -257,10 +267,8 @@ def main() -> None:
         print(f"the loop takes {median['PyTorch loop'] / median['query']:.1f} times the query")
         print(f"the query takes {median['query'] / median['bare scan']:.2f} times the bare scan; "
               f"aim: at most 3 x + 0.3 s = {3 * median['bare scan'] + 0.3:.2f} s")  # fmt: skip
-        with pl.Config(tbl_rows=-1, float_precision=2, tbl_hide_dataframe_shape=True,
-                       tbl_hide_column_data_types=True, tbl_formatting="ASCII_MARKDOWN"):  # fmt: skip
-            print("\nbytes a token on disk\n", bytes_per_token(root))
-            print("\nbytes a token by encoding, zstd after it\n", encodings(root))
+        show("bytes a token on disk", bytes_per_token(root))
+        show("bytes a token by encoding, zstd after it", encodings(root))
 
 
 if __name__ == "__main__":
