@@ -7,6 +7,7 @@
 """
 
 from canopy_store._version import __version__
+from canopy_store.comparison import compare
 from canopy_store.errors import (
     CanopyError,
     ConflictError,
@@ -15,6 +16,8 @@ from canopy_store.errors import (
     UsageError,
 )
 from canopy_store.importing import import_rollouts
+from canopy_store.power import power
+from canopy_store.selections import select_lengths, select_reward
 from canopy_store.sql import connect as open
 from canopy_store.sql import read
 from canopy_store.status import status
@@ -27,9 +30,13 @@ __all__ = [
     "StoreError",
     "UsageError",
     "__version__",
+    "compare",
     "import_rollouts",
     "init",
     "open",
+    "power",
     "read",
+    "select_lengths",
+    "select_reward",
     "status",
 ]

@@ -14,8 +14,11 @@ import duckdb
 
 import canopy_store
 from canopy_store import sql, store
+from canopy_store.comparison import compare
 from canopy_store.errors import CanopyError, UsageError
 from canopy_store.importing import import_rollouts
+from canopy_store.power import power
+from canopy_store.selections import select_lengths, select_reward
 from canopy_store.status import status
 
 _STORE = click.option("--store", "root", required=True, metavar="DIR", envvar="CANOPY_STORE",
@@ -118,10 +121,11 @@ def sql_command(query: str, root: str, form: str, incomplete: bool) -> None:
     """Run a DuckDB QUERY over the store's tables and views; nothing else can be read or written.
 
     \b
-    Views:   rollout_metrics, prompt_metrics, model_metrics, ce_star_decomposition,
+    Views:   selected_rollouts, rollout_metrics, prompt_metrics, model_metrics, ce_star_decomposition,
              entropy_trajectory, eos_trajectory, length_terciles, model_length_terciles,
              panel, logging_check
-    Tables:  models, prompts, runs, rollouts, scores, embeddings, embedding_spectra, rewards
+    Tables:  models, prompts, runs, rollouts, scores, embeddings, embedding_spectra, selections,
+             rewards
     Macro:   vendi_score(eigenvalues, q)
     \b
     Examples:
@@ -161,6 +165,132 @@ def status_command(root: str, form: str) -> None:
                 f"incomplete: {row['run_id']}: {row['shards']} of {planned} shards; "
                 "run its ingest again with the same settings to finish it"
             )
+
+
+@cli.group()
+def select() -> None:
+    """Name a subset of the rollouts; every view carries it beside 'all', in the column selection."""
+
+
+@select.command("reward")
+@_STORE
+@click.option("--keep", required=True, type=float, help="Share of a prompt's rollouts: 0.7 keeps 70%.")
+@click.option("--reward-model", metavar="NAME", help="Needed where the store has several.")
+@click.option("--name", metavar="NAME", help="Name of the selection [default: reward_top_70 for 0.7].")
+def select_reward_command(root: str, keep: float, **options: Any) -> None:
+    """Keep each prompt's best rollouts: the ceil(keep * M) highest rewards.
+
+    \b
+    Example:
+      canopy select reward --store S --keep 0.7
+      canopy sql "select selection, variant, ce_star from model_metrics" --store S
+    """
+    click.echo(f"{root}: selection {select_reward(root, keep, **options)}")
+
+
+@select.command("lengths")
+@_STORE
+@click.option("--baseline", default="base", show_default=True, metavar="V")
+@click.option("--caliper", default=0.1, show_default=True,
+              help="A pair's lengths differ by at most this share.")  # fmt: skip
+@click.option("--run", "runs", multiple=True, metavar="RUN", help="Only this run; repeatable.")
+@click.option("--name", metavar="NAME", help="[default: lengths_matched_VARIANT, one a variant]")
+def select_lengths_command(root: str, **options: Any) -> None:
+    """Pair rollouts of two variants by length, within each prompt; what has no partner is left out.
+
+    A comparison on the selection holds length fixed.
+
+    \b
+    Example:
+      canopy select lengths --store S --baseline base
+      canopy compare --store S --selection lengths_matched_sft
+    """
+    for name in select_lengths(root, **options):
+        click.echo(f"{root}: selection {name}")
+
+
+_COMPARED = (
+    click.option("--baseline", default="base", show_default=True, metavar="V",
+                 help="Variant the others are compared with, within their family."),
+    click.option("--selection", default="all", show_default=True, metavar="NAME"),
+    click.option("--embedder", metavar="NAME", help="Needed where the store has several."),
+    click.option("--run", "runs", multiple=True, metavar="RUN", help="Only this run; repeatable."),
+)  # fmt: skip
+
+
+def _comparison_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    for option in reversed(_COMPARED):
+        command = option(command)
+    return command
+
+
+@cli.command("compare")
+@_STORE
+@_comparison_options
+@click.option("--metric", "metrics", multiple=True, metavar="NAME",
+              help="Column of model_metrics; repeatable [default: the main ones].")  # fmt: skip
+@click.option("--by", type=click.Choice(["task", "family", "all"]),
+              help="Only this level of pooling [default: all three].")  # fmt: skip
+@click.option("--resample", type=click.Choice(["prompts", "both", "rollouts"]), default="prompts",
+              show_default=True, help="What the bootstrap draws.")  # fmt: skip
+@click.option("--replicates", default=2000, show_default=True)
+@click.option("--confidence", default=0.95, show_default=True)
+@click.option("--margin", "margins", multiple=True, metavar="NAME=SIZE",
+              help="Test equivalence: |delta| below SIZE, in the metric's unit or as 5%.")  # fmt: skip
+@click.option("--seed", default=42, show_default=True)
+@click.option("--format", "form", type=click.Choice(_FORMATS), default="table", show_default=True)
+def compare_command(root: str, margins: tuple[str, ...], form: str, **options: Any) -> None:
+    """Compare each variant with the baseline of its family, prompt by prompt.
+
+    Deltas with intervals from the paired bootstrap over prompts, and p-values adjusted over all that
+    is shown. The table has the main columns, csv, json and parquet have all.
+
+    \b
+    Examples:
+      canopy compare --store S
+      canopy compare --store S --metric rho_pearson --by task --format csv > rho.csv
+      canopy compare --store S --selection reward_top_70 --margin entropy_rate=5%
+    """
+    sizes = {}
+    for text in margins:
+        name, equals, size = text.partition("=")
+        if not equals:
+            raise UsageError(f"--margin {text}: needs NAME=SIZE, as in ce_star=5%")
+        sizes[name] = size
+    import polars as pl
+
+    frame = compare(root, margins=sizes, **options)
+    if form == "table":
+        left = int(frame["n_left_out"].max() or 0)  # type: ignore[arg-type]
+        short = ["family", "task", "variant", "metric", "n_prompts", "baseline", "treated", "delta",
+                 "delta_ci_low", "delta_ci_high", "percent_delta", "p_holm"]  # fmt: skip
+        short += ["equivalent"] if sizes else []
+        p = pl.col("p_holm").map_elements("{:.2g}".format, return_dtype=pl.String)
+        _print(duckdb.from_arrow(frame.select(short).with_columns(p).to_arrow()), form)
+        if left:
+            click.echo(f"up to {left} prompts a row are in one variant only and are left out")
+        return
+    _print(duckdb.from_arrow(frame.to_arrow()), form)
+
+
+@cli.command("power")
+@_STORE
+@_comparison_options
+@click.option("--metric", required=True, metavar="NAME", help="ce_star, entropy_rate, rho_pearson, …")
+@click.option("--delta", required=True, type=float, help="Change to detect, in the metric's unit.")
+@click.option("--samples", multiple=True, type=int, metavar="M", default=(4, 8, 16, 32, 64, 128),
+              help="Rollouts per prompt; repeatable [default: 4 to 128].")  # fmt: skip
+@click.option("--power", default=0.8, show_default=True, help="Chance to detect it.")
+@click.option("--alpha", default=0.05, show_default=True, help="Two-sided level.")
+@click.option("--format", "form", type=click.Choice(_FORMATS), default="table", show_default=True)
+def power_command(root: str, form: str, **options: Any) -> None:
+    """How many prompts and samples a study needs, taking the store as pilot.
+
+    \b
+    Example:
+      canopy power --store S --metric rho_pearson --delta 0.1
+    """
+    _print(duckdb.from_arrow(power(root, **options).to_arrow()), form)
 
 
 @cli.command()

@@ -10,6 +10,7 @@ import pyarrow as pa
 
 from canopy_store import store
 from canopy_store.errors import DataError
+from canopy_store.schema import TABLES
 
 
 def spectrum(embeddings: np.ndarray) -> tuple[np.ndarray, np.ndarray, list[float | None]]:
@@ -37,7 +38,7 @@ def write_embeddings(
 ) -> None:  # fmt: skip
     """Writes one shard of embeddings (rows, d) at unit length, then its prompts' spectra.
 
-    The spectra come last: a shard that has them is done.
+    The spectra come last, those of every selection too: a shard that has them is done.
 
     Raises
     ------
@@ -57,25 +58,52 @@ def write_embeddings(
     flat = pa.FixedSizeListArray.from_arrays(pa.array(unit.reshape(-1)), dimension)
     keys = {"run_id": [run_id] * len(unit), "prompt_id": prompt_ids, "sample": samples}
     where = store.folder(root, "embeddings", embedder=embedder, run=run_id)
-    store.write_rows(
-        store.shard_path(where, shard),
-        "embeddings",
-        {**keys, "embedding": flat},
-        embedding_dim=dimension,
-    )
+    path = store.shard_path(where, shard)
+    store.write_rows(path, "embeddings", {**keys, "embedding": flat}, embedding_dim=dimension)
+    _write_spectra(root, embedder, run_id, shard, "all", prompt_ids, samples, unit)
+    add_spectra(root, embedder, run_id, shard)
+
+
+def add_spectra(root: Path, embedder: str, run_id: str, shard: int) -> None:
+    """Writes the spectra that an embedded shard lacks: one file for each selection of its run."""
+    subset = None
+    for selection, chosen in store.selections(root, run_id):
+        where = store.folder(
+            root, "embedding_spectra", embedder=embedder, selection=selection, run=run_id
+        )
+        if store.shard_path(where, shard).exists():
+            continue
+        if subset is None:
+            folder = store.folder(root, "embeddings", embedder=embedder, run=run_id)
+            data = store.read_rows(store.shard_path(folder, shard))
+            prompt_ids, samples = data["prompt_id"].to_pylist(), data["sample"].to_pylist()
+            lists = data["embedding"].combine_chunks()
+            subset = lists.flatten().to_numpy().reshape(len(data), -1)
+        members = set(zip(*(store.read_rows(chosen)[k].to_pylist() for k in ("prompt_id", "sample")),
+                          strict=True))  # fmt: skip
+        rows = [i for i, key in enumerate(zip(prompt_ids, samples, strict=True)) if key in members]
+        _write_spectra(root, embedder, run_id, shard, selection, [prompt_ids[i] for i in rows],
+                       [samples[i] for i in rows], subset[rows])  # fmt: skip
+
+
+def _write_spectra(
+    root: Path, embedder: str, run_id: str, shard: int, selection: str,
+    prompt_ids: Sequence[str], samples: Sequence[int], unit: np.ndarray,
+) -> None:  # fmt: skip
     ids, numbers = np.asarray(prompt_ids, dtype=object), np.asarray(samples, np.int32)
     spectra = []
     for prompt in dict.fromkeys(prompt_ids):
         mine = np.flatnonzero(ids == prompt)
         total, eigenvalues, distances = spectrum(unit[mine])
         spectra.append({
-            "run_id": run_id, "prompt_id": prompt, "selection": "all", "n": len(mine),
+            "run_id": run_id, "prompt_id": prompt, "n": len(mine),
             "samples": numbers[mine], "semantic_distances": distances,
             "embedding_sum": total, "eigenvalues": eigenvalues,
         })  # fmt: skip
-    where = store.folder(root, "embedding_spectra", embedder=embedder, run=run_id)
+    where = store.folder(root, "embedding_spectra", embedder=embedder, selection=selection, run=run_id)
+    names = [column.name for column in TABLES["embedding_spectra"].columns]
     store.write_rows(
         store.shard_path(where, shard),
         "embedding_spectra",
-        {name: [row[name] for row in spectra] for name in spectra[0]},
+        {name: [row[name] for row in spectra] for name in names},
     )

@@ -4,7 +4,8 @@
     ├── UsageError         exit code 2: a wrong call
     ├── StoreError         the store's folder or a file in it cannot be read or written
     ├── DataError          data that fails: names the file, row or column
-    └── ConflictError      the same name with other settings: names each that differs
+    ├── ConflictError      the same name with other settings: names each that differs
+    └── FitError           a model that cannot be fitted to this panel: names the term or the level
 
 Only the command line catches them.
 """
@@ -37,6 +38,10 @@ class DataError(CanopyError):
 
 class ConflictError(CanopyError):
     """Something of this name is stored with other settings."""
+
+
+class FitError(CanopyError):
+    """A model that cannot be fitted to this panel."""
 
 
 def differences(stored: Mapping[str, Any], asked: Mapping[str, Any]) -> str:

@@ -198,7 +198,6 @@ TABLES: dict[str, Table] = {
             ("run_id", "prompt_id", "embedder", "selection"),
             (
                 _RUN_ID, _PROMPT_ID,
-                _c("selection", "VARCHAR", "Named subset of the rollouts; 'all' is every one."),
                 _c("n", "INTEGER", "Rollouts in the subset."),
                 _c("samples", "INTEGER[]", "Sample numbers of the subset."),
                 _c("semantic_distances", "DOUBLE[]",
@@ -207,7 +206,13 @@ TABLES: dict[str, Table] = {
                 _c("eigenvalues", "DOUBLE[]",
                    "Eigenvalues of the cosine kernel / n, largest first; they sum to 1."),
             ),
-            ("embedder", "run"),
+            ("embedder", "selection", "run"),
+        ),
+        Table(
+            "selections", "one row per rollout of a named subset",
+            ("run_id", "prompt_id", "sample", "selection"),
+            (_RUN_ID, _PROMPT_ID, _SAMPLE),
+            ("selection", "run"),
         ),
         Table(
             "rewards", "one row per rollout under a reward model",
@@ -221,6 +226,7 @@ TABLES: dict[str, Table] = {
 _PATH_DOCS = (
     _FAMILY, _VARIANT, _TASK,
     _c("embedder", "VARCHAR", "Embedding model; 'none' in views where nothing is embedded."),
+    _c("selection", "VARCHAR", "Named subset of the rollouts; 'all' is every one."),
     _c("reward_model", "VARCHAR", "Reward model."),
     _c("scorer_id", "VARCHAR", "The scoring model."),
 )  # fmt: skip

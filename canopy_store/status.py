@@ -51,7 +51,9 @@ def status(root: str | Path) -> pl.DataFrame:
 def _embedders(root: Path, run_id: str, shards: int) -> list[str]:
     found = []
     for where in sorted((root / "embedding_spectra").glob("embedder=*")):
-        done = len(list((where / f"run={store.quoted(run_id)}").glob("part-*.parquet")))
+        done = len(
+            list((where / "selection=all" / f"run={store.quoted(run_id)}").glob("part-*.parquet"))
+        )
         if done:
             name = store.unquoted(where.name.partition("=")[2])
             found.append(name if done == shards else f"{name} ({done}/{shards})")

@@ -4,8 +4,10 @@
     STORE/models/<model>.parquet                            one row a file
     STORE/prompts/task=…/<content hash>.parquet
     STORE/rollouts/family=…/variant=…/task=…/run=…/part-00000.parquet
-    STORE/embeddings/embedder=…/run=…/part-00000.parquet    likewise spectra, rewards, scores
+    STORE/embeddings/embedder=…/run=…/part-00000.parquet    likewise rewards, scores
+    STORE/embedding_spectra/embedder=…/selection=…/run=…/part-00000.parquet
     STORE/runs/<run>.parquet                                written last: the run is complete
+    STORE/selections/selection=…/run=…/part-00000.parquet   one file a run
     STORE/plans/<name>.json                                 settings that a resumed job must repeat
     STORE/canopy.duckdb                                     views only, rebuilt at will
 
@@ -284,7 +286,7 @@ def add_model(root: Path, row: Mapping[str, Any]) -> str:
                 f"{differences({k: stored[k] for k in known}, known)}; give another --variant"
             )
         return model_id
-    new = {"treatment": "base", "generation": 0, "parent_id": None, **said, "model_id": model_id}
+    new = {"treatment": row["variant"], "generation": 0, "parent_id": None, **said, "model_id": model_id}
     if new["parent_id"]:
         new["generation"] = said.get("generation") or 1 + _generation(root, new["parent_id"])
     write_rows(path, "models", {key: [value] for key, value in new.items()})
@@ -332,7 +334,7 @@ def plan(root: Path, kind: str, name: str, settings: Mapping[str, Any]) -> bool:
         return False
     stored = read_plan(path)["settings"]
     if stored != asked:
-        option = {"run": "--run", "embedder": "--name"}[kind]
+        option = "--run" if kind == "run" else "--name"
         raise ConflictError(
             f"{kind} {name} is stored with other settings: {differences(stored, asked)}; "
             f"repeat the stored ones to resume, or give it another name with {option}"
@@ -393,6 +395,13 @@ def complete_run(root: Path, where: Path, row: Mapping[str, Any]) -> None:
     }  # fmt: skip
     columns = {key: [value] for key, value in {**row, **counted}.items()}
     write_rows(root / "runs" / f"{quoted(row['run_id'])}.parquet", "runs", columns)
+
+
+def selections(root: Path, run_id: str) -> list[tuple[str, Path]]:
+    """Name and file of each selection that the run has."""
+    found = [(unquoted(path.name.partition("=")[2]), path) for path in (root / "selections").glob("*=*")]
+    files = [(name, shard_path(path / f"run={quoted(run_id)}", 0)) for name, path in sorted(found)]
+    return [(name, file) for name, file in files if file.exists()]
 
 
 def check_name(option: str, value: str) -> str:

@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 from sentence_transformers import SentenceTransformer
 
 from canopy_store import sql, store
-from canopy_store.embeddings import write_embeddings
+from canopy_store.embeddings import add_spectra, write_embeddings
 from canopy_store.errors import DataError, StoreError
 from canopy_store.ingest import models
 from canopy_store.ingest.rollouts import Progress
@@ -74,10 +74,14 @@ def ingest_embeddings(
     store.plan(root, "embedder", name, settings)
     todo = []
     for run in chosen:
-        where = store.folder(root, "embedding_spectra", embedder=name, run=run["run_id"])
+        where = store.folder(
+            root, "embedding_spectra", embedder=name, selection="all", run=run["run_id"]
+        )
         store.remove_leftovers(where)
         for number, shard in enumerate(run["shards"]):
-            if not store.shard_path(where, number).exists():
+            if store.shard_path(where, number).exists():
+                add_spectra(root, name, run["run_id"], number)
+            else:
                 todo.append((run["run_id"], number, shard, pq.read_metadata(shard).num_rows))
     every = sum(pq.read_metadata(shard).num_rows for run in chosen for shard in run["shards"])
     progress.start(every, every - sum(rows for *_, rows in todo))

@@ -23,6 +23,7 @@ from canopy_store.schema import COLUMNS, TABLES, view_columns
 
 # In order: a view stands on tables and on views before it.
 VIEWS = (
+    "selected_rollouts",
     "rollout_metrics",
     "prompt_metrics",
     "model_metrics",

@@ -2,9 +2,9 @@
 -- keys: run_id, selection
 -- source: docs/measures.md, 'Decompositions': both are exact identities
 with rollout as (
-    select family, variant, task, run_id, prompt_id, 'all' as selection, n_tokens::double as n,
+    select family, variant, task, run_id, prompt_id, selection, n_tokens::double as n,
         entropy_sum, entropy_sum / n_tokens as r, stop_entropy_sum
-    from rollouts
+    from selected_rollouts
 ),
 per_prompt as (
     select family, variant, task, run_id, prompt_id, selection,

@@ -2,9 +2,9 @@
 -- keys: run_id, selection
 -- source: docs/measures.md, 'Self-check of logged data'
 with excess as (
-    select family, variant, task, run_id, 'all' as selection,
+    select family, variant, task, run_id, selection,
         surprisal_sum - entropy_sum as x
-    from rollouts
+    from selected_rollouts
     where surprisal_sum is not null
 ),
 summed as (

@@ -3,10 +3,9 @@
 -- source: metrics of a single rollout; arXiv 2605.30844, section on conditional entropy rate
 with distances as (
     -- stored beside the spectrum, so that no embedding is read
-    select run_id, prompt_id, embedder,
+    select run_id, prompt_id, embedder, selection,
         unnest(samples) as sample, unnest(semantic_distances) as semantic_distance
     from embedding_spectra
-    where selection = 'all'
 ),
 run_embedders as (
     select distinct run_id, embedder from embedding_spectra
@@ -14,7 +13,7 @@ run_embedders as (
 select
     r.family, r.variant, r.task, r.run_id, r.prompt_id, r.sample,
     coalesce(m.embedder, 'none') as embedder,
-    'all' as selection,
+    r.selection,
     r.n_tokens,
     r.finish_reason,
     r.entropy_sum,
@@ -23,8 +22,8 @@ select
     r.entropy_sum - r.stop_entropy_sum as content_entropy_sum,
     r.entropy_sum / r.n_tokens as entropy_rate,
     d.semantic_distance
-from rollouts r
+from selected_rollouts r
 left join run_embedders m using (run_id)
 left join distances d
     on d.run_id = r.run_id and d.prompt_id = r.prompt_id and d.sample = r.sample
-    and d.embedder = m.embedder
+    and d.embedder = m.embedder and d.selection = r.selection

@@ -1,4 +1,4 @@
-"""The paper's own values: every golden number of selection 'all', through import and the views."""
+"""The paper's own values: every golden number, through import, selection and the views."""
 
 from __future__ import annotations
 
@@ -36,8 +36,11 @@ TERCILES = "semantic_diversity_by_length_tercile."
 KEYS = ("family", "variant", "task", "prompt_id", "selection")
 
 
-def all_of(section: str) -> list[dict]:
-    return [row for row in EXPECTED[section] if row.get("selection", "all") == "all"]
+SELECTIONS = ("all", "reward_top_70")
+
+
+def of(section: str, selection: str) -> list[dict]:
+    return [row for row in EXPECTED[section] if row.get("selection", "all") == selection]
 
 
 def name_of(row: dict) -> str:
@@ -67,12 +70,13 @@ def store(tmp_path_factory):
     root = tmp_path_factory.mktemp("golden") / "store"
     limit = EXPECTED["max_new_tokens"]
     canopy_store.import_rollouts(root, GOLDEN / "rollouts.parquet", max_new_tokens=limit)
+    assert canopy_store.select_reward(root, 0.7) == "reward_top_70"
     with canopy_store.open(root) as con:
         yield con
 
 
-def rows(con, view: str, *keys: str) -> dict[tuple, dict]:
-    found = con.sql(f"select * from {view} where selection = 'all'").pl().to_dicts()
+def rows(con, view: str, selection: str, *keys: str) -> dict[tuple, dict]:
+    found = con.sql(f"select * from {view} where selection = '{selection}'").pl().to_dicts()
     table = {tuple(row[key] for key in keys): row for row in found}
     assert len(table) == len(found)
     return table
@@ -91,11 +95,12 @@ def compare(expected: dict, metrics: dict, terciles: dict[str, dict]) -> list[st
     return wrong
 
 
-def test_every_prompt(store):
+@pytest.mark.parametrize("selection", SELECTIONS)
+def test_every_prompt(store, selection):
     keys = ("family", "variant", "task", "prompt_id")
-    metrics = rows(store, "prompt_metrics", *keys)
-    terciles = rows(store, "length_terciles", *keys, "tercile")
-    golden = all_of("prompts")
+    metrics = rows(store, "prompt_metrics", selection, *keys)
+    terciles = rows(store, "length_terciles", selection, *keys, "tercile")
+    golden = of("prompts", selection)
     assert len(golden) == len(metrics) == 96
     wrong = []
     for expected in golden:
@@ -107,11 +112,12 @@ def test_every_prompt(store):
     assert not wrong, "\n".join(wrong)
 
 
-def test_every_pooled_row(store):
+@pytest.mark.parametrize("selection", SELECTIONS)
+def test_every_pooled_row(store, selection):
     keys = ("family", "variant", "task")
-    metrics = rows(store, "model_metrics", *keys)
-    terciles = rows(store, "model_length_terciles", *keys, "tercile")
-    golden = all_of("pooled")
+    metrics = rows(store, "model_metrics", selection, *keys)
+    terciles = rows(store, "model_length_terciles", selection, *keys, "tercile")
+    golden = of("pooled", selection)
     assert len(golden) == len(metrics) == 8
     wrong = []
     for expected in golden:
@@ -124,9 +130,9 @@ def test_every_pooled_row(store):
 
 def test_the_running_entropy_rate(store):
     keys = ("family", "variant", "task", "position")
-    trajectory = rows(store, "entropy_trajectory", *keys)
+    trajectory = rows(store, "entropy_trajectory", "all", *keys)
     wrong = []
-    for expected in all_of("running_entropy_rate"):
+    for expected in of("running_entropy_rate", "all"):
         points = zip(
             expected["position"], expected["active"], expected["mean_entropy_rate"], strict=True
         )

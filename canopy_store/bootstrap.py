@@ -1,0 +1,193 @@
+"""Pooling over prompts and its paired bootstrap, as matrix products.
+
+Every pooled measure is ``out(sum w f(x) / sum w)`` over prompts, with x a column of prompt_metrics. A
+replicate that draws prompt p c_p times is the same with w c_p: all replicates are one product of the
+counts (B, P) with the weighted values (P, K). The view model_metrics pools the same way in SQL; a test
+holds the two together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import polars as pl
+
+Array = np.ndarray
+
+
+@dataclass(frozen=True)
+class Measure:
+    """How a column of prompt_metrics pools over prompts; ``positive`` ones have a percent delta."""
+
+    column: str
+    into: Callable[[Array], Array] = np.asarray
+    out: Callable[[Array], Array] = np.asarray
+    weight: str = "one"  # one, length, fisher (n - 3), pairs (n (n - 1) / 2) or freedom (n - 1)
+    positive: bool = True
+
+
+def _fisher_z(r: Array) -> Array:
+    return np.arctanh(np.clip(r, -0.999999, 0.999999))
+
+
+MEASURES: dict[str, Measure] = {
+    "ce_star": Measure("ce_star"),
+    "surprisal_mean": Measure("surprisal_mean"),
+    "mean_length": Measure("mean_length"),
+    "entropy_rate": Measure("entropy_rate"),
+    # exp(mean CE* / mean length) is exp of the mean of CE* / length weighted by length
+    "gen_ppl": Measure("nats_per_token", out=np.exp, weight="length"),
+    "branching_factor": Measure("entropy_rate", out=np.exp),
+    "canopy_size_log10": Measure("canopy_size_log10"),
+    "rho_pearson": Measure("rho_pearson", _fisher_z, np.tanh, "fisher", False),
+    "rho_spearman": Measure("rho_spearman", _fisher_z, np.tanh, "fisher", False),
+    "rho_kendall": Measure("rho_kendall", weight="pairs", positive=False),
+    "cov_length_rate": Measure("cov_length_rate", weight="freedom", positive=False),
+    "truncation_rate": Measure("truncation_rate"),
+    "semantic_diversity": Measure("semantic_diversity"),
+    "rho_length_diversity_pearson": Measure(
+        "rho_length_diversity_pearson", _fisher_z, np.tanh, "fisher", False
+    ),
+    "rho_length_diversity_spearman": Measure(
+        "rho_length_diversity_spearman", _fisher_z, np.tanh, "fisher", False
+    ),
+    "rho_length_diversity_kendall": Measure(
+        "rho_length_diversity_kendall", weight="pairs", positive=False
+    ),
+    "cov_length_diversity": Measure("cov_length_diversity", weight="freedom", positive=False),
+    "vendi_score": Measure("vendi_score", np.log, np.exp),
+}
+
+
+def weighted_values(values: Mapping[str, Array], names: Sequence[str]) -> tuple[Array, Array]:
+    """``w f(x)`` and ``w``, both (..., K), of prompts' columns (...); an undefined x weighs nothing.
+
+    ``values`` has n_rollouts, mean_length and ce_star beside the columns of the measures named.
+    """
+    n, length = values["n_rollouts"], values["mean_length"]
+    weights = {
+        "one": np.ones_like(length), "length": length, "fisher": np.maximum(n - 3, 0),
+        "pairs": n * (n - 1) / 2, "freedom": n - 1,
+    }  # fmt: skip
+    tops, bottoms = [], []
+    for name in names:
+        measure = MEASURES[name]
+        x = values["ce_star"] / length if name == "gen_ppl" else values[measure.column]
+        with np.errstate(invalid="ignore", divide="ignore"):
+            z = measure.into(x)
+        known = np.isfinite(z)
+        w = np.where(known, weights[measure.weight], 0.0)
+        tops.append(np.where(known, z, 0.0) * w)
+        bottoms.append(w)
+    return np.stack(tops, -1), np.stack(bottoms, -1)
+
+
+def pooled(top: Array, bottom: Array, names: Sequence[str]) -> Array:
+    """The measures (..., K) of sums (..., K) over prompts; NaN where no prompt has the value."""
+    with np.errstate(invalid="ignore", divide="ignore"):
+        mean = top / bottom
+    return np.stack([MEASURES[name].out(mean[..., k]) for k, name in enumerate(names)], -1)
+
+
+def columns_of(rows: pl.DataFrame) -> dict[str, Array]:
+    """prompt_metrics as float64 arrays (P,), NULL as NaN."""
+    return {
+        name: rows[name].cast(pl.Float64).fill_null(np.nan).to_numpy()
+        for name, kind in rows.schema.items()
+        if kind.is_numeric()
+    }
+
+
+def draw_prompts(prompts: int, replicates: int, seed: int | Sequence[int]) -> Array:
+    """(B, P) indices of the prompts drawn, with replacement."""
+    return np.random.default_rng(seed).integers(0, prompts, (replicates, prompts))
+
+
+def counts_of(drawn: Array) -> Array:
+    """(B, P) how often each prompt was drawn."""
+    replicates, prompts = drawn.shape
+    flat = drawn + prompts * np.arange(replicates)[:, None]
+    return np.bincount(flat.ravel(), minlength=drawn.size).reshape(drawn.shape).astype(float)
+
+
+@dataclass(frozen=True)
+class Rollouts:
+    """One prompt's rollouts: lengths, sums and rates (M,), and the cosine kernel (M, M) if embedded."""
+
+    n_tokens: Array
+    entropy_sum: Array
+    surprisal_sum: Array
+    entropy_rate: Array
+    cut: Array
+    kernel: Array | None = None
+
+
+# What the second level draws anew. Vendi scores and length-diversity correlations would need an
+# eigendecomposition or distances anew for each draw.
+ROLLOUT_LEVEL = (
+    "ce_star", "surprisal_mean", "mean_length", "entropy_rate", "gen_ppl", "branching_factor",
+    "canopy_size_log10", "rho_pearson", "rho_spearman", "rho_kendall", "cov_length_rate",
+    "truncation_rate", "semantic_diversity",
+)  # fmt: skip
+
+
+def redraw(rollouts: Rollouts, draws: int, rng: np.random.Generator) -> dict[str, Array]:
+    """The prompt's columns (S,), each of ``draws`` S times from M rollouts drawn with replacement.
+
+    Two copies of one rollout are no pair: diversity is over pairs of distinct rollouts.
+    """
+    m = len(rollouts.n_tokens)
+    flat = rng.integers(0, m, (draws, m)) + m * np.arange(draws)[:, None]
+    c = np.bincount(flat.ravel(), minlength=draws * m).reshape(draws, m).astype(float)  # (S, M)
+    n, r = rollouts.n_tokens.astype(float), rollouts.entropy_rate
+    values = {
+        "n_rollouts": np.full(draws, float(m)), "mean_length": c @ n / m,
+        "ce_star": c @ rollouts.entropy_sum / m, "surprisal_mean": c @ rollouts.surprisal_sum / m,
+        "entropy_rate": c @ r / m, "truncation_rate": c @ rollouts.cut / m,
+    }  # fmt: skip
+    values["canopy_size_log10"] = values["ce_star"] / np.log(10)
+    # rounded as in the view, so that the last bits of a sum make no rank
+    signs_n, signs_r = (np.sign(v[:, None] - v[None, :]) for v in (n, np.round(r, 12)))
+    values["rho_pearson"], covariance = _correlation(
+        c, np.broadcast_to(n, c.shape), np.broadcast_to(r, c.shape)
+    )
+    values["cov_length_rate"] = covariance * (m / (m - 1) if m > 1 else np.nan)
+    values["rho_spearman"], _ = _correlation(c, c @ signs_n.T, c @ signs_r.T)
+    agree, in_n, in_r = (
+        ((c @ s) * c).sum(1) for s in (signs_n * signs_r, np.abs(signs_n), np.abs(signs_r))
+    )
+    with np.errstate(invalid="ignore", divide="ignore"):
+        values["rho_kendall"] = agree / np.sqrt(in_n * in_r)
+        if rollouts.kernel is not None:
+            same = (c**2).sum(1)
+            values["semantic_diversity"] = 1 - (((c @ rollouts.kernel) * c).sum(1) - same) / (
+                m**2 - same
+            )
+        else:
+            values["semantic_diversity"] = np.full(draws, np.nan)
+    return values
+
+
+def _correlation(c: Array, x: Array, y: Array) -> tuple[Array, Array]:
+    """Pearson's correlation and population covariance (S,) of x and y (S, M) with weights c (S, M)."""
+    m = c.sum(1)
+    dx = x - (c * x).sum(1, keepdims=True) / m[:, None]
+    dy = y - (c * y).sum(1, keepdims=True) / m[:, None]
+    covariance, vx, vy = ((c * a * b).sum(1) / m for a, b in ((dx, dy), (dx, dx), (dy, dy)))
+    known = (vx > 1e-18 * (1 + (x**2).max(1))) & (vy > 1e-18 * (1 + (y**2).max(1)))
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.where(known, covariance / np.sqrt(vx * vy), np.nan), covariance
+
+
+def redraw_slots(
+    prompts: Sequence[Rollouts], drawn: Array, rng: np.random.Generator
+) -> dict[str, Array]:
+    """The columns (B, P) of every drawn slot, its rollouts drawn anew: the second level."""
+    columns: dict[str, Array] = {}
+    for p, rollouts in enumerate(prompts):
+        at = drawn == p
+        for name, values in redraw(rollouts, int(at.sum()), rng).items():
+            columns.setdefault(name, np.full(drawn.shape, np.nan))[at] = values
+    return columns

@@ -1,0 +1,396 @@
+"""Controlled comparisons: each variant of a family against its baseline, prompt by prompt."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import duckdb
+import numpy as np
+import polars as pl
+
+from canopy_store import bootstrap, sql
+from canopy_store.bootstrap import MEASURES, ROLLOUT_LEVEL, Array
+from canopy_store.errors import DataError, UsageError
+from canopy_store.selections import only_runs, require_one_run
+
+DEFAULT_METRICS = (
+    "ce_star", "entropy_rate", "mean_length", "branching_factor", "rho_pearson", "rho_spearman",
+    "rho_kendall", "semantic_diversity", "vendi_score", "truncation_rate",
+)  # fmt: skip
+LEVELS = ("task", "family", "all")
+POOLED = "(all)"
+_PARTS = ("baseline", "treated", "delta", "percent_delta")
+
+
+def compare(
+    root: str | Path,
+    *,
+    baseline: str = "base",
+    metrics: Sequence[str] = (),
+    by: str | None = None,
+    selection: str = "all",
+    embedder: str | None = None,
+    runs: Sequence[str] = (),
+    resample: str = "prompts",
+    replicates: int = 2000,
+    confidence: float = 0.95,
+    margins: Mapping[str, float | str] | None = None,
+    seed: int = 42,
+) -> pl.DataFrame:
+    """One row per family, task, variant and metric: baseline, treated, delta and percent delta.
+
+    Each with its standard error and percentile interval from the paired bootstrap: prompts are drawn
+    with replacement, the same draw for both variants, with all their rollouts. Task ``(all)`` pools
+    over tasks, drawing within each; family ``(all)`` over families too, which share the draw of a
+    prompt. Prompts that one variant lacks are left out and counted in ``n_left_out``.
+
+    Parameters
+    ----------
+    root : path of the store
+    baseline : the variant every other is compared with, within its family
+    metrics : columns of model_metrics; by default the main ones the store has
+    by : 'task' (each family and task), 'family' (pooled over tasks), 'all'; by default all three
+    selection : the subset of rollouts compared
+    embedder : needed where the store has several
+    runs : only these runs
+    resample : what is drawn. 'prompts'; 'both': rollouts within each drawn prompt too, for designs
+        with few prompts (their noise then counts twice: conservative); 'rollouts': within the prompts
+        there are, for statements about these prompts alone
+    replicates : bootstrap replicates, B
+    confidence : of the intervals
+    margins : per metric the largest |delta| that counts as none, in its unit or as '5%' of the
+        baseline; adds a test of equivalence (two one-sided tests)
+    seed : of the bootstrap
+
+    Returns
+    -------
+    ``p`` is of delta = 0 by Student's t on the bootstrap's standard error, with n_prompts - 1 degrees
+    of freedom (rollouts less two a prompt where prompts are fixed); ``p_holm`` and ``p_bh`` are
+    adjusted over all rows of the frame.
+
+    Raises
+    ------
+    DataError
+        No such baseline, no other variant, no prompt in common, several runs of one model and task.
+    UsageError
+        An unknown metric, or several embedders and none named.
+    """
+    _check(by, resample, replicates, confidence)
+    rows, treatments, kernels = _read(root, selection, embedder, runs, resample != "prompts")
+    names = _metrics(metrics, rows, resample)
+    margins = dict(margins or {})
+    for name in margins:
+        if name not in names:
+            raise UsageError(f"--margin {name}: not among what is compared: {', '.join(names)}")
+    cells, left_out = _cells(rows, baseline)
+    draw = functools.lru_cache(maxsize=None)(
+        lambda prompts, key: (
+            np.tile(np.arange(prompts), (replicates, 1))
+            if resample == "rollouts"
+            else bootstrap.draw_prompts(prompts, replicates, key)
+        )
+    )
+    out = []
+    for level in LEVELS if by is None else (by,):
+        for (family, variant, task), group in _grouped(cells, level).items():
+            values, replicate_values, units = _evaluate(group, names, draw, seed, kernels)
+            sides = [side for cell in group.values() for side in cell]
+            rollouts = sum(int(side["n_rollouts"].sum()) for side in sides)
+            counted = {
+                "n_prompts": units,
+                "n_samples": round(rollouts / sum(len(side) for side in sides)),
+                "n_left_out": sum(left_out[key] for key in group),
+            }
+            freedom = (units if resample != "rollouts" else rollouts - 2 * units) - 1
+            for k, name in enumerate(names):
+                summary = _summary(name, values[..., k], replicate_values[..., k], confidence)
+                out.append({
+                    "level": level, "family": family, "task": task, "baseline_variant": baseline,
+                    "variant": variant, "treatment": treatments.get((family, variant)),
+                    "selection": selection, "metric": name, **counted, **summary,
+                    **_tests(summary, freedom, margins.get(name)),
+                })  # fmt: skip
+    return _adjusted(_without_repeats(pl.DataFrame(out, infer_schema_length=None)))
+
+
+Cells = dict[tuple[str, str, str], tuple[pl.DataFrame, pl.DataFrame]]
+
+
+def _check(by: str | None, resample: str, replicates: int, confidence: float) -> None:
+    if by is not None and by not in LEVELS:
+        raise UsageError(f"--by {by}: one of {', '.join(LEVELS)}")
+    if resample not in ("prompts", "both", "rollouts"):
+        raise UsageError(f"--resample {resample}: prompts, both or rollouts")
+    if replicates < 2:
+        raise UsageError(f"--replicates {replicates}: needs at least 2")
+    if not 0 < confidence < 1:
+        raise UsageError(f"--confidence {confidence}: needs more than 0 and less than 1")
+
+
+def _read(
+    root: str | Path, selection: str, embedder: str | None, runs: Sequence[str], rollouts: bool
+) -> tuple[pl.DataFrame, dict[tuple[str, str], str], dict[tuple[str, str], bootstrap.Rollouts]]:
+    """prompt_metrics of the selection, treatments, and for the second level each prompt's rollouts."""
+    with sql.connect(root) as con:
+        every = con.sql("from prompt_metrics").pl()
+        if every.is_empty():
+            raise DataError(f"{root}: no complete run; see: canopy status --store {root}")
+        if selection not in every["selection"]:
+            found = ", ".join(sorted(every["selection"].unique()))
+            raise DataError(f"--selection {selection}: not in the store; it has {found}")
+        embedder = one_embedder(every["embedder"], embedder)
+        rows = every.filter(selection=selection, embedder=embedder)
+        rows = only_runs(rows, runs)
+        require_one_run(rows)
+        treatments = {
+            (family, variant): treatment
+            for family, variant, treatment in con.sql(
+                "select family, variant, treatment from models"
+            ).fetchall()
+        }
+        kernels = _rollouts(con, rows, selection, embedder) if rollouts else {}
+    return rows, treatments, kernels
+
+
+def one_embedder(found: pl.Series, wanted: str | None) -> str:
+    """The embedder to use: the one wanted, or the only one there."""
+    names = sorted(found.unique())
+    if wanted is not None and wanted not in names:
+        raise DataError(f"--embedder {wanted}: not in the store; it has {', '.join(names)}")
+    real = [name for name in names if name != "none"]
+    if wanted is None and len(real) > 1:
+        raise UsageError(f"--embedder: the store has several: {', '.join(real)}")
+    return wanted or (real or names)[0]
+
+
+def _rollouts(
+    con: duckdb.DuckDBPyConnection, rows: pl.DataFrame, selection: str, embedder: str
+) -> dict[tuple[str, str], bootstrap.Rollouts]:
+    frame = con.sql(
+        "select m.run_id, m.prompt_id, m.n_tokens, m.entropy_sum, m.surprisal_sum, m.entropy_rate, "
+        "(m.finish_reason = 'length')::double as cut, e.embedding from rollout_metrics m "
+        "left join embeddings e using (run_id, prompt_id, sample, embedder) "
+        "where m.selection = ? and m.embedder = ? order by m.sample",
+        params=[selection, embedder],
+    ).pl()
+    frame = frame.filter(pl.col("run_id").is_in(rows["run_id"].unique().to_list()))
+    found = {}
+    for (run_id, prompt_id), group in frame.group_by(["run_id", "prompt_id"], maintain_order=True):
+        columns = bootstrap.columns_of(group)
+        kernel = None
+        if not group["embedding"].null_count():
+            unit = np.array(group["embedding"].to_list(), np.float64)
+            unit /= np.linalg.norm(unit, axis=1, keepdims=True)
+            kernel = unit @ unit.T
+        found[str(run_id), str(prompt_id)] = bootstrap.Rollouts(
+            **{
+                k: columns[k]
+                for k in ("n_tokens", "entropy_sum", "surprisal_sum", "entropy_rate", "cut")
+            },
+            kernel=kernel,
+        )
+    return found
+
+
+def _metrics(metrics: Sequence[str], rows: pl.DataFrame, resample: str) -> list[str]:
+    for name in metrics:
+        if name not in MEASURES:
+            raise UsageError(f"--metric {name}: one of {', '.join(MEASURES)}")
+    names = list(dict.fromkeys(metrics))
+    if not names:
+        known = {name for name in rows.columns if rows[name].null_count() < len(rows)}
+        names = [name for name in DEFAULT_METRICS if name in known]
+    if resample != "prompts":
+        cannot = [name for name in names if name not in ROLLOUT_LEVEL]
+        if cannot and metrics:
+            raise UsageError(f"--resample {resample}: not for {', '.join(cannot)}")
+        names = [name for name in names if name in ROLLOUT_LEVEL]
+    return names
+
+
+def _cells(rows: pl.DataFrame, baseline: str) -> tuple[Cells, dict[tuple[str, str, str], int]]:
+    """Per (family, variant, task): the two variants' rows of the prompts both have, in one order."""
+    variants = sorted(rows["variant"].unique())
+    if baseline not in variants:
+        raise DataError(f"--baseline {baseline}: no such variant; the store has {', '.join(variants)}")
+    if len(variants) == 1:
+        raise DataError(f"{baseline} is the only variant: there is nothing to compare it with")
+    # prompts numbered by an importer keep the order of their numbers
+    rows = rows.sort(pl.col("prompt_id").str.len_chars(), "prompt_id")
+    parts = {
+        (str(f), str(v), str(t)): part
+        for (f, v, t), part in rows.group_by(["family", "variant", "task"], maintain_order=True)
+    }
+    cells: Cells = {}
+    left_out = {}
+    for family, variant, task in sorted(parts):
+        base = parts.get((family, baseline, task))
+        if variant == baseline or base is None:
+            continue
+        treated = parts[family, variant, task]
+        common = set(base["prompt_id"]) & set(treated["prompt_id"])
+        key = (family, variant, task)
+        left_out[key] = len(set(base["prompt_id"]) ^ set(treated["prompt_id"]))
+        if common:
+            keep = pl.col("prompt_id").is_in(list(common))
+            cells[key] = (base.filter(keep), treated.filter(keep))
+    if not cells:
+        raise DataError(
+            f"no prompt is in both {baseline} and another variant of its family: comparisons are "
+            "paired by task and prompt_id, so sample both from the same prompts"
+        )
+    return cells, left_out
+
+
+def _grouped(cells: Cells, level: str) -> dict[tuple[str, str, str], Cells]:
+    """The cells that each row of a level pools."""
+    groups: dict[tuple[str, str, str], Cells] = {}
+    for (family, variant, task), cell in cells.items():
+        where = {
+            "task": (family, variant, task),
+            "family": (family, variant, POOLED),
+            "all": (POOLED, variant, POOLED),
+        }[level]
+        groups.setdefault(where, {})[family, variant, task] = cell
+    return groups
+
+
+def _evaluate(
+    group: Cells, names: list[str], draw: Callable[[int, Any], Array], seed: int,
+    kernels: Mapping[tuple[str, str], bootstrap.Rollouts],
+) -> tuple[Array, Array, int]:  # fmt: skip
+    """Point estimates (2, K), replicates (B, 2, K), both baseline then treated; and prompts drawn."""
+    point = np.zeros((2, 2, len(names)))  # (top or bottom, side, K)
+    replicates: Any = 0.0
+    units = 0
+    tasks = list(dict.fromkeys(task for _, _, task in group))
+    for number, task in enumerate(tasks):
+        cells = [cell for key, cell in group.items() if key[2] == task]
+        prompts = list(dict.fromkeys(p for base, _ in cells for p in base["prompt_id"]))
+        place = {p: i for i, p in enumerate(prompts)}
+        # tasks are drawn independently; one task alone is drawn from the seed itself
+        drawn = draw(len(prompts), seed if len(tasks) == 1 else (seed, number))
+        counts = bootstrap.counts_of(drawn)
+        units += len(prompts)
+        for cell in cells:
+            for side, rows in enumerate(cell):
+                at = [place[p] for p in rows["prompt_id"]]
+                sums = np.zeros((2, len(prompts), len(names)))
+                sums[:, at] = bootstrap.weighted_values(bootstrap.columns_of(rows), names)
+                point[:, side] += sums.sum(1)
+                if kernels:
+                    run_id = rows["run_id"][0]
+                    found = [kernels.get((run_id, p)) for p in prompts]
+                    drawn_sums = _second_level(found, drawn, names, [seed, number, side])
+                else:
+                    drawn_sums = np.einsum("bp,tpk->tbk", counts, sums, optimize=True)
+                more = np.zeros((2, len(drawn), 2, len(names)))
+                more[:, :, side] = drawn_sums
+                replicates = replicates + more
+    return (
+        bootstrap.pooled(point[0], point[1], names),
+        bootstrap.pooled(replicates[0], replicates[1], names),
+        units,
+    )
+
+
+def _second_level(
+    found: list[bootstrap.Rollouts | None], drawn: Array, names: list[str], seed: list[int]
+) -> Array:
+    """Sums (2, B, K) over the drawn prompts, their rollouts drawn anew."""
+    present = [rollouts for rollouts in found if rollouts is not None]
+    place = np.cumsum([rollouts is not None for rollouts in found]) - 1
+    here = np.array([rollouts is not None for rollouts in found])
+    slots = np.where(here[drawn], place[drawn], -1)
+    columns = bootstrap.redraw_slots(present, slots, np.random.default_rng(seed))
+    return np.stack(bootstrap.weighted_values(columns, names)).sum(2)
+
+
+def _summary(name: str, values: Array, replicates: Array, confidence: float) -> dict[str, float | None]:
+    """Value, se and interval of baseline, treated, delta and percent delta; None where undefined."""
+    tail = 50 * (1 - confidence)
+
+    def four(base: Array, treated: Array) -> list[Array]:
+        with np.errstate(invalid="ignore", divide="ignore"):
+            return [base, treated, treated - base, 100 * (treated - base) / base]
+
+    row: dict[str, float | None] = {}
+    for part, value, drawn in zip(
+        _PARTS, four(*values), four(replicates[:, 0], replicates[:, 1]), strict=True
+    ):
+        if part == "percent_delta" and not MEASURES[name].positive:
+            value = np.asarray(np.nan)
+        known = drawn[np.isfinite(drawn)]
+        low = high = se = np.nan
+        # a spread over the few replicates that happen to be defined would be a wrong one
+        if np.isfinite(value) and len(known) >= 0.9 * len(drawn):
+            low, high = np.percentile(known, [tail, 100 - tail])
+            se = known.std(ddof=1)
+        for suffix, number in (("", value), ("_se", se), ("_ci_low", low), ("_ci_high", high)):
+            row[part + suffix] = float(number) if np.isfinite(number) else None
+    return row
+
+
+def _tests(
+    summary: Mapping[str, float | None], freedom: int, margin: float | str | None
+) -> dict[str, float | bool | None]:
+    """p of no difference, and of a difference beyond the margin."""
+    from scipy import stats  # slow to import
+
+    delta, se = summary["delta"], summary["delta_se"]
+    found: dict[str, float | bool | None] = {"p": None, "margin": None, "p_equivalence": None}
+    known = delta is not None and se is not None and freedom > 0
+
+    def tail(excess: float) -> float:
+        """One-sided p of an excess over the null."""
+        if se == 0:
+            return 0.0 if excess > 0 else 1.0
+        return float(stats.t.sf(excess / se, freedom))  # type: ignore[operator]
+
+    if known:
+        found["p"] = min(1.0, 2 * tail(abs(delta)))  # type: ignore[arg-type]
+    if margin is not None:
+        size = _margin(margin, summary["baseline"])
+        found["margin"] = size
+        if known and size is not None:
+            found["p_equivalence"] = tail(size - abs(delta))  # type: ignore[arg-type]
+    return found
+
+
+def _margin(margin: float | str, baseline: float | None) -> float | None:
+    text = str(margin)
+    try:
+        if text.endswith("%"):
+            return None if baseline is None else abs(float(text[:-1]) / 100 * baseline)
+        return float(text)
+    except ValueError:
+        raise UsageError(f"--margin {margin}: needs a number, or a percentage like 5%") from None
+
+
+def _without_repeats(frame: pl.DataFrame) -> pl.DataFrame:
+    """Leaves out a pooled row that pools one cell only: it would be counted twice among the tests."""
+    keys = ("variant", "metric")
+    families = frame.filter(level="task").group_by(*keys, "family").len()
+    single = families.filter(pl.col("len") == 1).select(*keys, "family", level=pl.lit("family"))
+    frame = frame.join(single, on=[*keys, "family", "level"], how="anti")
+    alone = families.group_by(keys).len().filter(pl.col("len") == 1).select(*keys, level=pl.lit("all"))
+    return frame.join(alone, on=[*keys, "level"], how="anti")
+
+
+def _adjusted(frame: pl.DataFrame) -> pl.DataFrame:
+    """Adds p_holm and p_bh over every p there is, and ``equivalent`` at 0.05."""
+    from statsmodels.stats.multitest import multipletests
+
+    known = frame["p"].is_not_null()
+    p = frame["p"].cast(pl.Float64).to_numpy().copy()
+    for name, method in (("p_holm", "holm"), ("p_bh", "fdr_bh")):
+        adjusted = np.full(len(frame), np.nan)
+        if known.any():
+            adjusted[known.to_numpy()] = multipletests(p[known.to_numpy()], method=method)[1]
+        frame = frame.with_columns(pl.Series(name, adjusted).fill_nan(None))
+    return frame.with_columns(
+        pl.col("margin").cast(pl.Float64), pl.col("p_equivalence").cast(pl.Float64)
+    ).with_columns((pl.col("p_equivalence") < 0.05).alias("equivalent"))

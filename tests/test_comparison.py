@@ -1,0 +1,266 @@
+"""Comparisons: the paper's own bootstrap, a slow one written out, and what is refused."""
+
+from __future__ import annotations
+
+import numpy as np
+import polars as pl
+import pytest
+import reference
+from test_golden import EXPECTED, GOLDEN
+from test_selections import rollouts, write
+
+import canopy_store
+from canopy_store import DataError, UsageError, bootstrap, compare
+
+NAMES = {
+    "gen_ppl": "gen_ppl",
+    "branching_factor": "branching_factor",
+    "ce_star_max": "ce_star",
+    "entropy_rate_vs_length.covariance": "cov_length_rate",
+    "entropy_rate_vs_length.pearson": "rho_pearson",
+    "entropy_rate_vs_length.spearman": "rho_spearman",
+    "entropy_rate_vs_length.kendall": "rho_kendall",
+}
+PARTS = {"base": "baseline", "instruct": "treated", "delta": "delta", "percent_delta": "percent_delta"}
+
+
+@pytest.fixture(scope="module")
+def golden(tmp_path_factory):
+    root = tmp_path_factory.mktemp("golden") / "s"
+    canopy_store.import_rollouts(root, GOLDEN / "rollouts.parquet", max_new_tokens=64)
+    return root
+
+
+def test_every_golden_value_of_the_bootstrap(golden):
+    frame = compare(golden, metrics=list(NAMES.values()), by="task")
+    assert len(frame) == len(EXPECTED["bootstrap"]) * len(NAMES)
+    checked = 0
+    for group in EXPECTED["bootstrap"]:
+        for name, parts in group["metrics"].items():
+            where = {"family": group["family"], "task": group["task"], "metric": NAMES[name]}
+            (row,) = frame.filter(**where).to_dicts()
+            for part, values in parts.items():
+                for key, value in values.items():
+                    found = row[PARTS[part] + ("" if key == "value" else f"_{key}")]
+                    scale = 1e-5 * max(1, abs(value)) if key in ("value", "se") else 1e-3 * abs(value)
+                    assert abs(found - value) <= scale, (where, part, key, value, found)
+                    checked += 1
+    assert checked == 4 * (3 * 4 * 4 + 4 * 3 * 4)  # correlations have no percent delta
+
+
+def test_pooled_values_are_those_of_the_view(golden):
+    """Pooling stands in SQL and in matrix form: both must say the same."""
+    frame = compare(golden, metrics=list(bootstrap.MEASURES), by="task")
+    pooled = canopy_store.read(golden, "model_metrics")
+    for row in frame.iter_rows(named=True):
+        for part, variant in (("baseline", "base"), ("treated", row["variant"])):
+            (view,) = pooled.filter(family=row["family"], task=row["task"], variant=variant).to_dicts()
+            expected = view[row["metric"]]
+            assert (row[part] is None) == (expected is None)
+            if expected is not None:
+                assert row[part] == pytest.approx(expected, rel=1e-12, abs=1e-12), row["metric"]
+
+
+def test_replicates_are_what_a_slow_bootstrap_gives(golden):
+    """Prompts repeated as drawn, pooled by the reference, one replicate at a time."""
+    names = [n for n in bootstrap.MEASURES if n != "surprisal_mean"]
+    frame = compare(golden, metrics=names, replicates=40, by="task", seed=7)
+    rows = canopy_store.read(golden, "prompt_metrics").sort(
+        pl.col("prompt_id").str.len_chars(), "prompt_id"
+    )
+    drawn = np.random.default_rng(7).integers(0, 12, (40, 12))
+    chosen = {"family": "alpha", "task": "coding"}
+    values = {}
+    for variant in ("base", "instruct"):
+        prompts = rows.filter(**chosen, variant=variant).to_dicts()
+        pooled = [reference.pooled_metrics([prompts[i] for i in draw]) for draw in drawn]
+        values[variant] = {n: np.array([p[n] for p in pooled], float) for n in names}
+    for name in names:
+        (row,) = frame.filter(**chosen, metric=name).to_dicts()
+        delta = values["instruct"][name] - values["base"][name]
+        for part, drawn_values in (("baseline", values["base"][name]), ("delta", delta)):
+            assert row[f"{part}_se"] == pytest.approx(drawn_values.std(ddof=1), rel=1e-9)
+            low, high = np.percentile(drawn_values, [2.5, 97.5])
+            assert row[f"{part}_ci_low"] == pytest.approx(low, rel=1e-9)
+            assert row[f"{part}_ci_high"] == pytest.approx(high, rel=1e-9)
+
+
+def test_the_second_level_is_that_of_drawn_rollouts():
+    """Columns of redrawn rollouts against the reference on the rollouts written out."""
+    rng = np.random.default_rng(3)
+    lengths, m = rng.integers(1, 6, 9), 9
+    steps = [rng.choice([0.1, 0.5, 1.5], n) for n in lengths]
+    vectors = rng.normal(size=(m, 3))
+    unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+    sums = np.array([h.sum() for h in steps])
+    prompt = bootstrap.Rollouts(
+        n_tokens=lengths, entropy_sum=sums, surprisal_sum=sums, entropy_rate=sums / lengths,
+        cut=(lengths == 5).astype(float), kernel=unit @ unit.T,
+    )  # fmt: skip
+    found = bootstrap.redraw(prompt, 30, np.random.default_rng(5))
+    drawn = np.random.default_rng(5).integers(0, m, (30, m))
+    for s, draw in enumerate(drawn):
+        rows = [
+            {"entropy": np.full(lengths[i], sums[i] / lengths[i]).tolist(),
+             "finish_reason": "length" if lengths[i] == 5 else "stop"}
+            for i in draw
+        ]  # fmt: skip
+        expected = reference.prompt_metrics(rows, None)
+        for name in ("ce_star", "mean_length", "entropy_rate", "cov_length_rate", "truncation_rate",
+                     "rho_pearson", "rho_spearman", "rho_kendall"):  # fmt: skip
+            value = np.nan if expected[name] is None else expected[name]
+            assert found[name][s] == pytest.approx(value, abs=1e-6, nan_ok=True), name
+        pairs = [
+            1 - unit[draw[i]] @ unit[draw[j]] for i in range(m) for j in range(i) if draw[i] != draw[j]
+        ]
+        assert found["semantic_diversity"][s] == pytest.approx(np.mean(pairs), abs=1e-9)
+
+
+def test_fixed_prompts_free_prompts_and_both(golden):
+    names = ["ce_star", "entropy_rate", "semantic_diversity"]
+    se = {
+        how: compare(golden, metrics=names, by="all", resample=how, replicates=500)[
+            "delta_se"
+        ].to_numpy()
+        for how in ("prompts", "both", "rollouts")
+    }
+    assert (se["rollouts"] < se["prompts"] * 1.15).all()
+    assert se["both"] ** 2 == pytest.approx(se["prompts"] ** 2 + se["rollouts"] ** 2, rel=0.25)
+
+
+def simulated(tmp_path, seed, prompts, shift, variants=("base", "sft"), tasks=("t",)):
+    """A store whose rollouts differ between variants by ``shift`` nats per token on average."""
+    rng = np.random.default_rng(seed)
+    rows = []
+    for task in tasks:
+        for p in range(prompts):
+            level = rng.normal(1.5, 0.2)
+            for number, variant in enumerate(variants):
+                effect = number * shift + rng.normal(0, 0.05)
+                for i in range(6):
+                    n = int(rng.integers(2, 9))
+                    h = abs(level + effect + rng.normal(0, 0.1))
+                    rows.append({"family": "f", "variant": variant, "task": task, "prompt_id": str(p),
+                                 "sample": i, "entropy": [h] * n})  # fmt: skip
+    root = tmp_path / f"s{seed}"
+    canopy_store.import_rollouts(root, write(tmp_path / "in.parquet", rows), max_new_tokens=64)
+    return root
+
+
+def test_several_variants_against_one_baseline_and_their_pooling(tmp_path):
+    root = simulated(tmp_path, 1, 8, 0.2, ("base", "lora", "dpo"), ("x", "y"))
+    frame = compare(root, metrics=["entropy_rate"])
+    found = frame.select("level", "family", "task", "variant").rows()
+    # one family: a row over all families would be the family's again
+    assert found == [
+        ("task", "f", "x", "dpo"), ("task", "f", "y", "dpo"), ("task", "f", "x", "lora"),
+        ("task", "f", "y", "lora"), ("family", "f", "(all)", "dpo"), ("family", "f", "(all)", "lora"),
+    ]  # fmt: skip
+    lora = frame.filter(variant="lora", task="(all)")
+    assert lora["delta"][0] == pytest.approx(0.2, abs=0.1)
+    assert lora["n_prompts"][0] == 16
+    assert frame["treatment"].to_list() == ["dpo", "dpo", "lora", "lora", "dpo", "lora"]
+    # tasks are independent: the pooled se is that of a mean of two
+    parts = frame.filter(variant="lora", level="task")["delta_se"].to_numpy()
+    assert lora["delta_se"][0] == pytest.approx(np.sqrt((parts**2).sum()) / 2, rel=0.1)
+    assert (frame["p_holm"] >= frame["p_bh"]).all()
+    assert (frame["p_bh"] >= frame["p"]).all()
+
+
+def test_no_effect_is_found_equivalent_and_an_effect_is_not(tmp_path):
+    same = compare(
+        simulated(tmp_path, 2, 30, 0.0), metrics=["entropy_rate"], margins={"entropy_rate": 0.1}
+    )
+    assert same["p"][0] > 0.05
+    assert same["equivalent"][0]
+    other = compare(simulated(tmp_path, 3, 30, 0.2), metrics=["entropy_rate"],
+                    margins={"entropy_rate": "5%"})  # fmt: skip
+    assert other["p_holm"][0] < 0.001
+    assert not other["equivalent"][0]
+    assert other["margin"][0] == pytest.approx(0.05 * other["baseline"][0])
+
+
+def test_prompts_of_one_variant_only_are_left_out_and_counted(tmp_path, canopy):
+    rows = rollouts(prompts=["1", "2", "3", "10"]) + rollouts("sft", prompts=["2", "3", "4", "10"])
+    root = tmp_path / "s"
+    canopy_store.import_rollouts(root, write(tmp_path / "in.parquet", rows), max_new_tokens=64)
+    frame = compare(root, metrics=["ce_star"])
+    assert frame.select("n_prompts", "n_left_out").rows() == [(3, 2)]
+    code, out, _ = canopy("compare", "--store", root)
+    assert code == 0
+    assert "up to 2 prompts a row are in one variant only" in out
+
+
+def test_what_is_refused(golden, tmp_path, canopy):
+    def refused(root, *more):
+        code, out, err = canopy("compare", "--store", root, *more)
+        assert (out, err.count("\n")) == ("", 1)
+        return code, err
+
+    assert refused(golden, "--baseline", "sft") == (
+        1, "canopy: --baseline sft: no such variant; the store has base, instruct\n",
+    )  # fmt: skip
+    for more, message in (
+        (("--metric", "rho"), "--metric rho: one of ce_star"),
+        (("--margin", "ce_star"), "NAME=SIZE"),
+        (("--margin", "ce_star=much"), "needs a number"),
+        (("--margin", "gen_ppl=1"), "not among what is compared"),
+        (("--replicates", "1"), "at least 2"),
+        (("--metric", "vendi_score", "--resample", "both"), "not for vendi_score"),
+    ):
+        code, err = refused(golden, *more)
+        assert code == 2
+        assert message in err
+    code, err = refused(golden, "--selection", "best")
+    assert (code, "it has all" in err) == (1, True)
+    code, err = refused(golden, "--run", "nobody")
+    assert (code, "no complete run of this name" in err) == (1, True)
+    empty = tmp_path / "empty"
+    canopy_store.init(empty)
+    code, err = refused(empty)
+    assert (code, "no complete run" in err) == (1, True)
+    alone = tmp_path / "alone"
+    canopy_store.import_rollouts(alone, write(tmp_path / "a.parquet", rollouts()), max_new_tokens=64)
+    code, err = refused(alone)
+    assert (code, "only variant" in err) == (1, True)
+    apart = rollouts("sft", prompts=["q"])
+    canopy_store.import_rollouts(alone, write(tmp_path / "b.parquet", apart), max_new_tokens=64)
+    code, err = refused(alone)
+    assert (code, "no prompt is in both" in err) == (1, True)
+    twice = write(tmp_path / "c.parquet", rollouts("sft"))
+    canopy_store.import_rollouts(alone, twice, max_new_tokens=64, run="again")
+    code, err = refused(alone)
+    assert (code, "f sft t has several runs, again, f.sft.t" in err) == (1, True)
+    frame = compare(alone, runs=["f.base.t", "again"], metrics=["ce_star"])
+    assert frame["delta"].to_list() == [0.0]
+    assert frame["p"].to_list() == [None]  # a single prompt has no spread
+
+
+def test_an_outcome_that_never_varies(tmp_path):
+    root = tmp_path / "s"
+    rows = rollouts(lengths=(2, 2, 2), prompts="abc") + rollouts("sft", (2, 2, 2), "abc")
+    canopy_store.import_rollouts(root, write(tmp_path / "in.parquet", rows), max_new_tokens=64)
+    frame = compare(root, metrics=["mean_length", "rho_pearson"])
+    length, rho = frame.sort("metric").to_dicts()
+    assert (length["delta"], length["delta_se"], length["p"]) == (0, 0, 1)
+    assert (rho["delta"], rho["p"], rho["p_holm"]) == (None, None, None)
+
+
+def test_power_takes_the_pilot_apart(tmp_path):
+    """Two parts of the variance, known in the simulation, come back; fewer samples need more prompts."""
+    root = simulated(tmp_path, 4, 150, 0.1)
+    frame = canopy_store.power(root, metric="entropy_rate", delta=0.05, samples=(2, 6, 24))
+    # between: two draws of N(0, 0.05); within: two rollout noises of N(0, 0.1)
+    assert frame["sd_prompts"][0] == pytest.approx(0.05 * np.sqrt(2), rel=0.3)
+    assert frame["sd_rollouts"][0] == pytest.approx(0.1 * np.sqrt(2), rel=0.2)
+    needed = frame["n_prompts"].to_list()
+    assert needed == sorted(needed, reverse=True)
+    expected = (frame["sd_prompts"][0] ** 2 + frame["sd_rollouts"][0] ** 2 / 24) * (2.8016 / 0.05) ** 2
+    assert needed[2] == np.ceil(expected)
+    assert frame.filter("cheapest")["n_rollouts"][0] == min(frame["n_rollouts"])
+    with pytest.raises(UsageError, match="--delta 0"):
+        canopy_store.power(root, metric="entropy_rate", delta=0)
+    with pytest.raises(UsageError, match="more than 3"):
+        canopy_store.power(root, metric="rho_pearson", delta=0.1, samples=[3])
+    with pytest.raises(DataError):
+        canopy_store.power(root, metric="entropy_rate", delta=0.1, baseline="none")
