@@ -12,6 +12,7 @@ from canopy_store.errors import (
     CanopyError,
     ConflictError,
     DataError,
+    FitError,
     StoreError,
     UsageError,
 )
@@ -27,6 +28,7 @@ __all__ = [
     "CanopyError",
     "ConflictError",
     "DataError",
+    "FitError",
     "StoreError",
     "UsageError",
     "__version__",
