@@ -427,6 +427,37 @@ def embed_command(root: str, embedder: str, **options: Any) -> None:
     click.echo(f"{root}: embedded as {name}")
 
 
+@ingest.command("reward")
+@_STORE
+@click.option("--reward-model", "model", required=True, metavar="PATH_OR_ID",
+              help="Sequence-classification folder, hub id, or package:NAME.")  # fmt: skip
+@click.option("--name", metavar="NAME", help="Name in the store [default: last part of the id].")
+@click.option(
+    "--label", type=int, metavar="I", help="Logit that is the reward, where there are several."
+)
+@click.option("--run", "runs", multiple=True, metavar="RUN", help="Only this run; repeatable.")
+@click.option("--device", metavar="NAME", help="[default: cuda, then mps, then cpu]")
+@click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]),
+              help="[default: bfloat16 on cuda, else float32]")  # fmt: skip
+@click.option("--batch-size", default=16, show_default=True)
+def reward_command(root: str, model: str, **options: Any) -> None:
+    """Score every stored rollout with a reward model.
+
+    The model reads prompt and rollout through its chat template, or as a pair of texts.
+
+    \b
+    Example:
+      canopy ingest reward --store S --reward-model ./my-reward-model
+      canopy select reward --store S --keep 0.7
+    """
+    _require_ingest()
+    from canopy_store.ingest.reward import ingest_rewards
+
+    with _bar("scoring") as progress:
+        name = ingest_rewards(root, model, progress=progress, **options)
+    click.echo(f"{root}: rewards as {name}")
+
+
 @ingest.command("finetune")
 @_STORE
 @_model_options

@@ -397,6 +397,22 @@ def complete_run(root: Path, where: Path, row: Mapping[str, Any]) -> None:
     write_rows(root / "runs" / f"{quoted(row['run_id'])}.parquet", "runs", columns)
 
 
+def complete_runs(root: Path, wanted: Iterable[str] = ()) -> list[dict[str, Any]]:
+    """The complete runs, as `runs` gives them; only those wanted, where any is named.
+
+    Raises
+    ------
+    StoreError
+        One that is wanted is not there or not complete.
+    """
+    known = {run["run_id"]: run for run in runs(root) if run["complete"]}
+    wanted = list(wanted)
+    for run_id in wanted:
+        if run_id not in known:
+            raise StoreError(f"--run {run_id}: no complete run of this name; see: canopy status")
+    return [known[run_id] for run_id in wanted] if wanted else list(known.values())
+
+
 def selections(root: Path, run_id: str) -> list[tuple[str, Path]]:
     """Name and file of each selection that the run has."""
     found = [(unquoted(path.name.partition("=")[2]), path) for path in (root / "selections").glob("*=*")]

@@ -47,12 +47,8 @@ def ingest_embeddings(
     progress = progress or Progress()
     root = store.require(root)
     path = models.resolve_model(embedder)
-    name = store.check_name("--name", name or embedder.rstrip("/").rpartition("/")[2].rpartition(":")[2])
-    known = {run["run_id"]: run for run in store.runs(root) if run["complete"]}
-    for run_id in runs:
-        if run_id not in known:
-            raise StoreError(f"--run {run_id}: no complete run of this name; see: canopy status")
-    chosen = [known[run_id] for run_id in runs] if runs else list(known.values())
+    name = store.check_name("--name", name or models.short_name(embedder))
+    chosen = store.complete_runs(root, runs)
     weights = sorted(path.rglob("*.safetensors"))
     if not weights:
         raise StoreError(f"{path}: no *.safetensors; pickled weights are not loaded")

@@ -29,6 +29,17 @@ def default_dtype(device: str) -> str:
     return "bfloat16" if device.startswith("cuda") else "float32"
 
 
+def quiet() -> None:
+    """Keeps transformers from writing over the progress bar."""
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+
+
+def short_name(source: str) -> str:
+    """What a model goes by in the store: the last part of its path, hub id or package."""
+    return source.rstrip("/").rpartition("/")[2].rpartition(":")[2]
+
+
 def resolve_model(source: str, revision: str | None = None) -> Path:
     """The local folder or GGUF file behind ``source``.
 
@@ -88,8 +99,7 @@ def load_model(
     dtype = dtype or default_dtype(device)
     if dtype not in DTYPES:
         raise UsageError(f"--dtype {dtype}: one of {', '.join(DTYPES)}")
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
+    quiet()
     kwargs: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True}
     folder = path
     if path.is_file():
