@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -85,28 +86,29 @@ def compare(
     for name in margins:
         if name not in names:
             raise UsageError(f"--margin {name}: not among what is compared: {', '.join(names)}")
-    cells, left_out = _cells(rows, baseline)
-    draw = functools.lru_cache(maxsize=None)(
-        lambda prompts, key: (
-            np.tile(np.arange(prompts), (replicates, 1))
-            if resample == "rollouts"
-            else bootstrap.draw_prompts(prompts, replicates, key)
-        )
-    )
+    cells, left_out = _cells(rows, baseline, names)
+
+    @functools.cache
+    def draw(prompts: int, key: Any) -> tuple[Array, Array]:
+        drawn = np.tile(np.arange(prompts), (replicates, 1))
+        if resample != "rollouts":
+            drawn = bootstrap.draw_prompts(prompts, replicates, key)
+        return drawn, bootstrap.counts_of(drawn)
+
     out = []
     for level in LEVELS if by is None else (by,):
         for (family, variant, task), group in _grouped(cells, level).items():
-            values, replicate_values, units = _evaluate(group, names, draw, seed, kernels)
+            values, replicate_values, units = _evaluate(group, names, draw, replicates, seed, kernels)
             sides = [side for cell in group.values() for side in cell]
-            rollouts = sum(int(side["n_rollouts"].sum()) for side in sides)
+            rollouts = sum(side.n_rollouts for side in sides)
             counted = {
                 "n_prompts": units,
-                "n_samples": round(rollouts / sum(len(side) for side in sides)),
+                "n_samples": round(rollouts / sum(len(side.prompts) for side in sides)),
                 "n_left_out": sum(left_out[key] for key in group),
             }
             freedom = (units if resample != "rollouts" else rollouts - 2 * units) - 1
             for k, name in enumerate(names):
-                summary = _summary(name, values[..., k], replicate_values[..., k], confidence)
+                summary = _summary(name, values[:, k], replicate_values[..., k], confidence)
                 out.append({
                     "level": level, "family": family, "task": task, "baseline_variant": baseline,
                     "variant": variant, "treatment": treatments.get((family, variant)),
@@ -116,7 +118,17 @@ def compare(
     return _adjusted(_without_repeats(pl.DataFrame(out, infer_schema_length=None)))
 
 
-Cells = dict[tuple[str, str, str], tuple[pl.DataFrame, pl.DataFrame]]
+@dataclass(frozen=True)
+class Side:
+    """One variant's prompts of a cell, in order, and their sums (2, P, K): w f(x), then w."""
+
+    run_id: str
+    prompts: list[str]
+    n_rollouts: int
+    sums: Array
+
+
+Cells = dict[tuple[str, str, str], tuple[Side, Side]]  # (family, variant, task): baseline, treated
 
 
 def _check(by: str | None, resample: str, replicates: int, confidence: float) -> None:
@@ -211,8 +223,10 @@ def _metrics(metrics: Sequence[str], rows: pl.DataFrame, resample: str) -> list[
     return names
 
 
-def _cells(rows: pl.DataFrame, baseline: str) -> tuple[Cells, dict[tuple[str, str, str], int]]:
-    """Per (family, variant, task): the two variants' rows of the prompts both have, in one order."""
+def _cells(
+    rows: pl.DataFrame, baseline: str, names: list[str]
+) -> tuple[Cells, dict[tuple[str, str, str], int]]:
+    """Per (family, variant, task): the prompts both variants have, and how many are left out."""
     variants = sorted(rows["variant"].unique())
     if baseline not in variants:
         raise DataError(f"--baseline {baseline}: no such variant; the store has {', '.join(variants)}")
@@ -220,10 +234,19 @@ def _cells(rows: pl.DataFrame, baseline: str) -> tuple[Cells, dict[tuple[str, st
         raise DataError(f"{baseline} is the only variant: there is nothing to compare it with")
     # prompts numbered by an importer keep the order of their numbers
     rows = rows.sort(pl.col("prompt_id").str.len_chars(), "prompt_id")
-    parts = {
-        (str(f), str(v), str(t)): part
-        for (f, v, t), part in rows.group_by(["family", "variant", "task"], maintain_order=True)
-    }
+    sums = np.stack(bootstrap.weighted_values(bootstrap.columns_of(rows), names))  # (2, rows, K)
+    sampled = rows["n_rollouts"].to_numpy()
+    parts: dict[tuple[str, str, str], dict[str, int]] = {}
+    for at, (*key, prompt) in enumerate(
+        rows.select("family", "variant", "task", "prompt_id").iter_rows()
+    ):
+        parts.setdefault((key[0], key[1], key[2]), {})[prompt] = at
+    run_ids = rows["run_id"].to_list()
+
+    def side(part: dict[str, int], common: list[str]) -> Side:
+        at = [part[prompt] for prompt in common]
+        return Side(run_ids[at[0]], common, int(sampled[at].sum()), sums[:, at])
+
     cells: Cells = {}
     left_out = {}
     for family, variant, task in sorted(parts):
@@ -231,12 +254,10 @@ def _cells(rows: pl.DataFrame, baseline: str) -> tuple[Cells, dict[tuple[str, st
         if variant == baseline or base is None:
             continue
         treated = parts[family, variant, task]
-        common = set(base["prompt_id"]) & set(treated["prompt_id"])
-        key = (family, variant, task)
-        left_out[key] = len(set(base["prompt_id"]) ^ set(treated["prompt_id"]))
+        common = [prompt for prompt in base if prompt in treated]
+        left_out[family, variant, task] = len(base) + len(treated) - 2 * len(common)
         if common:
-            keep = pl.col("prompt_id").is_in(list(common))
-            cells[key] = (base.filter(keep), treated.filter(keep))
+            cells[family, variant, task] = (side(base, common), side(treated, common))
     if not cells:
         raise DataError(
             f"no prompt is in both {baseline} and another variant of its family: comparisons are "
@@ -259,37 +280,31 @@ def _grouped(cells: Cells, level: str) -> dict[tuple[str, str, str], Cells]:
 
 
 def _evaluate(
-    group: Cells, names: list[str], draw: Callable[[int, Any], Array], seed: int,
-    kernels: Mapping[tuple[str, str], bootstrap.Rollouts],
+    group: Cells, names: list[str], draw: Callable[[int, Any], tuple[Array, Array]], size: int,
+    seed: int, kernels: Mapping[tuple[str, str], bootstrap.Rollouts],
 ) -> tuple[Array, Array, int]:  # fmt: skip
-    """Point estimates (2, K), replicates (B, 2, K), both baseline then treated; and prompts drawn."""
+    """Point estimates (2, K), replicates (2, B, K), both baseline then treated; and prompts drawn."""
     point = np.zeros((2, 2, len(names)))  # (top or bottom, side, K)
-    replicates: Any = 0.0
     units = 0
     tasks = list(dict.fromkeys(task for _, _, task in group))
+    replicates = np.zeros((2, 2, size, len(names)))
     for number, task in enumerate(tasks):
         cells = [cell for key, cell in group.items() if key[2] == task]
-        prompts = list(dict.fromkeys(p for base, _ in cells for p in base["prompt_id"]))
+        prompts = list(dict.fromkeys(p for base, _ in cells for p in base.prompts))
         place = {p: i for i, p in enumerate(prompts)}
         # tasks are drawn independently; one task alone is drawn from the seed itself
-        drawn = draw(len(prompts), seed if len(tasks) == 1 else (seed, number))
-        counts = bootstrap.counts_of(drawn)
+        drawn, counts = draw(len(prompts), seed if len(tasks) == 1 else (seed, number))
         units += len(prompts)
+        sums = np.zeros((2, 2, len(prompts), len(names)))  # (top or bottom, side, P, K)
         for cell in cells:
-            for side, rows in enumerate(cell):
-                at = [place[p] for p in rows["prompt_id"]]
-                sums = np.zeros((2, len(prompts), len(names)))
-                sums[:, at] = bootstrap.weighted_values(bootstrap.columns_of(rows), names)
-                point[:, side] += sums.sum(1)
+            for which, side in enumerate(cell):
+                sums[:, which, [place[p] for p in side.prompts]] += side.sums
                 if kernels:
-                    run_id = rows["run_id"][0]
-                    found = [kernels.get((run_id, p)) for p in prompts]
-                    drawn_sums = _second_level(found, drawn, names, [seed, number, side])
-                else:
-                    drawn_sums = np.einsum("bp,tpk->tbk", counts, sums, optimize=True)
-                more = np.zeros((2, len(drawn), 2, len(names)))
-                more[:, :, side] = drawn_sums
-                replicates = replicates + more
+                    found = [kernels.get((side.run_id, p)) for p in prompts]
+                    replicates[:, which] += _second_level(found, drawn, names, [seed, number, which])
+        point += sums.sum(2)
+        if not kernels:
+            replicates += counts @ sums  # (2, 2, B, K)
     return (
         bootstrap.pooled(point[0], point[1], names),
         bootstrap.pooled(replicates[0], replicates[1], names),
@@ -318,9 +333,7 @@ def _summary(name: str, values: Array, replicates: Array, confidence: float) -> 
             return [base, treated, treated - base, 100 * (treated - base) / base]
 
     row: dict[str, float | None] = {}
-    for part, value, drawn in zip(
-        _PARTS, four(*values), four(replicates[:, 0], replicates[:, 1]), strict=True
-    ):
+    for part, value, drawn in zip(_PARTS, four(*values), four(*replicates), strict=True):
         if part == "percent_delta" and not MEASURES[name].positive:
             value = np.asarray(np.nan)
         known = drawn[np.isfinite(drawn)]
