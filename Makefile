@@ -2,7 +2,8 @@
 #   make demo       the main job on two tiny models, end to end
 #   make test       format, types, layers and every test
 #   make demo-real  the same job on SmolLM2-135M-Instruct and a fine-tuned child
-#   make bench      the benchmark of docs/performance.md
+#   make bench      the benchmarks of docs/performance.md
+#   make simulate   the simulation study of docs/measures.md
 
 VENV ?= .venv
 PYTHON := $(VENV)/bin/python
@@ -10,7 +11,9 @@ PYTHON := $(VENV)/bin/python
 # are run with elsewhere; set TORCH to have another: make demo TORCH='torch==2.14.0'
 TORCH ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && echo torch || echo torch==2.13.0)
 
-.PHONY: install demo demo-real test lint bench docs clean
+SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
+
+.PHONY: install demo demo-real test lint browser bench simulate docs clean
 
 install: $(VENV)/.installed
 
@@ -35,11 +38,21 @@ lint: install
 	$(VENV)/bin/mypy
 	$(VENV)/bin/lint-imports --no-cache
 
-test: lint
+# the report is tested in a real browser
+browser:
+	@command -v chromium >/dev/null && command -v chromedriver >/dev/null || \
+	  { $(SUDO) apt-get update -qq && $(SUDO) apt-get install -qq -y --no-install-recommends chromium chromium-driver; }
+
+test: lint browser
 	$(PYTHON) -m pytest
 
 bench: install
 	$(PYTHON) benchmarks/bench_query.py
+	$(PYTHON) benchmarks/bench_compare.py
+
+simulate: install
+	$(PYTHON) benchmarks/simulation_compare.py
+	$(PYTHON) benchmarks/simulation.py
 
 docs: install
 	$(PYTHON) docs/dictionary.py

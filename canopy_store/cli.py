@@ -14,7 +14,7 @@ import duckdb
 
 import canopy_store
 from canopy_store import sql, store
-from canopy_store.comparison import compare
+from canopy_store.comparison import compare, store_panel
 from canopy_store.errors import CanopyError, UsageError
 from canopy_store.importing import import_rollouts
 from canopy_store.power import power
@@ -257,18 +257,17 @@ def compare_command(root: str, margins: tuple[str, ...], form: str, **options: A
         if not equals:
             raise UsageError(f"--margin {text}: needs NAME=SIZE, as in ce_star=5%")
         sizes[name] = size
-    import polars as pl
-
     frame = compare(root, margins=sizes, **options)
     if form == "table":
         left = int(frame["n_left_out"].max() or 0)  # type: ignore[arg-type]
         short = ["family", "task", "variant", "metric", "n_prompts", "baseline", "treated", "delta",
                  "delta_ci_low", "delta_ci_high", "percent_delta", "p_holm"]  # fmt: skip
         short += ["equivalent"] if sizes else []
-        p = pl.col("p_holm").map_elements("{:.2g}".format, return_dtype=pl.String)
-        _print(duckdb.from_arrow(frame.select(short).with_columns(p).to_arrow()), form)
+        _print(duckdb.from_arrow(frame.select(short).to_arrow()), form)
         if left:
-            click.echo(f"up to {left} prompts a row are in one variant only and are left out")
+            click.echo(
+                f"left out: up to {left} prompts a row, which one variant lacks or has no value of"
+            )
         return
     _print(duckdb.from_arrow(frame.to_arrow()), form)
 
@@ -291,6 +290,95 @@ def power_command(root: str, form: str, **options: Any) -> None:
       canopy power --store S --metric rho_pearson --delta 0.1
     """
     _print(duckdb.from_arrow(power(root, **options).to_arrow()), form)
+
+
+@cli.command("regress")
+@click.option("--store", "root", metavar="DIR", envvar="CANOPY_STORE", help="The store's folder.")
+@click.option("--panel", metavar="FILE", help="A panel as CSV or Parquet, instead of a store.")
+@click.option("--model", required=True, type=click.Choice(["main", "interaction", "quadratic", "beta"]))
+@click.option("--outcome", default="D", show_default=True, metavar="COLUMN",
+              help="Column to explain: D, vendi_score, or another number of the panel.")  # fmt: skip
+@click.option("--baseline", default="base", show_default=True, metavar="V")
+@click.option("--reference-task", metavar="T", help="[default: completion, else the first by name]")
+@click.option("--drop", multiple=True, type=click.Choice(["task", "family"]),
+              help="Leave this factor out; needed where it has one level.")  # fmt: skip
+@click.option("--selection", metavar="NAME", help="[default: all]")
+@click.option("--embedder", metavar="NAME", help="Needed where there are several.")
+@click.option("--seed", default=0, show_default=True, help="Of the simulated residuals.")
+@click.option("--format", "form", type=click.Choice(_FORMATS), default="table", show_default=True)
+def regress_command(
+    root: str | None, panel: str | None, selection: str | None, embedder: str | None, form: str,
+    **options: Any,
+) -> None:  # fmt: skip
+    """Explain semantic diversity by entropy rate and length, with prompt, task and family held fixed.
+
+    \b
+    main         D ~ R_bar + N_bar + task + family*variant + (1|prompt)
+    interaction  D ~ R_bar*variant + N_bar + task + family + (1|prompt)
+    quadratic    interaction with and without R_bar squared, and their likelihood-ratio test
+    beta         a beta mixed model with its dispersion model: how many times as strongly
+                 entropy rate turns into diversity is the ratio (beta+eta)/beta
+    \b
+    Examples:
+      canopy regress --model interaction --store S
+      canopy regress --model beta --panel panel.csv
+      canopy regress --model beta --store S --drop family --format csv
+    """
+    from canopy_store.regression import read_panel, regress
+
+    if (root is None) == (panel is None):
+        raise UsageError("regress needs either --store DIR or --panel FILE")
+    if panel is not None:
+        frame = read_panel(panel, embedder=embedder, selection=selection)
+    else:
+        frame = store_panel(str(root), selection=selection or "all", embedder=embedder)
+    fit = regress(frame, **options)
+    if form != "table":
+        _print(duckdb.from_arrow(fit.coefficients.to_arrow()), form)
+        return
+    click.echo(f"{fit.model}: {fit.formula}")
+    for title, table in (("", fit.coefficients), ("slopes of entropy rate", fit.slopes),
+                         ("tests", fit.tests)):  # fmt: skip
+        if len(table):
+            click.echo(title and f"\n{title}")
+            _print(duckdb.from_arrow(table.to_arrow()), form)
+    click.echo("\nsimulated quantile residuals, p: " + _pairs(fit.residuals))
+    click.echo(_pairs(fit.fit))
+
+
+def _pairs(values: dict[str, Any]) -> str:
+    return ", ".join(
+        f"{name} {value:.6g}" if isinstance(value, float) else f"{name} {value}"
+        for name, value in values.items()
+        if value not in (None, [], {})
+    )
+
+
+@cli.command("report")
+@_STORE
+@click.option("--out", default="report.html", show_default=True, metavar="FILE", help="The page.")
+@click.option("--figures", metavar="DIR", help="Also write every chart as PDF and SVG files here.")
+@click.option("--baseline", default="base", show_default=True, metavar="V")
+@click.option("--selection", default="all", show_default=True, metavar="NAME")
+@click.option("--embedder", metavar="NAME", help="[default: the one with the most runs]")
+@click.option("--explorer-rollouts", default=400, show_default=True, metavar="N",
+              help="Rollouts the page carries, to be read one by one.")  # fmt: skip
+@click.option("--seed", default=0, show_default=True, help="Of samples and intervals.")
+def report_command(
+    root: str, out: str, figures: str | None, explorer_rollouts: int, **options: Any
+) -> None:
+    """Write a report: one self-contained HTML page that needs no network.
+
+    \b
+    Examples:
+      canopy report --store S --out report.html
+      canopy report --store S --figures figures
+    """
+    from canopy_store.report import write_figures, write_report
+
+    click.echo(write_report(root, out, explorer_rollouts=explorer_rollouts, **options))
+    if figures:
+        click.echo(f"{figures}: {len(write_figures(root, figures, **options))} files")
 
 
 @cli.command()
@@ -545,6 +633,9 @@ def _print(relation: duckdb.DuckDBPyRelation, form: str) -> None:
         import polars as pl
 
         width = _terminal_width()
+        for name in {"p", "p_holm", "p_bh", "p_equivalence"} & set(frame.columns):
+            # four decimals would show every small p as 0
+            frame = frame.with_columns(pl.col(name).map_elements("{:.2g}".format, pl.String))
         with pl.Config(tbl_rows=-1, tbl_cols=-1, tbl_width_chars=width, fmt_str_lengths=60,
                        tbl_hide_dataframe_shape=True, tbl_hide_column_data_types=True,
                        tbl_formatting="UTF8_FULL_CONDENSED", float_precision=4):  # fmt: skip

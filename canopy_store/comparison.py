@@ -46,7 +46,8 @@ def compare(
     Each with its standard error and percentile interval from the paired bootstrap: prompts are drawn
     with replacement, the same draw for both variants, with all their rollouts. Task ``(all)`` pools
     over tasks, drawing within each; family ``(all)`` over families too, which share the draw of a
-    prompt. Prompts that one variant lacks are left out and counted in ``n_left_out``.
+    prompt. A prompt that one variant lacks, or of which one has no value of the metric (ρ where every
+    rollout was cut at the same length), is left out for both and counted in ``n_left_out``.
 
     Parameters
     ----------
@@ -68,9 +69,10 @@ def compare(
 
     Returns
     -------
-    ``p`` is of delta = 0 by Student's t on the bootstrap's standard error, with n_prompts - 1 degrees
-    of freedom (rollouts less two a prompt where prompts are fixed); ``p_holm`` and ``p_bh`` are
-    adjusted over all rows of the frame.
+    ``p`` is of delta = 0 by Student's t. Its degrees of freedom are the prompts less one a task (the
+    rollouts less two a prompt, where prompts are fixed), and its standard error is the bootstrap's,
+    made unbiased: times sqrt(n / degrees of freedom). ``p_holm`` and ``p_bh`` are adjusted over all
+    rows of the frame.
 
     Raises
     ------
@@ -98,22 +100,26 @@ def compare(
     out = []
     for level in LEVELS if by is None else (by,):
         for (family, variant, task), group in _grouped(cells, level).items():
-            values, replicate_values, units = _evaluate(group, names, draw, replicates, seed, kernels)
+            values, replicate_values, used = _evaluate(group, names, draw, replicates, seed, kernels)
             sides = [side for cell in group.values() for side in cell]
             rollouts = sum(side.n_rollouts for side in sides)
-            counted = {
-                "n_prompts": units,
-                "n_samples": round(rollouts / sum(len(side.prompts) for side in sides)),
-                "n_left_out": sum(left_out[key] for key in group),
-            }
-            freedom = (units if resample != "rollouts" else rollouts - 2 * units) - 1
+            samples = round(rollouts / sum(len(side.prompts) for side in sides))
             for k, name in enumerate(names):
+                units, tasks = int(used[:, k].sum()), int((used[:, k] > 0).sum())
+                counted = {
+                    "n_prompts": units,
+                    "n_samples": samples,
+                    "n_left_out": sum(left_out[key][k] for key in group),
+                }
+                fixed = resample == "rollouts"
+                drawn_from = 2 * units * samples if fixed else units
+                freedom = 2 * units * (samples - 1) if fixed else units - tasks
                 summary = _summary(name, values[:, k], replicate_values[..., k], confidence)
                 out.append({
                     "level": level, "family": family, "task": task, "baseline_variant": baseline,
                     "variant": variant, "treatment": treatments.get((family, variant)),
                     "selection": selection, "metric": name, **counted, **summary,
-                    **_tests(summary, freedom, margins.get(name)),
+                    **_tests(summary, drawn_from, freedom, margins.get(name)),
                 })  # fmt: skip
     return _adjusted(_without_repeats(pl.DataFrame(out, infer_schema_length=None)))
 
@@ -165,6 +171,29 @@ def _read(
         }
         kernels = _rollouts(con, rows, selection, embedder) if rollouts else {}
     return rows, treatments, kernels
+
+
+def store_panel(
+    root: str | Path, *, selection: str = "all", embedder: str | None = None, runs: Sequence[str] = ()
+) -> pl.DataFrame:
+    """The view ``panel`` of one selection and one embedder, one run a family, variant and task.
+
+    Raises
+    ------
+    DataError, UsageError
+        An empty store, a selection or embedder that is not there, several and none named.
+    """
+    with sql.connect(root) as con:
+        rows = con.sql("from panel").pl()
+    if rows.is_empty():
+        raise DataError(f"{root}: no complete run; see: canopy status --store {root}")
+    if selection not in rows["selection"]:
+        found = ", ".join(sorted(rows["selection"].unique()))
+        raise DataError(f"--selection {selection}: not in the store; it has {found}")
+    rows = rows.filter(selection=selection, embedder=one_embedder(rows["embedder"], embedder))
+    rows = only_runs(rows, runs)
+    require_one_run(rows)
+    return rows
 
 
 def one_embedder(found: pl.Series, wanted: str | None) -> str:
@@ -225,8 +254,8 @@ def _metrics(metrics: Sequence[str], rows: pl.DataFrame, resample: str) -> list[
 
 def _cells(
     rows: pl.DataFrame, baseline: str, names: list[str]
-) -> tuple[Cells, dict[tuple[str, str, str], int]]:
-    """Per (family, variant, task): the prompts both variants have, and how many are left out."""
+) -> tuple[Cells, dict[tuple[str, str, str], Array]]:
+    """Per (family, variant, task): the prompts both variants have, and how many are left out (K,)."""
     variants = sorted(rows["variant"].unique())
     if baseline not in variants:
         raise DataError(f"--baseline {baseline}: no such variant; the store has {', '.join(variants)}")
@@ -243,9 +272,13 @@ def _cells(
         parts.setdefault((key[0], key[1], key[2]), {})[prompt] = at
     run_ids = rows["run_id"].to_list()
 
-    def side(part: dict[str, int], common: list[str]) -> Side:
-        at = [part[prompt] for prompt in common]
-        return Side(run_ids[at[0]], common, int(sampled[at].sum()), sums[:, at])
+    def sides(base: dict[str, int], treated: dict[str, int], common: list[str]) -> tuple[Side, Side]:
+        places = [[part[prompt] for prompt in common] for part in (base, treated)]
+        known = (sums[1, places[0]] > 0) & (sums[1, places[1]] > 0)  # (P, K)
+        first, second = (
+            Side(run_ids[at[0]], common, int(sampled[at].sum()), sums[:, at] * known) for at in places
+        )
+        return first, second
 
     cells: Cells = {}
     left_out = {}
@@ -255,9 +288,11 @@ def _cells(
             continue
         treated = parts[family, variant, task]
         common = [prompt for prompt in base if prompt in treated]
-        left_out[family, variant, task] = len(base) + len(treated) - 2 * len(common)
         if common:
-            cells[family, variant, task] = (side(base, common), side(treated, common))
+            pair = sides(base, treated, common)
+            apart = len(base) + len(treated) - 2 * len(common)
+            left_out[family, variant, task] = apart + (pair[0].sums[1] == 0).sum(0)
+            cells[family, variant, task] = pair
     if not cells:
         raise DataError(
             f"no prompt is in both {baseline} and another variant of its family: comparisons are "
@@ -282,10 +317,10 @@ def _grouped(cells: Cells, level: str) -> dict[tuple[str, str, str], Cells]:
 def _evaluate(
     group: Cells, names: list[str], draw: Callable[[int, Any], tuple[Array, Array]], size: int,
     seed: int, kernels: Mapping[tuple[str, str], bootstrap.Rollouts],
-) -> tuple[Array, Array, int]:  # fmt: skip
-    """Point estimates (2, K), replicates (2, B, K), both baseline then treated; and prompts drawn."""
+) -> tuple[Array, Array, Array]:  # fmt: skip
+    """Point estimates (2, K), replicates (2, B, K), baseline then treated; prompts used (tasks, K)."""
     point = np.zeros((2, 2, len(names)))  # (top or bottom, side, K)
-    units = 0
+    used = []
     tasks = list(dict.fromkeys(task for _, _, task in group))
     replicates = np.zeros((2, 2, size, len(names)))
     for number, task in enumerate(tasks):
@@ -294,34 +329,38 @@ def _evaluate(
         place = {p: i for i, p in enumerate(prompts)}
         # tasks are drawn independently; one task alone is drawn from the seed itself
         drawn, counts = draw(len(prompts), seed if len(tasks) == 1 else (seed, number))
-        units += len(prompts)
         sums = np.zeros((2, 2, len(prompts), len(names)))  # (top or bottom, side, P, K)
         for cell in cells:
             for which, side in enumerate(cell):
-                sums[:, which, [place[p] for p in side.prompts]] += side.sums
+                at = [place[p] for p in side.prompts]
+                sums[:, which, at] += side.sums
                 if kernels:
                     found = [kernels.get((side.run_id, p)) for p in prompts]
-                    replicates[:, which] += _second_level(found, drawn, names, [seed, number, which])
+                    known = np.zeros((len(prompts), len(names)))
+                    known[at] = side.sums[1] > 0
+                    drawn_sums = _second_level(found, drawn, names, [seed, number, which])
+                    replicates[:, which] += (drawn_sums * known[drawn]).sum(2)
         point += sums.sum(2)
+        used.append((sums[1] > 0).any(0).sum(0))
         if not kernels:
             replicates += counts @ sums  # (2, 2, B, K)
     return (
         bootstrap.pooled(point[0], point[1], names),
         bootstrap.pooled(replicates[0], replicates[1], names),
-        units,
+        np.array(used),
     )
 
 
 def _second_level(
     found: list[bootstrap.Rollouts | None], drawn: Array, names: list[str], seed: list[int]
 ) -> Array:
-    """Sums (2, B, K) over the drawn prompts, their rollouts drawn anew."""
+    """w f(x) and w (2, B, P, K) of every drawn slot, its rollouts drawn anew."""
     present = [rollouts for rollouts in found if rollouts is not None]
     place = np.cumsum([rollouts is not None for rollouts in found]) - 1
     here = np.array([rollouts is not None for rollouts in found])
     slots = np.where(here[drawn], place[drawn], -1)
     columns = bootstrap.redraw_slots(present, slots, np.random.default_rng(seed))
-    return np.stack(bootstrap.weighted_values(columns, names)).sum(2)
+    return np.stack(bootstrap.weighted_values(columns, names))
 
 
 def _summary(name: str, values: Array, replicates: Array, confidence: float) -> dict[str, float | None]:
@@ -348,7 +387,7 @@ def _summary(name: str, values: Array, replicates: Array, confidence: float) -> 
 
 
 def _tests(
-    summary: Mapping[str, float | None], freedom: int, margin: float | str | None
+    summary: Mapping[str, float | None], n: int, freedom: int, margin: float | str | None
 ) -> dict[str, float | bool | None]:
     """p of no difference, and of a difference beyond the margin."""
     from scipy import stats  # slow to import
@@ -361,7 +400,8 @@ def _tests(
         """One-sided p of an excess over the null."""
         if se == 0:
             return 0.0 if excess > 0 else 1.0
-        return float(stats.t.sf(excess / se, freedom))  # type: ignore[operator]
+        unbiased = se * (n / freedom) ** 0.5  # type: ignore[operator]
+        return float(stats.t.sf(excess / unbiased, freedom))
 
     if known:
         found["p"] = min(1.0, 2 * tail(abs(delta)))  # type: ignore[arg-type]

@@ -278,6 +278,7 @@ METRICS: tuple[Column, ...] = (
     _c("D", "DOUBLE", "semantic_diversity, as the regressions call it."),
     _c("R_bar", "DOUBLE", "entropy_rate, as the regressions call it.", "nats per token"),
     _c("N_bar", "DOUBLE", "mean_length, as the regressions call it.", "tokens"),
+    _c("vendi_share", "DOUBLE", "vendi_score / n_rollouts: the Vendi score as a share, at most 1."),
     _c("mean_excess", "DOUBLE", "Mean over rollouts of surprisal_sum - entropy_sum.", "nats"),
     _c("sd", "DOUBLE", "Standard deviation of that excess.", "nats"),
     _c("z", "DOUBLE", "mean_excess in standard errors; standard normal when logging is right."),

@@ -20,15 +20,6 @@ METRICS = """
 select task, variant, n_rollouts, ce_star, entropy_rate, rho_pearson, mean_length,
     truncation_rate, semantic_diversity, vendi_score
 from model_metrics order by task, variant"""
-CHANGE = """
-with child as (from model_metrics where variant = 'sft'),
-base as (from model_metrics where variant = 'base')
-select task, child.ce_star - base.ce_star as d_ce_star,
-    child.entropy_rate - base.entropy_rate as d_entropy_rate,
-    child.mean_length - base.mean_length as d_mean_length,
-    child.semantic_diversity - base.semantic_diversity as d_semantic_diversity,
-    child.vendi_score / base.vendi_score as vendi_score_ratio
-from child join base using (family, task, embedder, selection) order by task"""
 CHECK = "select task, variant, n_rollouts, mean_excess, z, ok from logging_check order by all"
 
 
@@ -100,10 +91,15 @@ def ingest(out: Path, family: str, options: argparse.Namespace, *more: object) -
 
 
 def show(out: Path) -> None:
-    """Prints the metrics, what fine-tuning changed, the self-check of the log, and the store."""
-    for query in (METRICS, CHANGE, CHECK):
+    """Prints the metrics, the self-check of the log, what fine-tuning changed; writes the report."""
+    for query in (METRICS, CHECK):
         command(
             "canopy", "sql", query, "--store", out / "store",
             shown=f'canopy sql "{query}" --store {shlex.quote(str(out / "store"))}',
         )  # fmt: skip
     command("canopy", "status", "--store", out / "store")
+    command("canopy", "compare", "--store", out / "store", "--by", "family")
+    command(
+        "canopy", "regress", "--store", out / "store", "--model", "interaction", "--drop", "family"
+    )
+    command("canopy", "report", "--store", out / "store", "--out", out / "report.html")

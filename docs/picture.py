@@ -18,7 +18,7 @@ from selenium.webdriver.support.ui import WebDriverWait
 
 from canopy_store.report import write_report
 
-WIDTH, HEIGHT = 1200, 1560
+WIDTH, HEIGHT = 1200, 1740
 FLAGS = (
     "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
     "--disable-background-networking", "--disable-component-update", "--disable-sync",

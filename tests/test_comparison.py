@@ -188,7 +188,7 @@ def test_prompts_of_one_variant_only_are_left_out_and_counted(tmp_path, canopy):
     assert frame.select("n_prompts", "n_left_out").rows() == [(3, 2)]
     code, out, _ = canopy("compare", "--store", root)
     assert code == 0
-    assert "up to 2 prompts a row are in one variant only" in out
+    assert "left out: up to 2 prompts a row" in out
 
 
 def test_what_is_refused(golden, tmp_path, canopy):
@@ -264,3 +264,26 @@ def test_power_takes_the_pilot_apart(tmp_path):
         canopy_store.power(root, metric="rho_pearson", delta=0.1, samples=[3])
     with pytest.raises(DataError):
         canopy_store.power(root, metric="entropy_rate", delta=0.1, baseline="none")
+
+
+def test_a_prompt_without_the_value_in_one_variant_leaves_both(tmp_path):
+    """Constant lengths have no ρ: their prompt must not stay in the other variant's mean."""
+    rng = np.random.default_rng(0)
+    rows = []
+    for prompt in range(6):
+        for variant in ("base", "sft"):
+            for i in range(8):
+                cut = prompt < 2 and variant == "base"
+                n = 9 if cut else int(rng.integers(1, 9))
+                rows.append({"family": "f", "variant": variant, "task": "t", "prompt_id": prompt,
+                             "sample": i, "entropy": rng.gamma(2, 0.5, n).tolist()})  # fmt: skip
+    root, apart = tmp_path / "s", tmp_path / "apart"
+    canopy_store.import_rollouts(root, write(tmp_path / "in.parquet", rows), max_new_tokens=9)
+    kept = [row for row in rows if row["prompt_id"] >= 2]
+    canopy_store.import_rollouts(apart, write(tmp_path / "kept.parquet", kept), max_new_tokens=9)
+    rho, length = compare(root, metrics=["rho_pearson", "mean_length"]).to_dicts()
+    assert (rho["n_prompts"], rho["n_left_out"]) == (4, 2)
+    assert (length["n_prompts"], length["n_left_out"]) == (6, 0)
+    (expected,) = compare(apart, metrics=["rho_pearson"]).to_dicts()
+    for part in ("baseline", "treated", "delta"):
+        assert rho[part] == pytest.approx(expected[part], abs=1e-12)

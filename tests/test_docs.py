@@ -37,6 +37,7 @@ def test_every_example_of_the_readme_runs(tmp_path, chain):
     assert done.returncode == 0, done.stderr[-3000:]
     assert "mine.base.walks" in done.stdout
     assert "incomplete" not in done.stdout
+    assert (tmp_path / "report.html").stat().st_size > 100_000
     assert (tmp_path / "panel.csv").read_text().startswith("task,prompt_id,family,variant")
 
 

@@ -161,6 +161,7 @@ def expected_rows(runs: list[Run]) -> dict[str, list[dict[str, Any]]]:
             views["panel"].append({
                 **prompt, "D": metrics["semantic_diversity"], "R_bar": metrics["entropy_rate"],
                 "N_bar": metrics["mean_length"], "vendi_score": metrics["vendi_score"],
+                "vendi_share": metrics["vendi_score"] and metrics["vendi_score"] / len(chosen),
             })  # fmt: skip
             terciles.append(reference.length_terciles(chosen, unit))
             for tercile, values in terciles[-1].items():

@@ -1,0 +1,169 @@
+"""The report: one HTML page that asks nothing of the network, and its charts as PDF and SVG files.
+
+>>> from canopy_store.report import write_figures, write_report
+>>> write_report("my-store", "report.html")
+>>> write_figures("my-store", "figures")
+"""
+
+from __future__ import annotations
+
+import base64
+import functools
+import hashlib
+import json
+import re
+from importlib.resources import files as resources
+from pathlib import Path
+from typing import Any
+
+from canopy_store import store
+from canopy_store._version import __version__
+from canopy_store.errors import StoreError, UsageError
+from canopy_store.report_page.facts import Facts, explorer, gather
+from canopy_store.report_page.intervals import rho_intervals
+
+__all__ = ["rho_intervals", "write_figures", "write_report"]
+
+EXPLORER_ROLLOUTS = 400
+
+
+def write_report(
+    root: str | Path,
+    out: str | Path,
+    *,
+    baseline: str = "base",
+    selection: str = "all",
+    embedder: str | None = None,
+    explorer_rollouts: int = EXPLORER_ROLLOUTS,
+    seed: int = 0,
+) -> Path:
+    """The path of one self-contained HTML page on the store, written whole or not at all.
+
+    Parameters
+    ----------
+    root : path of the store
+    out : path of the page
+    baseline : the variant that the others are compared with
+    selection : named subset of the rollouts
+    embedder : whose embeddings to use; by default the one that has embedded the most runs
+    explorer_rollouts : rollouts that the page carries to be read one by one
+    seed : decides which rollouts, which points, and the bootstrap's draws
+
+    Raises
+    ------
+    StoreError
+        No store there, or nothing in it.
+    UsageError
+        No such selection or embedder, or the extra 'report' is not installed.
+    """
+    if explorer_rollouts < 0:
+        raise UsageError(f"explorer_rollouts {explorer_rollouts}: needs at least 0")
+    out = Path(out)
+    if out.is_dir():
+        raise UsageError(f"{out} is a folder; name a file, such as {out / 'report.html'}")
+    _vl_convert()
+    facts = gather(root, baseline=baseline, selection=selection, embedder=embedder, seed=seed)
+    with facts.con:
+        page = _page(facts, explorer_rollouts)
+    with store.replacing(out) as file:
+        file.write(_html(page, _library()).encode("utf-8"))
+    return out
+
+
+def write_figures(
+    root: str | Path,
+    folder: str | Path,
+    *,
+    baseline: str = "base",
+    selection: str = "all",
+    embedder: str | None = None,
+    seed: int = 0,
+) -> list[Path]:
+    """The paths written: every chart of the report that has data, as a PDF and an SVG file.
+
+    Parameters and errors are those of `write_report`; StoreError also when there is nothing to draw.
+    """
+    vl_convert = _vl_convert()
+    from canopy_store.report_page import sections
+
+    facts = gather(root, baseline=baseline, selection=selection, embedder=embedder, seed=seed)
+    with facts.con:
+        drawn = [chart for chart in sections.charts(facts) if "spec" in chart]
+    if not drawn:
+        raise StoreError(f"{root}: no run is complete, so there is nothing to draw; see canopy status")
+    written = []
+    for chart in drawn:
+        spec = {**chart["spec"], "background": "white"}
+        for suffix, content in (
+            ("svg", vl_convert.vegalite_to_svg(spec).encode("utf-8")),
+            ("pdf", vl_convert.vegalite_to_pdf(spec)),
+        ):
+            path = Path(folder) / f"{chart['id']}.{suffix}"
+            with store.replacing(path) as file:
+                file.write(content)
+            written.append(path)
+    return written
+
+
+def _page(facts: Facts, explorer_rollouts: int) -> dict[str, Any]:
+    """Everything the page shows, ready for JSON."""
+    from canopy_store.report_page import sections
+    from canopy_store.report_page.charts import config
+
+    shown = facts.shown
+    return {
+        "version": __version__,
+        "baseline": facts.baseline,
+        "variants": facts.variants,
+        "treated": facts.treated,
+        "families": facts.families,
+        "tasks": shown["task"].unique().sort().to_list(),
+        "selection": facts.selection,
+        "embedder": facts.embedder,
+        "notes": facts.notes,
+        "counts": sections.counts(facts),
+        "figures": sections.key_figures(facts),
+        "charts": sections.charts(facts),
+        "tables": sections.tables(facts),
+        "explorer": explorer(facts, explorer_rollouts),
+        "themes": {"light": config(), "dark": config(dark=True)},
+    }
+
+
+def _html(page: dict[str, Any], library: str) -> str:
+    """The page with its style, scripts and data inside.
+
+    Only the two scripts whose hashes the policy names may run, so that no text of the store could,
+    even were it taken for HTML; and the policy lets nothing be fetched.
+    """
+    folder = resources("canopy_store") / "report_page"
+    template, style, script = (
+        (folder / f"page.{kind}").read_text(encoding="utf-8") for kind in ("html", "css", "js")
+    )
+    # "<" is all that could end the data's element; vega bundles are free of "</script"
+    data = json.dumps(page, ensure_ascii=False, allow_nan=False).replace("<", "\\u003c")
+    hashes = " ".join(f"'sha256-{_sha256(text)}'" for text in (library, script))
+    parts = {"hashes": hashes, "style": style, "library": library, "data": data, "script": script}
+    # in one pass: what is put in is not looked at again
+    return re.sub(r"{{(\w+)}}", lambda found: parts[found[1]], template)
+
+
+def _sha256(text: str) -> str:
+    return base64.b64encode(hashlib.sha256(text.encode("utf-8")).digest()).decode("ascii")
+
+
+@functools.cache
+def _library() -> str:
+    """Vega, Vega-Lite and vega-embed as one script; bundling takes seconds and never differs."""
+    return str(_vl_convert().javascript_bundle("window.vegaEmbed = vegaEmbed;"))
+
+
+def _vl_convert() -> Any:
+    try:
+        import altair  # noqa: F401
+        import vl_convert
+    except ModuleNotFoundError as error:
+        raise UsageError(
+            f"the report needs {error.name}: install it with: pip install 'canopy-store[report]'"
+        ) from None
+    return vl_convert

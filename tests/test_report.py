@@ -1,0 +1,502 @@
+"""The report in a real browser: no request, every chart drawn, strangers' text inert."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pytest
+
+import canopy_store
+from canopy_store.errors import StoreError, UsageError
+from canopy_store.report import rho_intervals, write_figures, write_report
+from canopy_store.report_page import facts, intervals, sections
+
+GOLDEN = Path(__file__).parent / "data" / "golden" / "rollouts.parquet"
+CHROMIUM = os.environ.get("CHROMIUM", "/usr/bin/chromium")
+CHROMEDRIVER = os.environ.get("CHROMEDRIVER", "/usr/bin/chromedriver")
+FLAGS = (
+    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+    "--disable-background-networking", "--disable-component-update", "--disable-sync",
+)  # fmt: skip
+CHARTS = {
+    "changes", "arrows", "ce-star-length", "ce-star-stop", "trajectory", "lengths", "rho", "diversity",
+}  # fmt: skip
+HOSTILE = "<img src=x onerror='window.hit=1'>\"]'\\ </script><script>window.hit=1</script>"
+
+
+# ---- stores
+
+
+def rollouts(
+    families=("f",), variants=("base", "sft"), tasks=("math", "stories"), prompts=6, samples=8,
+    longest=20, text="so it goes and ", seed=0,
+) -> pl.DataFrame:  # fmt: skip
+    """Rollouts with every column an import takes; treated variants are less uncertain."""
+    rng = np.random.default_rng(seed)
+    rows = []
+    for family in families:
+        for v, variant in enumerate(variants):
+            for task in tasks:
+                for prompt in range(prompts):
+                    spread = rng.uniform(0.1, 1.0)
+                    for sample in range(samples):
+                        n = int(rng.integers(2, longest + 1))
+                        entropy = rng.gamma(2, 0.5 - 0.2 * (v > 0), n) * (0.5 + spread)
+                        vector = np.ones(8) + spread * rng.normal(size=8)
+                        rows.append({
+                            "family": family, "variant": variant, "task": task,
+                            "prompt_id": f"{task} {prompt}", "sample": sample,
+                            "text": (text * n)[: 4 * n], "entropy": entropy.tolist(),
+                            "logprob": (-rng.exponential(entropy)).tolist(),
+                            "eos_logprob": np.log(rng.uniform(0.01, 0.2, n)).tolist(),
+                            "embedding": (vector / np.linalg.norm(vector)).tolist(),
+                        })  # fmt: skip
+    return pl.DataFrame(rows, schema_overrides={"sample": pl.Int64})
+
+
+def store_of(folder: Path, frame: pl.DataFrame, longest: int = 20) -> Path:
+    frame.write_parquet(folder / "rollouts.parquet")
+    canopy_store.import_rollouts(folder / "s", folder / "rollouts.parquet", max_new_tokens=longest)
+    return folder / "s"
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory) -> Path:
+    return store_of(tmp_path_factory.mktemp("report"), rollouts())
+
+
+@pytest.fixture(scope="module")
+def page(root) -> Path:
+    return write_report(root, root.parent / "report.html")
+
+
+def facts_of(root: Path, **asked) -> facts.Facts:
+    return facts.gather(
+        root, **{"baseline": "base", "selection": "all", "embedder": None, "seed": 0, **asked}
+    )
+
+
+# ---- the browser
+
+
+@pytest.fixture(scope="module")
+def driver(tmp_path_factory) -> Iterator:
+    if os.environ.get("CANOPY_NO_BROWSER"):
+        pytest.skip("CANOPY_NO_BROWSER is set")
+    for program in (CHROMIUM, CHROMEDRIVER):
+        if not Path(program).exists():
+            pytest.fail(f"{program} is missing: apt-get install chromium chromium-driver")
+    from selenium import webdriver
+
+    options = webdriver.ChromeOptions()
+    options.binary_location = CHROMIUM
+    for flag in (*FLAGS, f"--user-data-dir={tmp_path_factory.mktemp('profile')}"):
+        options.add_argument(flag)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    service = webdriver.ChromeService(CHROMEDRIVER)
+    with webdriver.Chrome(options=options, service=service) as opened:
+        yield opened
+
+
+@pytest.fixture
+def browse(driver):
+    """Opens a page at a width and theme, waits until it is drawn, and answers the driver."""
+
+    def open_page(page: Path, width: int = 1200, theme: str = "light"):
+        size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 600}
+        driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+        wanted = {"prefers-color-scheme": theme, "prefers-reduced-motion": "reduce"}
+        features = [{"name": name, "value": value} for name, value in wanted.items()]
+        driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
+        for kind in ("browser", "performance"):
+            driver.get_log(kind)
+        driver.get(page.resolve().as_uri())
+        drawn(driver, theme)
+        return driver
+
+    return open_page
+
+
+def drawn(driver, theme: str) -> None:
+    from selenium.webdriver.support.ui import WebDriverWait
+
+    WebDriverWait(driver, 30, 0.05).until(
+        lambda d: d.execute_script("return document.body.dataset.ready") == theme
+    )
+
+
+def all_text(driver, selector: str) -> list[str]:
+    script = "return [...document.querySelectorAll(arguments[0])].map((e) => e.textContent)"
+    return driver.execute_script(script, selector)
+
+
+def choose(driver, control: str, value: str) -> None:
+    from selenium.webdriver.common.by import By
+    from selenium.webdriver.support.ui import Select
+
+    Select(driver.find_element(By.ID, control)).select_by_value(value)
+
+
+def assert_quiet(driver) -> None:
+    """No message in the console, nothing fetched but the page itself."""
+    assert driver.get_log("browser") == []
+    assert driver.execute_script("return performance.getEntriesByType('resource').length") == 0
+    messages = [json.loads(entry["message"])["message"] for entry in driver.get_log("performance")]
+    asked = [
+        m["params"]["request"]["url"] for m in messages if m["method"] == "Network.requestWillBeSent"
+    ]
+    assert len(asked) == 1
+    assert asked[0].startswith("file://")
+
+
+# ---- what it draws
+
+
+def test_the_page_opens_quietly_and_asks_nothing_of_the_network(browse, page):
+    driver = browse(page)
+    assert_quiet(driver)
+    text = page.read_text(encoding="utf-8")
+    assert "default-src 'none'" in text
+    assert not re.search(r"(?:src|href)\s*=\s*[\"']?(?:https?:)?//", text)
+    assert not re.search(r"cdn\.|jsdelivr|unpkg|fonts\.googleapis|@import", text)
+    blocked = "return fetch('https://example.org').then(() => 'fetched', () => 'blocked')"
+    assert driver.execute_script(blocked) == "blocked"
+
+
+def test_every_chart_is_drawn_and_explained(browse, page):
+    driver = browse(page)
+    counts = driver.execute_script(
+        "return Object.fromEntries([...document.querySelectorAll('figure.chart')].map((f) => [f.id,"
+        " f.querySelectorAll('.drawing svg .mark-symbol path, .drawing svg .mark-line path,"
+        " .drawing svg .mark-rect path, .drawing svg .mark-area path').length]))"
+    )
+    assert set(counts) == CHARTS
+    assert min(counts.values()) > 1, counts
+    assert all(len(text) > 60 for text in all_text(driver, "figure.chart .how"))
+    labels = driver.execute_script(
+        "return [...document.querySelectorAll('.drawing [aria-roledescription=visualization],"
+        " .drawing[aria-roledescription=visualization]')].map((s) => s.getAttribute('aria-label'))"
+    )
+    assert len(labels) == len(CHARTS)
+    assert all(labels)
+
+
+def test_the_first_screen_says_what_is_compared_with_key_figures(browse, page, root):
+    driver = browse(page)
+    assert all_text(driver, "h1") == ["sft against base"]
+    bottom = "return document.querySelector('#figures').getBoundingClientRect().bottom"
+    assert driver.execute_script(bottom) < 900
+    shown = canopy_store.read(root, "model_metrics").filter(pl.col("variant") == "sft")
+    assert all_text(driver, ".figure .value")[0] == f"{shown['ce_star'].mean():.2f}nats"
+
+
+def test_the_numbers_of_a_chart_can_be_read_as_a_table(browse, page):
+    driver = browse(page)
+    driver.execute_script("document.querySelector('#rho details').open = true")
+    time.sleep(0.2)
+    assert len(all_text(driver, "#rho details tbody tr")) == 4
+
+
+def test_tables_sort_by_mouse_and_by_keyboard(browse, page):
+    from selenium.webdriver.common.keys import Keys
+
+    driver = browse(page)
+    heads = driver.find_elements("css selector", "#metrics th button")
+    place = [head.text for head in heads].index("ce_star")
+    column = f"#metrics tbody td:nth-child({place + 1})"
+
+    def values() -> list[float]:
+        return [float(text) for text in all_text(driver, column)]
+
+    heads[place].click()
+    assert values() == sorted(values())
+    heads[place].send_keys(Keys.ENTER)
+    assert values() == sorted(values(), reverse=True)
+    head = driver.find_elements("css selector", "#metrics th")[place]
+    assert head.get_attribute("aria-sort") == "descending"
+
+
+def test_the_explorer_works_by_mouse(browse, page):
+    from selenium.webdriver.common.action_chains import ActionChains
+
+    driver = browse(page)
+    lengths = [int(re.search(r"(\d+) tokens", t)[1]) for t in all_text(driver, ".rollout p")]
+    half = len(lengths) // 2  # base, then sft
+    assert lengths[:half] == sorted(lengths[:half])
+    driver.find_element("id", "pick-order").click()
+    turned = [int(re.search(r"(\d+) tokens", t)[1]) for t in all_text(driver, ".rollout p")]
+    assert turned[:half] == sorted(lengths[:half], reverse=True)
+    choose(driver, "pick-sort", "distance")
+    far = [float(re.search(r"distance ([\d.]+)", t)[1]) for t in all_text(driver, ".rollout p")]
+    assert far[:half] == sorted(far[:half], reverse=True)
+    choose(driver, "pick-model", "=sft")
+    assert all_text(driver, "#rollouts h3") == ["sft"]
+    step = driver.find_element("css selector", ".steps span")
+    tint = step.value_of_css_property("background-color")
+    ActionChains(driver).scroll_to_element(step).move_to_element(step).perform()
+    assert re.match(r"Step 1 of \d+, entropy [\d.]+ nats, surprisal", all_text(driver, "#readout")[0])
+    choose(driver, "pick-colour", "surprisal")
+    after = driver.find_element("css selector", ".steps span").value_of_css_property("background-color")
+    assert after != tint
+    before = all_text(driver, "#prompt")
+    choose(driver, "pick-prompt", "1")
+    assert all_text(driver, "#prompt") != before
+    assert "are on this page" in all_text(driver, "#explorer-shown")[0]
+    assert "no token texts" in all_text(driver, "#explorer-shown")[0]
+
+
+def test_the_explorer_and_the_theme_work_by_keyboard(browse, page):
+    from selenium.webdriver.common.keys import Keys
+
+    driver = browse(page)
+    driver.find_element("id", "pick-colour").send_keys("s")
+    assert driver.find_element("id", "explorer-body").get_attribute("data-colour") == "surprisal"
+    order = driver.find_element("id", "pick-order")
+    order.send_keys(Keys.SPACE)
+    assert order.text == "Largest first"
+    for _ in range(3):  # model by model, the first rollout is a few stops further on
+        driver.switch_to.active_element.send_keys(Keys.TAB)
+        if "steps" in (driver.switch_to.active_element.get_attribute("class") or ""):
+            break
+    steps = driver.switch_to.active_element
+    steps.send_keys(Keys.ARROW_RIGHT, Keys.ARROW_RIGHT, Keys.ARROW_LEFT, Keys.ARROW_RIGHT)
+    assert all_text(driver, "#readout")[0].startswith("Step 2 of ")
+    driver.find_element("id", "theme").send_keys(Keys.ENTER)
+    drawn(driver, "dark")
+
+
+def test_text_of_a_rollout_is_whole_however_it_is_split(browse, page, root):
+    driver = browse(page)
+    texts = set(canopy_store.read(root, "rollouts")["text"])
+    shown = driver.execute_script(
+        "return [...document.querySelectorAll('.steps')].map((s) => [...s.children]"
+        ".filter((c) => !c.classList.contains('end')).map((c) => c.textContent).join(''))"
+    )
+    assert shown
+    assert set(shown) <= texts
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_the_page_follows_the_theme_and_can_be_switched(browse, page, theme):
+    other = "dark" if theme == "light" else "light"
+    driver = browse(page, theme=theme)
+
+    def paper() -> int:
+        colour = "return getComputedStyle(document.body).backgroundColor"
+        return sum(int(x) for x in re.findall(r"\d+", driver.execute_script(colour))[:3])
+
+    def strokes() -> set[str]:
+        script = (
+            "return [...document.querySelectorAll('#rho svg text')].map((t) => t.getAttribute('fill'))"
+        )
+        return set(driver.execute_script(script))
+
+    first, ink = paper(), strokes()
+    assert (first < 200) == (theme == "dark")
+    driver.find_element("id", "theme").click()
+    drawn(driver, other)
+    assert (paper() < 200) == (other == "dark")
+    assert strokes() != ink
+
+
+def test_a_phone_needs_no_scrolling_sideways(browse, page):
+    driver = browse(page, width=390)
+    assert driver.execute_script("return document.documentElement.scrollWidth") <= 390
+    widths = driver.execute_script(
+        "return [...document.querySelectorAll('.drawing svg')]"
+        ".map((s) => s.getBoundingClientRect().right)"
+    )
+    assert max(widths) <= 390
+
+
+# ---- strangers' text
+
+
+def test_text_of_strangers_is_shown_as_text(browse, tmp_path):
+    frame = rollouts(
+        families=["a", "<img src=x onerror='hit=1'>"],
+        tasks=["\"]'\\</script>"],
+        prompts=4,
+        text=HOSTILE + " {{data}} ",
+    )
+    frame = frame.with_columns(
+        variant=pl.col("variant").replace({"sft": "<b>sft</b>"}),
+        prompt_id=pl.col("prompt_id") + HOSTILE,
+    )
+    page = write_report(store_of(tmp_path, frame), tmp_path / "report.html")
+    driver = browse(page)
+    assert_quiet(driver)
+    assert driver.execute_script("return window.hit") is None
+    assert driver.execute_script("return document.querySelectorAll('b, img').length") == 0
+    assert all_text(driver, "h1") == ["<b>sft</b> against base"]
+    assert HOSTILE in all_text(driver, "#prompt")[0]
+    assert any("<img src=x onerror" in text for text in all_text(driver, ".steps"))
+    assert any("<b>sft</b>" in text for text in all_text(driver, "#rho svg text"))
+    assert page.read_text(encoding="utf-8").count("</script>") == 3
+    script = "document.querySelector('main').insertAdjacentHTML('beforeend', arguments[0])"
+    driver.execute_script(script, "<img src='x' onerror='window.hit = 1'>")
+    time.sleep(0.2)
+    assert driver.execute_script("return window.hit") is None, "the policy itself lets no script run"
+
+
+# ---- what is missing
+
+
+def missing(root: Path, **asked) -> dict[str, str]:
+    found = facts_of(root, **asked)
+    with found.con:
+        return {c["id"]: c["missing"] for c in sections.charts(found) if "missing" in c}
+
+
+def test_a_store_without_embeddings_says_so(browse, tmp_path):
+    bare = rollouts().drop("embedding", "text", "logprob", "eos_logprob")
+    root = store_of(tmp_path, bare)
+    lacking = missing(root)
+    assert set(lacking) == {"arrows", "diversity", "ce-star-stop"}
+    assert "canopy ingest embed" in lacking["diversity"]
+    assert "eos_logprob" in lacking["ce-star-stop"]
+    driver = browse(write_report(root, tmp_path / "report.html"))
+    assert_quiet(driver)
+    assert len(all_text(driver, "figure .missing")) == 3
+    assert any("Nothing is embedded" in note for note in all_text(driver, "#notes li"))
+    assert driver.execute_script("return document.querySelectorAll('.steps .blank').length") > 0
+    assert all_text(driver, "#pick-colour option:disabled") == ["surprisal of the token"]
+
+
+def test_one_variant_alone_has_nothing_to_compare(tmp_path):
+    root = store_of(tmp_path, rollouts(variants=["base"]))
+    lacking = missing(root)
+    assert set(lacking) == {"changes", "arrows"}
+    assert "only variant" in lacking["changes"]
+    assert "No variant is named zero" in missing(root, baseline="zero")["arrows"]
+
+
+def test_runs_that_are_not_complete_are_named(browse, tmp_path):
+    root = store_of(tmp_path, rollouts())
+    (root / "runs" / "f.sft.math.parquet").unlink()
+    found = facts_of(root)
+    with found.con:
+        assert any("f.sft.math" in note for note in found.notes)
+        assert len(found.shown) == 3
+    for path in (root / "runs").iterdir():
+        path.unlink()
+    driver = browse(write_report(root, tmp_path / "report.html"))
+    assert_quiet(driver)
+    assert all_text(driver, "h1") == ["Nothing to measure yet"]
+    assert set(all_text(driver, "figure .missing")) == {"No run is complete yet."}
+    assert len(all_text(driver, "#runs tbody tr")) == 4
+    with pytest.raises(StoreError, match="nothing to draw"):
+        write_figures(root, tmp_path / "figures")
+
+
+def test_an_empty_store_is_an_error_of_one_line(tmp_path):
+    root = canopy_store.init(tmp_path / "s")
+    with pytest.raises(StoreError, match="empty; fill it with") as raised:
+        write_report(root, tmp_path / "report.html")
+    assert "\n" not in str(raised.value)
+    assert not (tmp_path / "report.html").exists()
+
+
+def test_wrong_names_are_refused_with_those_there_are(root, tmp_path):
+    out = tmp_path / "report.html"
+    with pytest.raises(UsageError, match="no embedder 'x' in the store; there is imported"):
+        write_report(root, out, embedder="x")
+    with pytest.raises(UsageError, match="no selection 'x' in the store; there is all"):
+        write_report(root, out, selection="x")
+    with pytest.raises(UsageError, match="is a folder"):
+        write_report(root, tmp_path)
+    with pytest.raises(UsageError, match="explorer_rollouts -1"):
+        write_report(root, out, explorer_rollouts=-1)
+
+
+# ---- numbers, files, size
+
+
+def test_intervals_stand_on_the_views(root):
+    found = facts_of(root)
+    with found.con:
+        pooled = found.shown.select("run_id", "rho_pearson", "family", "task", "variant", "ce_star")
+        rho = rho_intervals(found.prompts).join(pooled, on="run_id", suffix="_view")
+        assert len(rho) == 4
+        np.testing.assert_allclose(rho["rho_pearson"], rho["rho_pearson_view"], rtol=1e-9)
+        assert (rho["low"] < rho["rho_pearson"]).all()
+        assert (rho["rho_pearson"] < rho["high"]).all()
+        moved = intervals.changes(found.prompts, "base").filter(pl.col("metric") == "CE*")
+        for row in moved.iter_rows(named=True):
+            cell = pooled.filter(pl.col("task") == row["task"])
+            base, sft = (cell.filter(pl.col("variant") == v)["ce_star"][0] for v in ("base", "sft"))
+            assert row["percent"] == pytest.approx(100 * (sft / base - 1), abs=1e-3)
+            assert row["low"] < row["percent"] < row["high"]
+
+
+def test_a_density_has_mass_one(root):
+    found = facts_of(root)
+    with found.con:
+        drawn_lengths = facts.lengths(found, points=2000)
+    for _, one in drawn_lengths.group_by("panel", "variant"):
+        assert np.trapezoid(one["density"], one["length"]) == pytest.approx(1, abs=0.06)
+
+
+def test_figures_are_the_same_charts_as_pdf_and_svg(root, tmp_path):
+    written = write_figures(root, tmp_path / "figures")
+    assert {path.name for path in written} == {f"{c}.{s}" for c in CHARTS for s in ("pdf", "svg")}
+    for path in written:
+        start = path.read_bytes()[:5]
+        assert start == (b"%PDF-" if path.suffix == ".pdf" else b"<svg "), path
+    assert "semantic diversity" in (tmp_path / "figures" / "diversity.svg").read_text(encoding="utf-8")
+
+
+def test_the_same_store_and_seed_make_the_same_page(root, page, tmp_path):
+    again = write_report(root, tmp_path / "report.html")
+    assert again.read_bytes() == page.read_bytes()
+    other = write_report(root, tmp_path / "other.html", seed=1, explorer_rollouts=10)
+    assert other.read_bytes() != page.read_bytes()
+
+
+def test_of_two_runs_of_a_model_and_task_the_latest_is_shown(tmp_path):
+    canopy_store.import_rollouts(tmp_path / "s", GOLDEN, max_new_tokens=64)
+    golden = pl.read_parquet(GOLDEN)
+    keys = ["family", "variant", "task"]
+    one = golden.join(golden.select(keys).head(1), on=keys, how="semi")
+    one.write_parquet(tmp_path / "again.parquet")
+    canopy_store.import_rollouts(tmp_path / "s", tmp_path / "again.parquet", run="again")
+    found = facts_of(tmp_path / "s")
+    with found.con:
+        assert "again" in found.shown["run_id"]
+        assert any("latest" in note for note in found.notes)
+        assert not found.shown.select(keys).is_duplicated().any()
+
+
+def test_a_large_store_is_sampled_and_the_page_says_so(browse, tmp_path):
+    prompts, samples = 330, 5
+    rng = np.random.default_rng(0)
+    runs = [(f, v, t) for f in ("p", "q") for v in ("base", "sft") for t in ("math", "stories")]
+    size = prompts * samples
+    frames = []
+    for family, variant, task in runs:
+        n = rng.integers(5, 30, size)
+        vectors = rng.normal(size=(size, 8)) + 1
+        frames.append(pl.DataFrame({
+            "family": family, "variant": variant, "task": task,
+            "prompt_id": np.repeat(np.arange(prompts), samples),
+            "sample": np.tile(np.arange(samples), prompts),
+            "text": ["one more word " * int(k) for k in n],
+            "entropy": [rng.gamma(2, 0.5, k).tolist() for k in n],
+            "embedding": (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).tolist(),
+        }))  # fmt: skip
+    root = store_of(tmp_path, pl.concat(frames), longest=29)
+    started = time.perf_counter()
+    page = write_report(root, tmp_path / "report.html")
+    assert time.perf_counter() - started < 30
+    assert page.stat().st_size < 6_000_000
+    driver = browse(page)
+    assert_quiet(driver)
+    assert "320 of 13,200 rollouts are on this page" in all_text(driver, "#explorer-shown")[0]
+    assert "2,400 of 2,640 prompts are drawn" in " ".join(all_text(driver, "#diversity p"))
