@@ -99,7 +99,5 @@ def show(out: Path) -> None:
         )  # fmt: skip
     command("canopy", "status", "--store", out / "store")
     command("canopy", "compare", "--store", out / "store", "--by", "family")
-    command(
-        "canopy", "regress", "--store", out / "store", "--model", "interaction", "--drop", "family"
-    )
+    command("canopy", "regress", "--store", out / "store", "--model", "interaction", "--drop", "family")
     command("canopy", "report", "--store", out / "store", "--out", out / "report.html")
