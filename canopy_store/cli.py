@@ -108,7 +108,8 @@ def sql_command(query: str, root: str, form: str, incomplete: bool) -> None:
     \b
     Views:   selected_rollouts, rollout_metrics, prompt_metrics, model_metrics, ce_star_decomposition,
              entropy_trajectory, eos_trajectory, length_terciles, model_length_terciles,
-             panel, logging_check
+             panel, logging_check, scored_rollouts, cross_entropy, kl_divergence,
+             kl_trajectory
     Tables:  models, prompts, runs, rollouts, scores, embeddings, embedding_spectra, selections,
              rewards
     Macro:   vendi_score(eigenvalues, q)

@@ -160,6 +160,47 @@ def reward_command(root: str, model: str, **options: Any) -> None:
     click.echo(f"{root}: rewards as {name}")
 
 
+@ingest.command("score")
+@STORE
+@click.option("--scorer", required=True, metavar="PATH_OR_ID",
+              help="Folder, .gguf file, hub id, or package:NAME, of the runs' tokenizer.")  # fmt: skip
+@click.option("--name", metavar="NAME",
+              help="[default: the stored checkpoint, else the last part of the id]")  # fmt: skip
+@RUNS
+@click.option("--policy", type=click.Choice(["run", "full"]), default="run", show_default=True,
+              help="run: each run's own; full: temperature 1, no top-k, no top-p.")  # fmt: skip
+@click.option("--temperature", type=float, help="Instead of the policy's; 0 is greedy.")
+@click.option("--top-k", type=int, help="Instead of the policy's; 0 keeps all.")
+@click.option("--top-p", type=float, help="Instead of the policy's; 1 keeps all.")
+@click.option("--template", type=click.Choice(["run", "chat", "plain"]), default="run",
+              show_default=True, help="run: each prompt as the run had it, to the token.")  # fmt: skip
+@click.option("--prompts", metavar="FILE.jsonl",
+              help="Prompts of runs whose prompts the store has no text of.")  # fmt: skip
+@click.option("--device", metavar="NAME", help="[default: cuda, then mps, then cpu]")
+@click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]),
+              help="[default: bfloat16 on cuda, else float32]")  # fmt: skip
+@click.option("--batch-size", default=16, show_default=True, help="Rollouts side by side.")
+@click.option("--chunk-tokens", default=512, show_default=True,
+              help="Steps whose logits are held at once.")  # fmt: skip
+def score_command(root: str, scorer: str, **options: Any) -> None:
+    """Score stored rollouts under another model or policy, for cross-entropy and KL divergence.
+
+    Each stored token gets its log-probability under the scorer, each step its exact entropy. A run
+    scored by its own model is compared with what was logged.
+
+    \b
+    Example:
+      canopy ingest score --store S --scorer ./child --run tiny.base.walks
+      canopy sql "from kl_divergence" --store S
+    """
+    require_ingest()
+    from canopy_store.ingest.score import ingest_scores
+
+    with bar("scoring") as progress:
+        name = ingest_scores(root, scorer, progress=progress, **options)
+    click.echo(f"{root}: scores as {name}")
+
+
 @ingest.command("finetune")
 @STORE
 @_model_options

@@ -80,6 +80,13 @@ _LOGPROB = _c(
     "nats",
     False,
 )
+_SCORE_LOGPROB = _c(
+    "logprob",
+    "FLOAT[]",
+    "Per step, log-probability of the rollout's token under the policy; -inf outside its support.",
+    "nats",
+    False,
+)
 _ENTROPY = _c(
     "entropy", "FLOAT[]", "Per step, entropy of the sampling policy over its whole support.", "nats"
 )
@@ -179,8 +186,8 @@ TABLES: dict[str, Table] = {
             ("run_id", "prompt_id", "sample", "scorer_id", "policy"),
             (
                 _RUN_ID, _PROMPT_ID, _SAMPLE,
-                _c("policy", "VARCHAR", "The policy scored under, as JSON."),
-                _LOGPROB, _ENTROPY, _EOS_LOGPROB, *_SUMS,
+                _c("policy", "VARCHAR", "The policy scored under, as JSON: temperature, top_k, top_p."),
+                _SCORE_LOGPROB, _ENTROPY, _EOS_LOGPROB, *_SUMS,
             ),
             ("scorer_id", "run"),
         ),
@@ -283,6 +290,24 @@ METRICS: tuple[Column, ...] = (
     _c("sd", "DOUBLE", "Standard deviation of that excess.", "nats"),
     _c("z", "DOUBLE", "mean_excess in standard errors; standard normal when logging is right."),
     _c("ok", "BOOLEAN", "|z| <= 5: logged from the distribution that was sampled."),
+    _c("same_policy", "BOOLEAN", "Scored under the policy that the run was sampled with."),
+    _c("scorer_logprob", "FLOAT[]", "Per step, log-probability of the token under scorer and policy; "
+       "-inf outside the policy's support.", "nats"),
+    _c("scorer_entropy", "FLOAT[]", "Per step, entropy of the scorer's policy.", "nats"),
+    _c("scorer_surprisal_sum", "DOUBLE", "Sum of -scorer_logprob; infinite where a token is outside "
+       "the policy's support.", "nats"),
+    _c("scorer_entropy_sum", "DOUBLE", "Sum of scorer_entropy over the rollout.", "nats"),
+    _c("log_ratio", "DOUBLE", "log p - log q of the rollout: p the run's policy, q the scorer's.",
+       "nats"),
+    _c("n_outside", "BIGINT", "Rollouts with a token outside the scorer's support (at a position: "
+       "such steps). Left out of the means: above 0, cross-entropy and divergence are infinite."),
+    _c("cross_entropy", "DOUBLE", "Mean of -log q: of the rollout, or of the step at a position.",
+       "nats"),
+    _c("cross_entropy_se", "DOUBLE", "Standard error of cross_entropy over rollouts.", "nats"),
+    _c("kl", "DOUBLE", "KL(run || scorer), mean of log p - log q over the run's rollouts, or steps at "
+       "a position.", "nats"),
+    _c("kl_se", "DOUBLE", "Standard error of kl over rollouts, these prompts given.", "nats"),
+    _c("kl_se_prompts", "DOUBLE", "Standard error of kl over prompts: other prompts, too.", "nats"),
 )  # fmt: skip
 
 # Every column a table or view can show, by name: the first definition wins.

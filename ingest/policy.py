@@ -27,8 +27,10 @@ class Policy:
 
     def event_logprob(self, member: torch.Tensor) -> torch.Tensor:
         """Log-probability (B,) in nats of the set of tokens that ``member`` (V,) marks."""
-        inside = member.expand_as(self.logprobs) if self.ids is None else member[self.ids]
-        return self.logprobs.masked_fill(~inside, -torch.inf).logsumexp(-1).clamp(max=0)
+        if self.ids is None:  # a few columns of many
+            return self.logprobs[:, member].logsumexp(-1).clamp(max=0)
+        inside = self.logprobs.masked_fill(~member[self.ids], -torch.inf)
+        return inside.logsumexp(-1).clamp(max=0)
 
     def sample(self, uniform: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Token ids (B,) and their log-probabilities (B,), by inversion of ``uniform`` (B,) in [0, 1).

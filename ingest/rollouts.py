@@ -14,7 +14,7 @@ from canopy_store import sql, store
 from canopy_store.errors import DataError, UsageError
 from canopy_store.ingest import models
 from canopy_store.ingest.prompts import read_prompts, render
-from canopy_store.ingest.sample import Rollout, Sampling, sample_prompt, uniforms
+from canopy_store.ingest.sample import Job, Rollout, Sampling, sample_prompts, uniforms
 from canopy_store.rollouts import write_shard
 
 
@@ -147,14 +147,19 @@ def ingest_rollouts(
     progress.start(len(listed) * samples, (len(listed) - sum(len(s[2]) for s in missing)) * samples)
     started = time.perf_counter()
     for _, shard, members in missing:
+        jobs = [
+            Job(
+                token_ids[i], range(samples),
+                functools.partial(uniforms, run_id, seed, listed[i]["prompt_id"], steps=max_new_tokens),
+                f"{prompts}: line {listed[i]['line']}",
+            )
+            for i in members
+        ]  # fmt: skip
         columns = _Columns()
-        for i in members:
-            prompt_id = listed[i]["prompt_id"]
-            noise = functools.partial(uniforms, run_id, seed, prompt_id, steps=max_new_tokens)
-            columns.add(run_id, prompt_id, tokenizer, sample_prompt(
-                loaded, token_ids[i], range(samples), noise, sampling,
-                f"{prompts}: line {listed[i]['line']}", progress.tokens,
-            ))  # fmt: skip
+        for i, rollouts in zip(
+            members, sample_prompts(loaded, jobs, sampling, progress.tokens), strict=True
+        ):
+            columns.add(run_id, listed[i]["prompt_id"], tokenizer, rollouts)
         write_shard(shard, columns.values)
         progress.rollouts(len(members) * samples)
     if not store.is_complete(root, run_id):

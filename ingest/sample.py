@@ -1,4 +1,4 @@
-"""Many rollouts of one prompt, with the exact per-step record of the distribution they came from."""
+"""Many rollouts of prompts, with the exact per-step record of the distribution they came from."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from canopy_store.errors import DataError
+from canopy_store.ingest import shared_prompt
 from canopy_store.ingest.policy import sampling_policy
 
 
@@ -48,28 +49,33 @@ def uniforms(run_id: str, seed: int, prompt_id: str, sample: int, steps: int) ->
     return np.random.Generator(np.random.Philox(key=int.from_bytes(key, "little"))).random(steps)
 
 
-@torch.inference_mode()
-def sample_prompt(
-    model: Any,
-    prompt_ids: Sequence[int],
-    samples: Sequence[int],
-    draw: Callable[[int], np.ndarray],
-    sampling: Sampling,
-    name: str = "prompt",
-    on_tokens: Callable[[int], None] | None = None,
-) -> list[Rollout]:
-    """One rollout for each number in ``samples``, in that order.
+@dataclass
+class Job:
+    """A prompt's rollouts to sample: token ids, sample numbers, their uniforms, its name in errors."""
 
-    The prompt is read once; its cache is repeated over the batch, finished rows leave it, and only
-    the next step's logits are ever held.
+    prompt_ids: list[int]
+    samples: Sequence[int]
+    draw: Callable[[int], np.ndarray]
+    name: str = "prompt"
+
+
+@torch.inference_mode()
+def sample_prompts(
+    model: Any,
+    jobs: Sequence[Job],
+    sampling: Sampling,
+    on_tokens: Callable[[int], None] | None = None,
+) -> list[list[Rollout]]:
+    """For each job one rollout for each of its sample numbers, in that order.
+
+    A prompt is read once however many samples it has; the batch stays full across the jobs, since a
+    finished rollout's slot is taken by the next at once; only the next step's logits are ever held.
 
     Parameters
     ----------
     model : causal model with transformers' interface
-    prompt_ids : (T,) token ids of the prompt
-    draw : gives a sample number's uniforms (max_new_tokens,)
+    jobs : prompts and samples
     sampling : the policy, the end tokens, the length limit and the batch width
-    name : what errors call the prompt
     on_tokens : told how many tokens each step added
 
     Raises
@@ -77,89 +83,180 @@ def sample_prompt(
     DataError
         Logits that are NaN or +inf; names the prompt, the sample and the step.
     """
-    device = model.device
-    prompt = torch.tensor([list(prompt_ids)], device=device)  # (1, T)
+    if shared_prompt.prepare(model):
+        return _sample_shared(model, jobs, sampling, on_tokens)
+    return [_sample_repeated(model, job, sampling, on_tokens) for job in jobs]
+
+
+def _sample_shared(
+    model: Any, jobs: Sequence[Job], sampling: Sampling, on_tokens: Callable[[int], None] | None
+) -> list[list[Rollout]]:
+    """The loop for models that share a prompt's cache: slots that are refilled."""
+    queue = [(job, place) for job, todo in enumerate(jobs) for place in range(len(todo.samples))][::-1]
+    done: list[list[Any]] = [[None] * len(job.samples) for job in jobs]
+    width = min(sampling.width, len(queue))
+    slots = shared_prompt.Slots(model, width)
+    log = _Log(model.device, width, sampling)
+    read: dict[int, shared_prompt.Prompt] = {}
+    owner: list[tuple[int, int]] = []  # (job, place) of each slot; a slot that rests keeps its last
+    logits: Any = None
+
+    def take() -> tuple[int, int]:
+        job, place = queue.pop()
+        if job not in read:
+            read[job] = slots.read(jobs[job].prompt_ids)
+        return job, place
+
+    while len(owner) < width:
+        owner.append(take())
+        log.begin(len(owner) - 1, jobs[owner[-1][0]], owner[-1][1])
+    logits = torch.stack([read[job].logits for job, _ in owner])  # (W, V)
+    slots.seat([read[job] for job, _ in owner])
+    resting = torch.zeros(width, dtype=torch.bool, device=model.device)
+    while True:
+        token, ended = log.step(logits, resting, on_tokens)
+        finished = ended.nonzero()[:, 0].tolist() if ended.any() else []
+        refilled = []
+        for slot in finished:
+            job, place = owner[slot]
+            done[job][place] = log.rollout(slot, jobs[job], place)
+            if queue:
+                owner[slot] = take()
+                log.begin(slot, jobs[owner[slot][0]], owner[slot][1])
+                refilled.append(slot)
+            else:
+                resting[slot] = True
+        if resting.all():
+            return done
+        if finished:
+            if int((~resting).sum()) <= 0.75 * len(owner):
+                keep = (~resting).nonzero()[:, 0]
+                owner = [owner[slot] for slot in keep.tolist()]
+                token, resting = token[keep], resting[keep]
+                place_of = {slot: i for i, slot in enumerate(keep.tolist())}
+                refilled = [place_of[slot] for slot in refilled]
+                slots.keep(keep)
+                log.keep(keep)
+            for job in set(read) - {job for job, _ in owner} - {job for job, _ in queue}:
+                del read[job]  # all its rollouts are done
+            slots.seat([read[job] for job, _ in owner])
+        # a slot just refilled has no token yet: it writes where its first one will, and is not heard
+        at = (log.length - 1).clamp(min=0)
+        logits = slots.step(token, at)
+        for slot in refilled:
+            logits[slot] = read[owner[slot][0]].logits
+
+
+def _sample_repeated(
+    model: Any, job: Job, sampling: Sampling, on_tokens: Callable[[int], None] | None
+) -> list[Rollout]:
+    """The loop for any other model: a prompt's cache repeated over the batch, finished rows dropped."""
+    prompt = torch.tensor([job.prompt_ids], device=model.device)  # (1, T)
     first = model(input_ids=prompt, use_cache=True, logits_to_keep=1)
-    rollouts: list[Rollout] = []
-    for start in range(0, len(samples), sampling.width):
-        batch = list(samples[start : start + sampling.width])
-        more = start + sampling.width < len(samples)
+    rollouts: list[Any] = [None] * len(job.samples)
+    for start in range(0, len(job.samples), sampling.width):
+        places = list(range(start, min(start + sampling.width, len(job.samples))))
+        more = start + sampling.width < len(job.samples)
         cache = copy.deepcopy(first.past_key_values) if more else first.past_key_values
-        cache.batch_repeat_interleave(len(batch))
-        noise = torch.from_numpy(np.stack([draw(s) for s in batch])).to(
-            device, torch.float32 if device.type == "mps" else torch.float64
-        )  # (B, max_new_tokens)
-        logits = first.logits[:, -1].expand(len(batch), -1)
-        rollouts += _continue(model, cache, logits, noise, batch, sampling, name, on_tokens)
-    return rollouts
-
-
-def _continue(
-    model: Any, cache: Any, logits: torch.Tensor, noise: torch.Tensor, batch: list[int],
-    sampling: Sampling, name: str, on_tokens: Callable[[int], None] | None,
-) -> list[Rollout]:  # fmt: skip
-    device, (width, steps) = logits.device, noise.shape
-    ends = torch.zeros(logits.shape[-1], dtype=torch.bool, device=device)  # (V,)
-    ends[[i for i in sampling.end_ids if i < len(ends)]] = True
-    tokens = torch.zeros(width, steps, dtype=torch.int32, device=device)
-    record = torch.zeros(3, width, steps, device=device)  # logprob, entropy, eos_logprob
-    best = min(sampling.top_logprobs, logits.shape[-1])
-    if sampling.top_k > 0:
-        best = min(best, sampling.top_k)
-    top_ids = torch.zeros(width, steps, best, dtype=torch.int32, device=device)
-    top_logprobs = torch.full((width, steps, best), -torch.inf, device=device)
-    lengths = np.zeros(width, np.int64)
-    stopped = np.zeros(width, bool)
-    rows = torch.arange(width, device=device)  # rows of the batch still going
-    for step in range(steps):
-        policy = sampling_policy(logits, sampling.temperature, sampling.top_k, sampling.top_p)
-        token, logprob = policy.sample(noise[rows, step])
-        tokens[rows, step] = token.int()
-        record[:, rows, step] = torch.stack([logprob, policy.entropy(), policy.event_logprob(ends)])
-        if best:
-            ids, values = policy.top(best)
-            top_ids[rows, step, : ids.shape[1]] = ids.int()
-            top_logprobs[rows, step, : ids.shape[1]] = values
-        ended = ends[token]
-        lengths[rows.cpu().numpy()] += 1
-        if on_tokens:
-            on_tokens(len(rows))
-        if ended.any():
-            stopped[rows[ended].cpu().numpy()] = True
-            keep = (~ended).nonzero()[:, 0]
-            rows, token = rows[keep], token[keep]
-            if not len(rows):
-                break
-            cache.batch_select_indices(keep)
-        if step + 1 < steps:
+        cache.batch_repeat_interleave(len(places))
+        logits = first.logits[:, -1].expand(len(places), -1)
+        log = _Log(model.device, len(places), sampling)
+        for row, place in enumerate(places):
+            log.begin(row, job, place)
+        while places:
+            resting = torch.zeros(len(places), dtype=torch.bool, device=model.device)
+            token, ended = log.step(logits, resting, on_tokens)
+            if ended.any():
+                for row in ended.nonzero()[:, 0].tolist():
+                    rollouts[places[row]] = log.rollout(row, job, places[row])
+                keep = (~ended).nonzero()[:, 0]
+                places = [places[row] for row in keep.tolist()]
+                if not places:
+                    break
+                token = token[keep]
+                cache.batch_select_indices(keep)
+                log.keep(keep)
             logits = model(
                 input_ids=token[:, None], past_key_values=cache, use_cache=True, logits_to_keep=1
             ).logits[:, -1]  # (B, V)
-    logged = record.cpu().numpy()
-    _check_finite(logged, lengths, batch, name)
-    drawn = tokens.cpu().numpy()
-    likeliest = (top_ids.cpu().numpy(), top_logprobs.cpu().numpy()) if best else None
-    return [
-        Rollout(
-            sample=sample,
-            token_ids=drawn[i, :n],
-            logprob=logged[0, i, :n],
-            entropy=logged[1, i, :n],
-            eos_logprob=logged[2, i, :n],
-            finish_reason="stop" if stopped[i] else "length",
-            top_token_ids=likeliest[0][i, :n] if likeliest else None,
-            top_logprobs=likeliest[1][i, :n] if likeliest else None,
+    return rollouts
+
+
+class _Log:
+    """The record of the rollouts under way, one row each, on the device until a rollout is finished."""
+
+    def __init__(self, device: torch.device, width: int, sampling: Sampling) -> None:
+        steps, best = sampling.max_new_tokens, sampling.top_logprobs
+        if sampling.top_k > 0:
+            best = min(best, sampling.top_k)
+        self.sampling, self.best = sampling, best
+        self.length = torch.zeros(width, dtype=torch.long, device=device)
+        self.tokens = torch.zeros(width, steps, dtype=torch.int32, device=device)
+        self.record = torch.zeros(width, 3, steps, device=device)  # logprob, entropy, eos_logprob
+        wide = torch.float32 if device.type == "mps" else torch.float64
+        self.noise = torch.zeros(width, steps, dtype=wide, device=device)
+        self.top_ids = torch.zeros(width, steps, best, dtype=torch.int32, device=device)
+        self.top_logprobs = torch.full((width, steps, best), -torch.inf, device=device)
+        self.ends = torch.tensor(sampling.end_ids, dtype=torch.long, device=device)
+        self.is_end: torch.Tensor | None = None  # (V,)
+
+    def begin(self, row: int, job: Job, place: int) -> None:
+        """Gives a row to a new rollout."""
+        self.noise[row] = torch.from_numpy(job.draw(job.samples[place])).to(self.noise)
+        self.length[row] = 0
+
+    def keep(self, rows: torch.Tensor) -> None:
+        """Drops all rows but these."""
+        for name in ("length", "tokens", "record", "noise", "top_ids", "top_logprobs"):
+            setattr(self, name, getattr(self, name)[rows])
+
+    def step(
+        self, logits: torch.Tensor, resting: torch.Tensor, on_tokens: Callable[[int], None] | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Samples a token (B,) for every row and logs it; and which rows (B,) end with it."""
+        rows = torch.arange(len(logits), device=logits.device)
+        at = self.length.clamp(max=self.sampling.max_new_tokens - 1)  # of a resting row: no matter
+        policy = sampling_policy(
+            logits, self.sampling.temperature, self.sampling.top_k, self.sampling.top_p
         )
-        for i, (sample, n) in enumerate(zip(batch, lengths, strict=True))
-    ]
+        token, logprob = policy.sample(self.noise[rows, at])
+        self.tokens[rows, at] = token.int()
+        if self.is_end is None:
+            self.is_end = torch.zeros(logits.shape[-1], dtype=torch.bool, device=logits.device)
+            self.is_end[self.ends[self.ends < logits.shape[-1]]] = True
+        eos_logprob = policy.event_logprob(self.is_end)
+        self.record[rows, :, at] = torch.stack([logprob, policy.entropy(), eos_logprob], -1)
+        if self.best:
+            ids, values = policy.top(self.best)
+            self.top_ids[rows, at, : ids.shape[1]] = ids.int()
+            self.top_logprobs[rows, at, : ids.shape[1]] = values
+        self.length += ~resting
+        if on_tokens:
+            on_tokens(len(logits) - int(resting.sum()))
+        over = self.is_end[token] | (self.length >= self.sampling.max_new_tokens)
+        return token, over & ~resting
+
+    def rollout(self, row: int, job: Job, place: int) -> Rollout:
+        """The finished rollout of a row."""
+        n = int(self.length[row])
+        # copies: on the CPU a tensor's array is the tensor's own memory, which the next rollout takes
+        tokens = self.tokens[row, :n].cpu().numpy().copy()
+        logged = self.record[row, :, :n].cpu().numpy().copy()
+        _check_finite(logged, job.samples[place], job.name)
+        return Rollout(
+            sample=job.samples[place], token_ids=tokens,
+            logprob=logged[0], entropy=logged[1], eos_logprob=logged[2],
+            finish_reason="stop" if int(tokens[-1]) in self.sampling.end_ids else "length",
+            top_token_ids=self.top_ids[row, :n].cpu().numpy().copy() if self.best else None,
+            top_logprobs=self.top_logprobs[row, :n].cpu().numpy().copy() if self.best else None,
+        )  # fmt: skip
 
 
-def _check_finite(logged: np.ndarray, lengths: np.ndarray, batch: list[int], name: str) -> None:
-    within = np.arange(logged.shape[2])[None, :] < lengths[:, None]
-    bad = within & ~(np.isfinite(logged[0]) & np.isfinite(logged[1]) & ~np.isnan(logged[2]))
+def _check_finite(logged: np.ndarray, sample: int, name: str) -> None:
+    """Raises DataError for the first step of a record (3, N) that no policy can give."""
+    bad = ~(np.isfinite(logged[0]) & np.isfinite(logged[1])) | np.isnan(logged[2])
     if bad.any():
-        step, row = (int(x) for x in min((s, r) for r, s in np.argwhere(bad)))
         raise DataError(
-            f"{name}, sample {batch[row]}, step {step + 1}: the model's logits are NaN or infinite; "
-            "its weights are damaged, or the number format overflows: try --dtype float32"
+            f"{name}, sample {sample}, step {int(np.argmax(bad)) + 1}: the model's logits are NaN or "
+            "infinite; its weights are damaged, or the number format overflows: try --dtype float32"
         )

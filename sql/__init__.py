@@ -34,6 +34,10 @@ VIEWS = (
     "model_length_terciles",
     "panel",
     "logging_check",
+    "scored_rollouts",
+    "cross_entropy",
+    "kl_divergence",
+    "kl_trajectory",
 )
 
 

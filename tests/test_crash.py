@@ -119,7 +119,7 @@ def test_an_incomplete_run_is_hidden_unless_asked_for(tmp_path, chain, canopy):
 
 def test_ctrl_c_says_how_to_resume(tmp_path, chain):
     prompts = write_prompts(tmp_path / "p.jsonl", *(f"{a} {b}" for a in "abcdefg" for b in "abcdef"))
-    arguments = ingest_arguments(tmp_path / "s", chain, prompts, samples=200)
+    arguments = ingest_arguments(tmp_path / "s", chain, prompts, samples=60)
     command = [sys.executable, "-m", "canopy_store.cli", *arguments]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     first = store.folder(
@@ -137,8 +137,8 @@ def test_ctrl_c_says_how_to_resume(tmp_path, chain):
     assert "Traceback" not in err
     stored = len(list(first.glob("part-*.parquet")))
     assert 0 < stored < 42
-    again = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    again = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert again.returncode == 0, again.stderr
-    whole = ingest_arguments(tmp_path / "whole", chain, prompts, samples=200)
-    subprocess.run([sys.executable, "-m", "canopy_store.cli", *whole], check=True, timeout=120)
+    whole = ingest_arguments(tmp_path / "whole", chain, prompts, samples=60)
+    subprocess.run([sys.executable, "-m", "canopy_store.cli", *whole], check=True, timeout=300)
     assert rollouts(tmp_path / "s").equals(rollouts(tmp_path / "whole"))

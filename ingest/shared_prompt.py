@@ -1,0 +1,193 @@
+"""Decoding many rollouts over one copy of each prompt's keys and values.
+
+The rollouts of a prompt differ only in what they generated. So a prompt is read once and its keys and
+values are kept once; each slot of the batch keeps those of its own tokens. A step's attention is one
+product of all of a prompt's queries with its keys, one of each slot's query with its own, and a softmax
+over both: exact, and the prompt is read from memory once a step instead of once a rollout.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import AttentionInterface
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+NAME = "canopy_shared_prompt"
+_GROWTH = 64  # tokens by which the slots' room grows
+
+
+@dataclass
+class Prompt:
+    """A prompt that was read: per layer keys and values (heads, T, D); the next token's logits (V,)."""
+
+    length: int
+    layers: list[tuple[torch.Tensor, torch.Tensor]]
+    logits: torch.Tensor
+
+
+class _Own(CacheLayerMixin):
+    """Keys and values of the slots' own tokens (W, heads, room, D), each filled up to its position."""
+
+    def __init__(self, slots: Slots) -> None:
+        super().__init__()
+        self.slots = slots
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        heads, room = key_states.shape[1], self.slots.room
+        # zeros: a row nobody has written yet must not be NaN where its weight is 0
+        self.keys = key_states.new_zeros(len(key_states), heads, room, key_states.shape[-1])
+        self.values = value_states.new_zeros(len(value_states), heads, room, value_states.shape[-1])
+        self.is_initialized = True
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        assert self.keys is not None
+        assert self.values is not None
+        if self.keys.shape[2] < self.slots.room:
+            missing = self.slots.room - self.keys.shape[2]
+            self.keys = torch.nn.functional.pad(self.keys, (0, 0, 0, missing))
+            self.values = torch.nn.functional.pad(self.values, (0, 0, 0, missing))
+        rows = torch.arange(len(key_states), device=key_states.device)
+        self.keys[rows, :, self.slots.at] = key_states[:, :, 0]
+        self.values[rows, :, self.slots.at] = value_states[:, :, 0]
+        return self.keys[:, :, : self.slots.filled], self.values[:, :, : self.slots.filled]
+
+    def keep(self, rows: torch.Tensor) -> None:
+        """Drops all slots but these."""
+        if self.keys is not None and self.values is not None:
+            self.keys, self.values = self.keys[rows], self.values[rows]
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.slots.filled, 0
+
+    def get_seq_length(self) -> int:
+        return self.slots.filled
+
+    def get_max_length(self) -> int:
+        return -1
+
+
+class Slots:
+    """The batch: W slots, each with a prompt and a position among its own tokens."""
+
+    def __init__(self, model: Any, width: int) -> None:
+        self.model = model
+        self.room = self.filled = 0
+        self.at = torch.zeros(width, dtype=torch.long, device=model.device)  # where each slot writes
+        self.unused: torch.Tensor | None = None  # (W, filled) positions a slot has not reached
+        self.groups: list[tuple[Prompt, torch.Tensor]] = []
+        layers = model.config.get_text_config().num_hidden_layers
+        self.cache = Cache(layers=[_Own(self) for _ in range(layers)])
+
+    def read(self, token_ids: list[int]) -> Prompt:
+        """Reads a prompt: its keys, values and the logits of what follows."""
+        ids = torch.tensor([token_ids], device=self.model.device)
+        cache = DynamicCache()
+        logits = self.model(
+            input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1
+        ).logits[0, -1]
+        layers = [(layer.keys[0], layer.values[0]) for layer in cache.layers]  # type: ignore
+        return Prompt(len(token_ids), layers, logits)
+
+    def seat(self, prompts: list[Prompt]) -> None:
+        """Says which prompt each slot has, in slot order."""
+        rows: dict[int, list[int]] = {}
+        for slot, prompt in enumerate(prompts):
+            rows.setdefault(id(prompt), []).append(slot)
+        first = {id(prompt): prompt for prompt in prompts}
+        device = self.model.device
+        self.groups = [(first[key], torch.tensor(found, device=device)) for key, found in rows.items()]
+        self.lengths = torch.tensor([prompt.length for prompt in prompts], device=device)
+
+    def keep(self, rows: torch.Tensor) -> None:
+        """Drops all slots but these; `seat` must follow."""
+        for layer in self.cache.layers:
+            layer.keep(rows)  # type: ignore[union-attr]
+
+    def step(self, tokens: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
+        """Logits (W, V) after each slot's token (W,), which is its own at position ``at`` (W,)."""
+        self.at, self.filled = at, int(at.max()) + 1
+        while self.room < self.filled:
+            self.room += _GROWTH
+        self.unused = torch.arange(self.filled, device=at.device)[None] > at[:, None]
+        global _now
+        _now = self
+        try:
+            return self.model(
+                input_ids=tokens[:, None], position_ids=(self.lengths + at)[:, None],
+                past_key_values=self.cache, use_cache=True, logits_to_keep=1,
+            ).logits[:, -1]  # fmt: skip
+        finally:
+            _now = None
+
+
+_now: Slots | None = None  # the slots that the forward pass under way belongs to
+
+
+def _attend(
+    module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
+    attention_mask: torch.Tensor | None, scaling: float | None = None, **kwargs: Any,
+) -> tuple[torch.Tensor, None]:  # fmt: skip
+    """Attention (W, 1, H, D) of each slot's query (W, H, 1, D) over its prompt and its own tokens."""
+    if _now is None:  # reading a prompt
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, scaling=scaling, **kwargs
+        )
+    assert _now.unused is not None  # step has set it
+    width, heads, _, size = query.shape
+    shared = key.shape[1]  # key-value heads; each serves heads / shared query heads
+    q = query.reshape(width, shared, heads // shared, size) * (scaling or size**-0.5)
+    own = q @ key.transpose(2, 3)  # (W, shared, heads/shared, filled)
+    own.masked_fill_(_now.unused[:, None, None, :], -torch.inf)
+    out = torch.empty(*q.shape[:3], value.shape[-1], dtype=value.dtype, device=value.device)
+    weights = torch.empty_like(own)
+    for prompt, rows in _now.groups:
+        keys, values = prompt.layers[module.layer_idx]  # (shared, T, D)
+        n = len(rows)
+        mine = q[rows].transpose(0, 1).reshape(shared, -1, size)
+        scores = (mine @ keys.transpose(1, 2)).view(shared, n, -1, prompt.length).transpose(0, 1)
+        both = torch.cat([scores, own[rows]], -1).softmax(-1, dtype=torch.float32).to(value.dtype)
+        weights[rows] = both[..., prompt.length :]
+        onto = both[..., : prompt.length].transpose(0, 1).reshape(shared, -1, prompt.length)
+        out[rows] = (onto @ values).view(shared, n, -1, values.shape[-1]).transpose(0, 1)
+    out += weights @ value
+    return out.reshape(width, 1, heads, -1), None
+
+
+AttentionInterface.register(NAME, _attend)
+
+
+def prepare(model: Any) -> bool:
+    """Whether the model can share prompts; if so its attention is set to do it.
+
+    Needs plain attention over all that went before, through transformers' attention interface: no
+    sliding window, no soft cap, no attention sinks, no state-space layers.
+    """
+    config = model.config.get_text_config()
+    if config._attn_implementation == NAME:
+        return True
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    plain = (
+        kinds == {"full_attention"}
+        and not (getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True))
+        and not getattr(config, "attn_logit_softcapping", None)
+        and config.model_type in _PLAIN
+    )
+    if plain and config._attn_implementation in ("sdpa", "eager"):
+        model.set_attn_implementation(NAME)
+        return True
+    return False
+
+
+# Families whose attention is q, k, v, rotary positions and a softmax, and nothing else.
+_PLAIN = frozenset(
+    ["llama", "qwen2", "qwen3", "mistral", "smollm3", "olmo", "olmo2", "phi3", "gemma", "granite",
+     "starcoder2", "stablelm", "gpt_neox"]
+)  # fmt: skip

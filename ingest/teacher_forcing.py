@@ -1,0 +1,153 @@
+"""Given tokens read by a model: each one's log-probability, with the exact statistics of its step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from canopy_store.errors import DataError
+from canopy_store.ingest.policy import Policy, sampling_policy
+from canopy_store.ingest.sample import Sampling
+
+
+@torch.inference_mode()
+def score_tokens(
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    rollouts: Sequence[Sequence[int]],
+    sampling: Sampling,
+    chunk_tokens: int = 512,
+    on_tokens: Callable[[int], None] | None = None,
+    names: Sequence[str] | None = None,
+) -> list[np.ndarray]:
+    """Per rollout, logprob, entropy and eos_logprob (3, N), float32 nats, exact over the vocabulary.
+
+    The model's body runs once over each batch; its head runs over ``chunk_tokens`` steps at a time,
+    so that (steps, vocabulary) logits are never held for more.
+
+    Parameters
+    ----------
+    model : causal model with transformers' interface
+    prompts, rollouts : token ids, one list each per rollout
+    sampling : the policy, the end tokens and the batch width
+    on_tokens : told how many rollout tokens each batch had
+    names : what errors call each rollout
+
+    Raises
+    ------
+    DataError
+        Logits that are NaN or +inf; names the rollout and the step. A model whose head cannot be run
+        apart from its body.
+    """
+    split = _SplitModel(model)
+    scores: list[np.ndarray] = [np.empty(0)] * len(rollouts)
+    # rollouts of like length share a batch: little padding
+    order = sorted(range(len(rollouts)), key=lambda i: len(prompts[i]) + len(rollouts[i]))
+    for start in range(0, len(order), sampling.width):
+        batch = order[start : start + sampling.width]
+        states = split.states([prompts[i] for i in batch], [rollouts[i] for i in batch])  # (S, d)
+        tokens = torch.tensor([t for i in batch for t in rollouts[i]], device=model.device)  # (S,)
+        record = torch.cat([
+            _statistics(split.logits(states[at : at + chunk_tokens]), tokens[at : at + chunk_tokens],
+                        sampling)
+            for at in range(0, len(tokens), chunk_tokens)
+        ], dim=1).cpu().numpy()  # fmt: skip
+        ends = np.cumsum([len(rollouts[i]) for i in batch])
+        for i, row in zip(batch, np.split(record, ends[:-1], axis=1), strict=True):
+            _check_finite(row, names[i] if names else f"rollout {i}")
+            scores[i] = row
+        if on_tokens:
+            on_tokens(len(tokens))
+    return scores
+
+
+class _SplitModel:
+    """A causal model whose body and head run apart, each by the model's own code.
+
+    The head is what the model's forward does after its body: scaling and soft caps included, which a
+    plain call of its output projection would miss.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self.model, self.body = model, model.get_decoder()
+        self.output: Any = None
+        self.checked = False
+
+    def states(
+        self, prompts: Sequence[Sequence[int]], rollouts: Sequence[Sequence[int]]
+    ) -> torch.Tensor:
+        """Last hidden states (S, d) at the S steps of all rollouts, end to end."""
+        lengths = [len(p) + len(r) - 1 for p, r in zip(prompts, rollouts, strict=True)]
+        ids = torch.zeros(len(prompts), max(lengths), dtype=torch.long)  # (B, T)
+        for row, (prompt, rollout) in enumerate(zip(prompts, rollouts, strict=True)):
+            ids[row, : lengths[row]] = torch.tensor([*prompt, *rollout][:-1])
+        # Padding stands on the right alone, where no causal model sees it from an earlier position,
+        # and positions count from 0 in every row: neither a mask nor position ids are needed.
+        hook = self.body.register_forward_hook(lambda _m, _a, output: setattr(self, "output", output))
+        try:
+            last = self.model(
+                input_ids=ids.to(self.model.device), use_cache=False, logits_to_keep=1
+            ).logits[:, -1]  # (B, V)
+        finally:
+            hook.remove()
+        hidden = getattr(self.output, "last_hidden_state", None)
+        if hidden is None or hidden.shape[:2] != ids.shape:
+            raise DataError(f"{type(self.model).__name__}: its hidden states cannot be had; not scored")
+        if not self.checked:
+            self._check(last, hidden[:, -1])
+        steps = [
+            hidden[row, len(p) - 1 : lengths[row]] for row, p in enumerate(prompts)
+        ]  # of each row: where its first token is predicted, up to its last
+        return torch.cat(steps)
+
+    def logits(self, states: torch.Tensor) -> torch.Tensor:
+        """Logits (S, V) of hidden states (S, d)."""
+        output = type(self.output)(**{**self.output, "last_hidden_state": states[None]})
+        forward = self.body.__dict__.get("forward")
+        self.body.forward = lambda *_, **__: output
+        try:
+            blank = torch.zeros(1, len(states), dtype=torch.long, device=states.device)
+            return self.model(input_ids=blank, use_cache=False).logits[0]
+        finally:
+            if forward is None:
+                del self.body.forward
+            else:
+                self.body.forward = forward
+
+    def _check(self, logits: torch.Tensor, states: torch.Tensor) -> None:
+        """The head on its own must give what the whole model gave (B, V), to rounding."""
+        again = self.logits(states)
+        finite = torch.isfinite(logits)
+        room = 0.05 * logits[finite].abs().amax() if finite.any() else 0.0
+        if again.shape != logits.shape or ((again - logits)[finite].abs() > room).any():
+            raise DataError(
+                f"{type(self.model).__name__}: its head does not run apart from its body; not scored"
+            )
+        self.checked = True
+
+
+def _statistics(logits: torch.Tensor, tokens: torch.Tensor, sampling: Sampling) -> torch.Tensor:
+    """Log-probability of ``tokens`` (S,), entropy and eos_logprob (3, S) under the policy's logits."""
+    policy = sampling_policy(logits, sampling.temperature, sampling.top_k, sampling.top_p)
+    ends = torch.zeros(logits.shape[-1], dtype=torch.bool, device=logits.device)  # (V,)
+    ends[[i for i in sampling.end_ids if i < len(ends)]] = True
+    return torch.stack([_logprob(policy, tokens), policy.entropy(), policy.event_logprob(ends)])
+
+
+def _logprob(policy: Policy, tokens: torch.Tensor) -> torch.Tensor:
+    """Log-probabilities (S,) of ``tokens`` (S,); -inf outside the support."""
+    if policy.ids is None:
+        return policy.logprobs.gather(-1, tokens[:, None])[:, 0]
+    return policy.logprobs.masked_fill(policy.ids != tokens[:, None], -torch.inf).amax(-1)
+
+
+def _check_finite(row: np.ndarray, name: str) -> None:
+    bad = np.isnan(row).any(axis=0) | ~np.isfinite(row[1])
+    if bad.any():
+        raise DataError(
+            f"{name}, step {int(np.argmax(bad)) + 1}: the scorer's logits are NaN or infinite; its "
+            "weights are damaged, or the number format overflows: try --dtype float32"
+        )

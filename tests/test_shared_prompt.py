@@ -1,0 +1,95 @@
+"""Decoding over one copy of the prompt gives what the whole forward pass gives, family by family."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from canopy_store.ingest import shared_prompt
+from canopy_store.ingest.sample import Job, Sampling, sample_prompts, uniforms
+
+SIZE = {
+    "vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128,
+    "bos_token_id": None, "eos_token_id": 0, "pad_token_id": None, "head_dim": 8,
+}  # fmt: skip
+PROMPTS = ([5, 9, 2, 33, 7], [8], list(range(1, 40)))
+
+
+def tiny(family: str, **more):
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(family, **{**SIZE, **more})
+    if getattr(config, "sliding_window", None) and family != "gemma2":
+        config.sliding_window = None
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+def jobs(samples: int, steps: int) -> list[Job]:
+    return [
+        Job(prompt, range(samples), lambda s, p=p: uniforms("r", 1, str(p), s, steps), f"prompt {p}")
+        for p, prompt in enumerate(PROMPTS)
+    ]
+
+
+def check(model, width: int, sampling: Sampling, samples: int = 7) -> None:
+    """Every logged statistic against the model's own pass over prompt and rollout, one at a time."""
+    tokens = 0
+    model.set_attn_implementation("eager")
+    own = [job.prompt_ids for job in jobs(samples, sampling.max_new_tokens)]
+    shared_prompt.prepare(model)
+    found = sample_prompts(model, jobs(samples, sampling.max_new_tokens), sampling)
+    model.set_attn_implementation("eager")
+    for prompt, rollouts in zip(own, found, strict=True):
+        assert [r.sample for r in rollouts] == list(range(samples))
+        for rollout in rollouts:
+            whole = torch.tensor([[*prompt, *rollout.token_ids.tolist()]])
+            with torch.no_grad():
+                logits = model(whole).logits[0, len(prompt) - 1 : -1].float()
+            logprobs = (logits / sampling.temperature).log_softmax(-1)
+            entropy = torch.special.entr(logprobs.exp()).sum(-1)
+            assert rollout.entropy == pytest.approx(entropy.numpy(), abs=1e-4)
+            picked = logprobs[torch.arange(len(rollout.token_ids)), rollout.token_ids.astype(int)]
+            assert rollout.logprob == pytest.approx(picked.numpy(), abs=1e-4)
+            assert rollout.eos_logprob == pytest.approx(logprobs[:, 0].numpy(), abs=1e-4)
+            assert (rollout.finish_reason == "stop") == (rollout.token_ids[-1] == 0)
+            tokens += len(rollout.token_ids)
+    assert tokens > samples * len(PROMPTS)
+
+
+@pytest.mark.parametrize("family", sorted(shared_prompt._PLAIN))
+def test_each_family_that_shares_its_prompt(family):
+    model = tiny(family)
+    assert shared_prompt.prepare(model), family
+    check(model, 8, Sampling(1.3, 0, 1.0, 80, (0,), 0, 8))
+
+
+@pytest.mark.parametrize("width", [1, 2, 5, 21, 64])
+def test_every_width(width):
+    check(tiny("llama"), width, Sampling(1.0, 0, 1.0, 30, (0,), 0, width))
+
+
+@pytest.mark.parametrize("family", ["gemma2", "gpt2"])
+def test_other_families_go_the_plain_way(family):
+    more = {"n_positions": 128, "n_embd": 32, "n_layer": 2, "n_head": 4} if family == "gpt2" else {}
+    model = tiny(family, **more)
+    assert not shared_prompt.prepare(model)
+    check(model, 8, Sampling(1.0, 0, 1.0, 12, (0,), 0, 8))
+
+
+def test_widths_agree_but_for_near_ties():
+    """The same uniforms: other widths give the same tokens but where rounding tips a near-tie."""
+    model = tiny("llama")
+    runs = [
+        sample_prompts(model, jobs(40, 30), Sampling(1.0, 0, 1.0, 30, (0,), 0, width))
+        for width in (7, 64)
+    ]
+    pairs = [(a, b) for x, y in zip(*runs, strict=True) for a, b in zip(x, y, strict=True)]
+    same = np.mean([np.array_equal(a.token_ids, b.token_ids) for a, b in pairs])
+    assert same > 0.98
+    again = sample_prompts(model, jobs(40, 30), Sampling(1.0, 0, 1.0, 30, (0,), 0, 7))
+    for x, y in zip(runs[0], again, strict=True):
+        for a, b in zip(x, y, strict=True):
+            assert np.array_equal(a.token_ids, b.token_ids)
+            assert np.array_equal(a.entropy, b.entropy)
