@@ -19,10 +19,12 @@ from canopy_store.errors import (
 from canopy_store.importing import import_rollouts
 from canopy_store.power import power
 from canopy_store.selections import select_lengths, select_reward
+from canopy_store.sharing import export, pull, push, remove_run
 from canopy_store.sql import connect as open
 from canopy_store.sql import read
 from canopy_store.status import status
 from canopy_store.store import init
+from canopy_store.verify import verify
 
 __all__ = [
     "CanopyError",
@@ -33,12 +35,17 @@ __all__ = [
     "UsageError",
     "__version__",
     "compare",
+    "export",
     "import_rollouts",
     "init",
     "open",
     "power",
+    "pull",
+    "push",
     "read",
+    "remove_run",
     "select_lengths",
     "select_reward",
     "status",
+    "verify",
 ]

@@ -11,7 +11,7 @@ import click
 import duckdb
 
 import canopy_store
-from canopy_store import cli_analysis, cli_ingest, sql, store
+from canopy_store import cli_analysis, cli_ingest, cli_sharing, sql, store
 from canopy_store.cli_shared import FORMAT, STORE, bar, print_rows
 from canopy_store.errors import CanopyError
 from canopy_store.importing import import_rollouts
@@ -172,6 +172,8 @@ def completion(shell: str) -> None:
 for command in (
     cli_analysis.select, cli_analysis.compare_command, cli_analysis.power_command,
     cli_analysis.regress_command, cli_analysis.report_command, cli_ingest.ingest,
+    cli_sharing.verify_command, cli_sharing.export_command, cli_sharing.pull_command,
+    cli_sharing.push_command, cli_sharing.remove_run_command,
 ):  # fmt: skip
     cli.add_command(command)
 

@@ -45,7 +45,7 @@ def init(root: str | Path) -> Path:
     root = Path(root)
     if (root / "canopy.json").is_file():
         return require(root)
-    if root.is_file() or (root.is_dir() and any(root.iterdir())):
+    if root.is_file() or (root.is_dir() and any(p.suffix != ".tmp" for p in root.iterdir())):
         raise StoreError(f"{root}: not a store and not an empty folder; choose another --store")
     with _writing(root):
         root.mkdir(parents=True, exist_ok=True)
@@ -104,8 +104,8 @@ def shard_path(folder: Path, shard: int) -> Path:
 
 
 def files(root: Path, table: str) -> list[Path]:
-    """A table's Parquet files, in name order; temporary files are never among them."""
-    return sorted(p for p in (root / table).rglob("*.parquet") if not p.name.startswith("."))
+    """A table's Parquet files, in name order; temporary files end in .tmp and are never among them."""
+    return sorted((root / table).rglob("*.parquet"))
 
 
 @contextmanager
@@ -203,6 +203,7 @@ def write_parquet(rows: pa.Table, file: BinaryIO) -> None:
         use_dictionary=[leaf for _, leaf, kind in leaves if not pa.types.is_floating(kind)],
         use_byte_stream_split=split,
         store_schema=True,
+        write_page_checksum=True,  # a flipped bit in a page is found, whatever it decodes to
     )
 
 

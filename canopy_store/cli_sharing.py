@@ -1,0 +1,113 @@
+"""The commands that look after a store and share it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+import duckdb
+
+from canopy_store.cli_shared import FORMAT, STORE, print_rows
+from canopy_store.errors import DataError
+from canopy_store.sharing import export, pull, push, remove_run
+from canopy_store.verify import verify
+
+
+@click.command("verify")
+@STORE
+@click.option("--deep", is_flag=True, help="Also recompute every spectrum from its embeddings.")
+@FORMAT
+def verify_command(root: str, deep: bool, form: str) -> None:
+    """Check every file of a store: schema, hashes, keys, lengths, bounds, sums, spectra.
+
+    Prints a row for each problem and exits with 1 where one is more than a harmless leftover.
+
+    \b
+    Examples:
+      canopy verify --store S
+      canopy verify --store S --deep --format json
+    """
+    problems = verify(root, deep)
+    if len(problems) or form != "table":
+        print_rows(duckdb.from_arrow(problems.to_arrow()), form)
+    bad = problems.filter(~problems["harmless"])
+    if len(bad):
+        raise DataError(f"{root}: {len(bad)} problems, the first in {bad['file'][0]}: {bad['what'][0]}")
+    if form == "table":
+        click.echo(f"{root}: all is well" + (f", {len(problems)} leftovers" if len(problems) else ""))
+
+
+@click.command("export")
+@STORE
+@click.option("--out", required=True, metavar="DIR", help="New folder.")
+@click.option("--table", "tables", multiple=True, metavar="NAME",
+              help="Take this table along; repeatable [default: all]. models, prompts, runs and "
+              "rollouts always go.")  # fmt: skip
+@click.option("--where", metavar="SQL", help="Only runs for which this is true: \"family = 'llama'\".")
+@click.option("--no-text", is_flag=True, help="Leave out texts and token ids; no measure is lost.")
+@click.option("--no-embeddings", is_flag=True, help="Leave out embeddings; their spectra stay.")
+@click.option("--license", metavar="ID", help="Licence of the rollouts, as in cc-by-4.0.")
+def export_command(
+    root: str, tables: tuple[str, ...], no_text: bool, no_embeddings: bool, **options: Any
+) -> None:
+    """Write complete runs as a folder to share: a Hugging Face dataset, Croissant, and a store.
+
+    \b
+    Examples:
+      canopy export --store S --out shared --license cc-by-4.0
+      canopy export --store S --out math --where "task = 'math'" --no-text
+    """
+    out = export(root, tables=tables or None, text=not no_text, embeddings=not no_embeddings, **options)
+    size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
+    click.echo(f"{out}: {size:,} bytes, described in README.md and MANIFEST")
+
+
+@click.command("pull")
+@click.argument("source")
+@STORE
+def pull_command(source: str, root: str) -> None:
+    """Merge an exported folder, or a dataset of the Hugging Face hub, into a store.
+
+    All of SOURCE is checked before anything is written, nothing of it is executed; the same run twice
+    is one run, and a run that is stored with other values is refused.
+
+    \b
+    Examples:
+      canopy pull shared --store S
+      canopy pull user/rollouts --store S
+    """
+    runs = pull(source, root)
+    click.echo(f"{root}: {len(runs)} runs from {source}: {', '.join(runs)}")
+
+
+@click.command("push")
+@click.argument("folder")
+@click.option("--repo", required=True, metavar="USER/NAME", help="Dataset on the Hugging Face hub.")
+@click.option("--dry-run", is_flag=True, help="Say what would be sent; send nothing.")
+@click.option("--public", is_flag=True, help="A repository made now is open to all [default: private].")
+def push_command(folder: str, repo: str, dry_run: bool, public: bool) -> None:
+    """Send an exported FOLDER to the Hugging Face hub; log in first: hf auth login.
+
+    \b
+    Example:
+      canopy push shared --repo user/rollouts --dry-run
+    """
+    sent = push(folder, repo, dry_run=dry_run, private=not public)
+    for name, size in sent if dry_run else ():
+        click.echo(f"{size:>14,}  {name}")
+    verb = "would send" if dry_run else "sent"
+    click.echo(f"{verb} {len(sent)} files, {sum(s for _, s in sent):,} bytes, to {repo}")
+
+
+@click.command("remove-run")
+@STORE
+@click.option("--run", "run_id", required=True, metavar="RUN", help="Name of the run.")
+@click.confirmation_option("--yes", prompt="Remove every file of this run?")
+def remove_run_command(root: str, run_id: str) -> None:
+    """Remove a run: its rollouts, embeddings, spectra, rewards, scores and selected rollouts.
+
+    \b
+    Example:
+      canopy remove-run --store S --run llama.base.math --yes
+    """
+    click.echo(f"{root}: {run_id} removed, {remove_run(root, run_id)} files")

@@ -1,0 +1,532 @@
+"""Export, pull, push and remove: nothing is lost on the way, nothing foreign is taken on trust."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import duckdb
+import polars as pl
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from test_sql import shell
+from test_verify import GOLDEN, flip, rewrite, same_views, views
+
+import canopy_store
+from canopy_store import sharing, sql, store
+from canopy_store.schema import TABLES, arrow_schema
+from canopy_store.sharing import export, pull, push, remove_run
+from canopy_store.verify import table_files, verify
+
+RUNS = [
+    f"alpha.{variant}.{task}" for variant in ("base", "instruct") for task in ("coding", "completion")
+]
+
+
+PROMPTS = 4  # of each task
+
+
+def imported(root: Path, file: Path) -> Path:
+    rows = pl.read_parquet(GOLDEN).filter(pl.col("family") == "alpha", pl.col("prompt_id") < PROMPTS)
+    steps = pl.col("entropy")
+    rows = rows.with_columns(
+        text=pl.format("text of {}", "sample"),
+        token_ids=steps.cast(pl.List(pl.Int32)),
+        logprob=steps.list.eval(-pl.element()),
+        eos_logprob=steps.list.eval(pl.element() * 0 - 5),
+    )
+    rows.write_parquet(file)
+    canopy_store.import_rollouts(root, file, max_new_tokens=64)
+    canopy_store.select_reward(root, 0.7)
+    return root
+
+
+@pytest.fixture(scope="module")
+def origin(tmp_path_factory) -> Path:
+    """A store of four runs, for reading only."""
+    folder = tmp_path_factory.mktemp("origin")
+    return imported(folder / "s", folder / "in.parquet")
+
+
+@pytest.fixture(scope="module")
+def shared(origin) -> Path:
+    """What `export` makes of it, for reading only."""
+    return export(origin, origin.parent / "shared", license="cc-by-4.0")
+
+
+@pytest.fixture
+def folder(shared, tmp_path) -> Path:
+    return Path(shutil.copytree(shared, tmp_path / "got"))
+
+
+@pytest.fixture(scope="module")
+def measured(origin) -> dict[str, pl.DataFrame]:
+    return views(origin)
+
+
+def tables(root: Path) -> dict[str, list[dict[str, Any]]]:
+    with canopy_store.open(root) as con:
+        return {t: sorted(con.sql(f"from {t}").pl().to_dicts(), key=str) for t in TABLES}
+
+
+def contents(root: Path) -> dict[str, str]:
+    return {str(p.relative_to(root)): store.sha256(p) for p in root.rglob("*") if p.is_file()}
+
+
+# ---------------------------------------------------------------- there and back
+
+
+def test_an_export_is_a_store_and_comes_back_to_the_last_bit(origin, shared, measured, tmp_path):
+    assert same_views(views(shared), measured)
+    assert verify(shared, deep=True).is_empty()
+    assert pull(shared, tmp_path / "back") == RUNS
+    assert same_views(views(tmp_path / "back"), measured)
+    assert tables(tmp_path / "back") == tables(origin)
+    assert verify(tmp_path / "back", deep=True).is_empty()
+    before = contents(tmp_path / "back")
+    assert pull(shared, tmp_path / "back") == RUNS  # twice is once
+    after = contents(tmp_path / "back")
+    assert {**after, "canopy.duckdb": ""} == {**before, "canopy.duckdb": ""}
+
+
+def test_without_texts_every_measure_is_there(origin, measured, tmp_path):
+    out = export(origin, tmp_path / "out", text=False)
+    found = views(out)
+    assert found["selected_rollouts"]["text"].null_count() == len(found["selected_rollouts"])
+    hidden = ("text", "token_ids", "top_token_ids")
+    for view, frame in measured.items():
+        left = [name for name in frame.columns if name not in hidden]
+        assert found[view].select(left).equals(frame.select(left)), view
+    assert b"text of" not in b"".join(p.read_bytes() for p in out.rglob("*") if p.is_file())
+    pull(out, tmp_path / "back")
+    assert pull(origin.parent / "shared", tmp_path / "back") == RUNS  # the same runs, with texts
+    assert same_views(views(tmp_path / "back"), found)
+
+
+def test_parts_of_a_store_and_the_whole_again(origin, shared, measured, tmp_path):
+    where = "variant = 'base' and task = 'coding'"
+    out = export(origin, tmp_path / "a", where=where, tables=["rewards"])
+    assert [row["run_id"] for row in canopy_store.read(out, "runs").to_dicts()] == ["alpha.base.coding"]
+    assert set(canopy_store.read(out, "prompts")["task"]) == {"coding"}
+    assert len(canopy_store.read(out, "models")) == 1
+    assert sorted(p.name for p in out.iterdir() if p.is_dir()) == [
+        "models", "plans", "prompts", "rewards", "rollouts", "runs",
+    ]  # fmt: skip
+    out = export(origin, tmp_path / "b", embeddings=False)
+    assert not (out / "embeddings").exists()
+    assert canopy_store.read(out, "prompt_metrics")["vendi_score"].null_count() == 0
+    for part in (tmp_path / "a", tmp_path / "b", shared):
+        pull(part, tmp_path / "whole")
+    assert same_views(views(tmp_path / "whole"), measured)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"where": "family = 'nobody'"}, "no complete run where"),
+        ({"where": "famly = 'a'"}, "--where famly"),
+        ({"where": "true); drop view runs; select (1"}, "--where"),
+        ({"where": "run_id in (select content from read_text('/etc/passwd'))"}, "--where"),
+        ({"tables": ["rolouts"]}, "no table 'rolouts'"),
+        ({"license": "a\nb: c"}, "license"),
+    ],
+)
+def test_an_export_that_is_refused_leaves_nothing(origin, tmp_path, options, message):
+    with pytest.raises(canopy_store.CanopyError, match=message):
+        export(origin, tmp_path / "out", **options)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_export_neither_replaces_nor_nests_nor_passes_on_damage(origin, tmp_path):
+    (tmp_path / "file").write_text("x")
+    for place in (tmp_path, tmp_path / "file", origin / "inside"):
+        with pytest.raises(canopy_store.UsageError, match="choose"):
+            export(origin, place)
+    broken = Path(shutil.copytree(origin, tmp_path / "broken"))
+    rewrite(
+        table_files(broken, "rollouts")[0], "rollouts", lambda c: c["entropy_sum"].__setitem__(0, 9.0)
+    )
+    with pytest.raises(canopy_store.DataError, match="entropy_sum is not the sum"):
+        export(broken, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_names_that_are_hostile_travel(tmp_path):
+    names = ["../../up", "'; drop view runs; --", "ü%41 \u2028=", "*[x]? {{: |"]
+    pl.DataFrame([
+        {"family": name, "variant": "v/1", "task": "t=1", "prompt_id": name, "sample": 0,
+         "entropy": [1.0]} for name in names
+    ]).write_parquet(tmp_path / "in.parquet")  # fmt: skip
+    canopy_store.import_rollouts(tmp_path / "s", tmp_path / "in.parquet")
+    out = export(tmp_path / "s", tmp_path / "o: [x] 'y'\u2028")
+    pull(out, tmp_path / "back")
+    assert tables(tmp_path / "back") == tables(tmp_path / "s")
+    assert sorted(canopy_store.read(tmp_path / "back", "model_metrics")["family"]) == sorted(names)
+    assert canopy_store.read(out, "runs")["family"].is_in(names).all()
+    import yaml
+
+    head = yaml.safe_load((out / "README.md").read_text().split("---")[1])
+    assert head["configs"][0]["config_name"] == "models"
+
+
+# ---------------------------------------------------------------- other people's programs
+
+
+def test_datasets_loads_every_table(shared, tmp_path):
+    import datasets
+    import yaml
+
+    datasets.disable_progress_bars()
+    head = yaml.safe_load((shared / "README.md").read_text().split("---")[1])
+    assert head["license"] == "cc-by-4.0"
+    names = [config["config_name"] for config in head["configs"]]
+    assert datasets.get_dataset_config_names(str(shared)) == names
+    features = {info["config_name"]: info["features"] for info in head["dataset_info"]}
+    for name in names:
+        found = datasets.load_dataset(str(shared), name, split="train", cache_dir=str(tmp_path))
+        table = name.partition("--")[0]
+        wanted = canopy_store.read(shared, table)
+        if table == name:
+            assert len(found) == len(wanted)
+        assert found.column_names == [c.name for c in TABLES[table].columns]
+        derived = datasets.Features.from_arrow_schema(arrow_schema(table))
+        assert datasets.Features._from_yaml_list(features[name]) == derived
+    rollouts = datasets.load_dataset(str(shared), split="train", cache_dir=str(tmp_path))  # the default
+    assert (
+        rollouts[0]["entropy"]
+        == pl.read_parquet(table_files(shared, "rollouts")[0])["entropy"][0].to_list()
+    )
+
+
+def test_pandas_polars_and_duckdb_read_it(shared, origin, measured):
+    import pandas as pd
+
+    count = len(canopy_store.read(origin, "rollouts"))
+    frame = pd.read_parquet(shared / "rollouts")
+    assert len(frame) == count
+    assert set(frame["variant"]) == {"base", "instruct"}
+    assert len(pl.scan_parquet(shared / "rollouts", hive_partitioning=True).collect()) == count
+    query = "select " + ", ".join(f"(select count(*) from {view}) as {view}" for view in sql.VIEWS)
+    assert shell(shared, query) == [{view: len(frame) for view, frame in measured.items()}]
+    program = Path(sys.executable).parent / "duckdb"
+    done = subprocess.run(
+        [program, "-json", "-init", "views.sql", ":memory:", "select count(*) as n from rollouts"],
+        cwd=shared, capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert json.loads(done.stdout) == [{"n": count}], done.stderr
+
+
+def test_croissant_is_valid_and_gives_records(shared, origin):
+    import mlcroissant
+
+    described = mlcroissant.Dataset(jsonld=str(shared / "croissant.json"))
+    assert not described.metadata.ctx.issues.errors
+    assert not described.metadata.ctx.issues.warnings, described.metadata.ctx.issues.warnings
+    for table in ("models", "prompts", "runs", "rollouts", "embedding_spectra", "rewards"):
+        wanted = canopy_store.read(origin, table)
+        records = described.records(table)
+        first = next(iter(records))
+        assert {name.partition("/")[2] for name in first} == set(wanted.columns)
+        keys = {key: _plain(first[f"{table}/{key}"]) for key in TABLES[table].keys}
+        row = wanted.filter(**keys).row(0, named=True)
+        for name in ("n_tokens", "entropy", "family", "task", "embedder", "eigenvalues", "reward"):
+            if name in row:
+                assert _plain(first[f"{table}/{name}"]) == pytest.approx(row[name])
+
+
+def _plain(value: Any) -> Any:
+    return value.decode() if isinstance(value, bytes) else value
+
+
+# ---------------------------------------------------------------- pull: conflicts, breaks
+
+
+def changed(
+    folder: Path, table: str, change: Callable[[dict[str, list[Any]]], Any], which: int = 0
+) -> None:
+    """Edits a file of an exported folder and enters it in the MANIFEST, as a forger would."""
+    path = table_files(folder, table)[which]
+    rewrite(path, table, change)
+    enter(folder, path)
+
+
+def enter(folder: Path, path: Path, rows: int | None = None) -> None:
+    manifest = json.loads((folder / "MANIFEST").read_text())
+    if path.suffix == ".parquet" and rows is None:
+        rows = pq.read_metadata(path).num_rows
+    manifest["files"][path.relative_to(folder).as_posix()] = {
+        "sha256": store.sha256(path), "bytes": path.stat().st_size, "rows": rows,
+    }  # fmt: skip
+    (folder / "MANIFEST").write_text(json.dumps(manifest))
+
+
+def set_all(name: str, value: Any) -> Callable[[dict[str, list[Any]]], None]:
+    return lambda columns: columns.__setitem__(name, [value] * len(columns[name]))
+
+
+@pytest.mark.parametrize(
+    ("table", "change", "message"),
+    [
+        ("rewards", set_all("reward", 0.25), "other values of reward"),
+        ("models", set_all("weights_sha256", "x"), "weights_sha256 .stored None, asked 'x'."),
+        ("runs", set_all("max_new_tokens", 7), "max_new_tokens .stored 64, asked 7."),
+        ("rollouts", lambda c: set_all("finish_reason", None)(c) or
+         c.__setitem__("finish_reason", ["stop"] * 3 + ["length"] * (len(c["sample"]) - 3)),
+         "other values of finish_reason"),
+    ],
+)  # fmt: skip
+def test_a_conflict_is_refused_with_what_differs(folder, shared, tmp_path, table, change, message):
+    pull(shared, tmp_path / "s")
+    before = contents(tmp_path / "s")
+    changed(folder, table, change)
+    with pytest.raises(canopy_store.ConflictError, match=message):
+        pull(folder, tmp_path / "s")
+    assert contents(tmp_path / "s") == before
+
+
+def test_a_run_that_is_begun_here_is_not_overwritten(shared, origin, tmp_path):
+    root = Path(shutil.copytree(origin, tmp_path / "s"))
+    (root / "runs" / "alpha.base.coding.parquet").unlink()
+    path = next(p for p in table_files(root, "rollouts") if "alpha.base.coding" in str(p))
+    rewrite(path, "rollouts", lambda c: {k: v[:5] for k, v in c.items()})
+    before = contents(root)
+    with pytest.raises(canopy_store.ConflictError, match="begun here and not complete"):
+        pull(shared, root)
+    assert contents(root) == before
+
+
+DRIVER = """
+import os, sys, time
+import canopy_store.sharing as sharing
+real = os.fsync
+def slow(fd):
+    time.sleep(0.01)
+    real(fd)
+os.fsync = slow
+sharing.pull(sys.argv[1], sys.argv[2])
+"""
+
+
+def test_a_pull_killed_again_and_again_ends_up_whole(shared, tmp_path, measured):
+    root = tmp_path / "s"
+    kills = 0
+    for wait in (0.05, 0.4, 0.2):
+        stored = len(list(root.rglob("*")))
+        process = subprocess.Popen([sys.executable, "-c", DRIVER, shared, root])
+        while process.poll() is None and len(list(root.rglob("*"))) == stored:
+            time.sleep(0.002)
+        time.sleep(wait)
+        process.send_signal(signal.SIGKILL)
+        kills += process.wait() == -signal.SIGKILL
+        if (root / "canopy.json").exists():
+            seen = canopy_store.read(root, "rollouts")["run_id"].value_counts()
+            assert set(seen["count"]) <= {PROMPTS * 20}  # some runs whole, the others hidden
+    assert kills > 1
+    assert pull(shared, root) == RUNS
+    assert same_views(views(root), measured)
+    assert verify(root).filter(~pl.col("harmless")).is_empty()
+
+
+def test_a_run_is_removed_and_pulled_again(shared, origin, tmp_path, measured):
+    root = Path(shutil.copytree(origin, tmp_path / "s"))
+    count = remove_run(root, "alpha.base.coding")
+    assert count == sum("alpha.base.coding" in str(p) for p in origin.rglob("*") if p.is_file())
+    assert not [p for p in root.rglob("*") if "alpha.base.coding" in p.name]
+    assert verify(root, deep=True).is_empty()
+    assert set(canopy_store.read(root, "rollouts")["run_id"]) == set(RUNS[1:])
+    with pytest.raises(canopy_store.StoreError, match="no run of this name"):
+        remove_run(root, "alpha.base.coding")
+    with pytest.raises(canopy_store.StoreError, match="no run of this name"):
+        remove_run(root, "*")
+    pull(shared, root)
+    assert same_views(views(root), measured)
+
+
+# ---------------------------------------------------------------- pull: hostile folders
+
+
+def refused(folder: Path, tmp_path: Path, *parts: str) -> None:
+    with pytest.raises(canopy_store.CanopyError) as error:
+        pull(folder, tmp_path / "refused")
+    for part in parts:
+        assert part in str(error.value)
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "refused").exists()
+
+
+def test_any_changed_byte_is_refused(folder, tmp_path):
+    for name in sorted(json.loads((folder / "MANIFEST").read_text())["files"])[::5]:
+        before = (folder / name).read_bytes()
+        flip(folder / name, len(before) // 2, 16)
+        refused(folder, tmp_path, name)
+        (folder / name).write_bytes(before)
+
+
+@pytest.mark.parametrize(
+    "name", ["../../etc/passwd", "/etc/passwd", "rollouts/../../x.parquet", "runs/..", "runs//x.parquet",
+             "./runs/x.parquet", "runs\\x.parquet", "runs/x\n.parquet", "..", ""],
+)  # fmt: skip
+def test_paths_out_of_the_folder_are_refused(folder, tmp_path, name):
+    manifest = json.loads((folder / "MANIFEST").read_text())
+    manifest["files"][name] = next(iter(manifest["files"].values()))
+    (folder / "MANIFEST").write_text(json.dumps(manifest))
+    refused(folder, tmp_path, "MANIFEST", "do not trust it")
+
+
+@pytest.mark.parametrize(
+    "name", ["setup.py", "rollouts/x.parquet", "plans/../x.json", "plans/a/b.json", ".git/config",
+             "rollouts/family=a/variant=b/task=c/run=../part-00000.parquet",
+             "scores/scorer_id=a/run=b/evil.sh"],
+)  # fmt: skip
+def test_files_that_no_export_writes_are_refused(folder, tmp_path, name):
+    (folder / name).parent.mkdir(parents=True, exist_ok=True)
+    (folder / name).write_bytes(b"x")
+    enter(folder, folder / name, rows=1) if ".." not in name else None
+    if ".." in name:
+        manifest = json.loads((folder / "MANIFEST").read_text())
+        manifest["files"][name] = {"sha256": "0" * 64, "bytes": 1, "rows": 1}
+        (folder / "MANIFEST").write_text(json.dumps(manifest))
+    refused(folder, tmp_path, "MANIFEST")
+
+
+def test_files_that_the_manifest_does_not_name_are_refused(folder, tmp_path):
+    path = table_files(folder, "runs")[0]
+    shutil.copy(path, path.with_name("other.parquet"))
+    refused(folder, tmp_path, "other.parquet", "not in MANIFEST")
+
+
+def test_links_out_of_the_folder_are_refused(folder, tmp_path):
+    path = table_files(folder, "rollouts")[0]
+    path.rename(tmp_path / "elsewhere.parquet")
+    path.symlink_to(tmp_path / "elsewhere.parquet")
+    refused(folder, tmp_path, "a link out of the folder")
+    path.unlink()
+    (tmp_path / "elsewhere.parquet").rename(path)
+    (folder / "scores").symlink_to(tmp_path)
+    refused(folder, tmp_path, "not in MANIFEST")
+    (folder / "scores").unlink()
+    (folder / "runs").rename(tmp_path / "runs")
+    (folder / "runs").symlink_to(tmp_path / "runs")
+    refused(folder, tmp_path, "a link out of the folder")
+
+
+def bomb_of_numbers(path: Path, schema: pa.Schema) -> None:
+    """Long lists of one number: run lengths make kilobytes of 18 million values."""
+    rows = store.read_rows(path).slice(0, 1)
+    zeros = pa.array([0.0] * 2048, pa.float32())
+    with pq.ParquetWriter(path, schema, compression="zstd", use_dictionary=True) as writer:
+        lists = pa.ListArray.from_arrays(pa.array([0, 2048], pa.int32()), zeros)
+        one = rows.set_column(
+            schema.get_field_index("entropy"), "entropy", lists.cast(schema.field("entropy").type)
+        )
+        writer.write_table(pa.concat_tables([one] * 9000).cast(schema), row_group_size=9000)
+
+
+def bomb_of_texts(path: Path, schema: pa.Schema) -> None:
+    """One text of 64 kB in a dictionary, named by each of 50 thousand rows: 3 GB in 100 kB."""
+    rows = store.read_rows(path).slice(0, 1)
+    texts = pa.DictionaryArray.from_arrays(pa.array([0] * 50000, pa.int32()), pa.array(["x" * 65536]))
+    columns = [
+        texts if f.name == "text" else pa.nulls(50000, f.type) if f.nullable
+        else pa.concat_arrays([rows[f.name].combine_chunks()] * 50000) for f in schema
+    ]  # fmt: skip
+    table = pa.table(dict(zip(schema.names, columns, strict=True)))
+    with pq.ParquetWriter(path, table.schema, compression="zstd", store_schema=False) as writer:
+        writer.write_table(table)
+        writer.add_key_value_metadata({"canopy_schema": "rollouts:1"})
+
+
+@pytest.mark.parametrize("bomb", [bomb_of_numbers, bomb_of_texts])
+def test_a_small_file_that_decodes_to_far_more_is_refused(folder, tmp_path, monkeypatch, bomb):
+    monkeypatch.setattr(sharing, "_DECODED", 1 << 27)  # an eighth of the limit, to be quick
+    path = table_files(folder, "rollouts")[0]
+    bomb(path, arrow_schema("rollouts"))
+    assert path.stat().st_size < 1 << 20
+    enter(folder, path)
+    started = time.monotonic()
+    refused(folder, tmp_path, "do not trust it")
+    assert time.monotonic() - started < 20
+
+
+def test_rows_and_columns_that_are_not_what_they_say_are_refused(folder, tmp_path, shared):
+    path = table_files(folder, "rewards")[0]
+    enter(folder, path, rows=10**9)
+    refused(folder, tmp_path, "MANIFEST says 1000000000 rows")
+    names = ['"; drop table runs; --', "\x1b[2J\n", "../../etc"]
+    label = {b"canopy_schema": b"rewards:1"}
+    schema = pa.schema([pa.field(name, pa.int64()) for name in names], metadata=label)
+    pq.write_table(schema.empty_table(), path)
+    enter(folder, path)
+    refused(folder, tmp_path, "schema differs")
+    path.write_bytes(b"PAR1 is not enough PAR1")
+    enter(folder, path, rows=1)
+    refused(folder, tmp_path, "truncated or not a Parquet file")
+    shutil.copy(shared / path.relative_to(folder), path)
+    enter(folder, path)
+    changed(folder, "rewards", set_all("reward", float("nan")))
+    refused(folder, tmp_path, "reward is not finite")
+
+
+def test_a_forged_manifest_and_no_manifest_are_refused(folder, tmp_path):
+    for text in ("", "[]", '{"files": []}', '{"version": 1, "files": {"a": {}}}', "[" * 100000):
+        (folder / "MANIFEST").write_text(text)
+        refused(folder, tmp_path, "not a readable MANIFEST")
+    (folder / "MANIFEST").write_text('{"version": 99, "files": {}}')
+    refused(folder, tmp_path, "format version 99")
+    (folder / "MANIFEST").unlink()
+    refused(folder, tmp_path, "no MANIFEST here")
+    with pytest.raises(canopy_store.StoreError, match="no such folder"):
+        pull(tmp_path / "nowhere", tmp_path / "refused")
+
+
+def test_nothing_of_the_source_is_executed(folder, tmp_path):
+    """The views of a pulled store are this package's; a forged canopy.duckdb is never opened."""
+    path = folder / "canopy.duckdb"
+    path.unlink()
+    with duckdb.connect(path) as con:
+        con.execute("create view model_metrics as select 'forged' as x")
+    (folder / "views.sql").write_text("copy (select 1) to 'forged';")
+    (folder / "canopy.py").write_text("raise SystemExit")
+    for name in ("canopy.duckdb", "views.sql"):
+        enter(folder, folder / name)
+    assert pull(folder, tmp_path / "s") == RUNS
+    assert "forged" not in shell(tmp_path / "s", "select * from model_metrics limit 1")[0]
+    assert not {"views.sql", "canopy.py"} & set(os.listdir(tmp_path / "s"))
+
+
+# ---------------------------------------------------------------- push
+
+
+def test_a_dry_run_lists_what_would_be_sent(shared, folder, monkeypatch):
+    def no_hub():
+        raise AssertionError("a dry run needs no hub")
+
+    monkeypatch.setattr(sharing, "_hub", no_hub)
+    monkeypatch.setenv("HF_TOKEN", "hf_thisisnotatoken")
+    (folder / "notes.txt").write_text("at home")
+    sent = push(folder, "someone/rollouts", dry_run=True)
+    assert dict(sent) == {
+        str(p.relative_to(shared)): p.stat().st_size for p in shared.rglob("*") if p.is_file()
+    }
+    with pytest.raises(canopy_store.UsageError, match="not the id of a dataset"):
+        push(folder, "https://x/y/z", dry_run=True)
+    flip(folder / "README.md", 10, 1)
+    with pytest.raises(canopy_store.DataError, match=r"README\.md: its sha256"):
+        push(folder, "someone/rollouts", dry_run=True)
+
+
+def test_no_token_is_ever_shown(folder, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_thisisnotatoken")
+    with pytest.raises(canopy_store.StoreError, match="push again to resume") as error:
+        push(folder, "someone/rollouts")  # the tests are offline
+    assert "hf_this" not in str(error.value)
+    assert sharing._no_token(ValueError("Bearer abc hf_secret\nx")) == "hf_… hf_… x"
