@@ -2,7 +2,7 @@
 #   make demo       the main job on two tiny models, end to end
 #   make test       format, types, layers and every test
 #   make demo-real  the same job on SmolLM2-135M-Instruct and a fine-tuned child
-#   make bench      the benchmarks of docs/performance.md
+#   make bench, make bench-ingest   the benchmarks of docs/performance.md
 #   make simulate   the simulation study of docs/measures.md
 
 VENV ?= .venv
@@ -13,7 +13,7 @@ TORCH ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && echo torch || echo tor
 
 SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
 
-.PHONY: install demo demo-real test lint browser bench simulate docs clean
+.PHONY: install demo demo-real test lint browser bench bench-ingest simulate docs clean
 
 install: $(VENV)/.installed
 
@@ -49,6 +49,10 @@ test: lint browser
 bench: install
 	$(PYTHON) benchmarks/bench_query.py
 	$(PYTHON) benchmarks/bench_compare.py
+
+bench-ingest: install
+	test -e demo-real-output/base || $(PYTHON) demo/demo_real.py
+	$(PYTHON) benchmarks/bench_ingest.py demo-real-output/base
 
 simulate: install
 	$(PYTHON) benchmarks/simulation_compare.py
