@@ -153,16 +153,7 @@ def _read(
 ) -> tuple[pl.DataFrame, dict[tuple[str, str], str], dict[tuple[str, str], bootstrap.Rollouts]]:
     """prompt_metrics of the selection, treatments, and for the second level each prompt's rollouts."""
     with sql.connect(root) as con:
-        every = con.sql("from prompt_metrics").pl()
-        if every.is_empty():
-            raise DataError(f"{root}: no complete run; see: canopy status --store {root}")
-        if selection not in every["selection"]:
-            found = ", ".join(sorted(every["selection"].unique()))
-            raise DataError(f"--selection {selection}: not in the store; it has {found}")
-        embedder = one_embedder(every["embedder"], embedder)
-        rows = every.filter(selection=selection, embedder=embedder)
-        rows = only_runs(rows, runs)
-        require_one_run(rows)
+        rows, embedder = _chosen(con, "prompt_metrics", root, selection, embedder, runs)
         treatments = {
             (family, variant): treatment
             for family, variant, treatment in con.sql(
@@ -184,19 +175,27 @@ def store_panel(
         An empty store, a selection or embedder that is not there, several and none named.
     """
     with sql.connect(root) as con:
-        rows = con.sql("from panel").pl()
-    if rows.is_empty():
+        return _chosen(con, "panel", root, selection, embedder, runs)[0]
+
+
+def _chosen(
+    con: duckdb.DuckDBPyConnection, view: str, root: str | Path, selection: str,
+    embedder: str | None, runs: Sequence[str],
+) -> tuple[pl.DataFrame, str]:  # fmt: skip
+    """A view's rows of one selection and embedder, one run a model and task; and the embedder."""
+    every = con.sql(f"from {view}").pl()
+    if every.is_empty():
         raise DataError(f"{root}: no complete run; see: canopy status --store {root}")
-    if selection not in rows["selection"]:
-        found = ", ".join(sorted(rows["selection"].unique()))
+    if selection not in every["selection"]:
+        found = ", ".join(sorted(every["selection"].unique()))
         raise DataError(f"--selection {selection}: not in the store; it has {found}")
-    rows = rows.filter(selection=selection, embedder=one_embedder(rows["embedder"], embedder))
-    rows = only_runs(rows, runs)
+    embedder = _one_embedder(every["embedder"], embedder)
+    rows = only_runs(every.filter(selection=selection, embedder=embedder), runs)
     require_one_run(rows)
-    return rows
+    return rows, embedder
 
 
-def one_embedder(found: pl.Series, wanted: str | None) -> str:
+def _one_embedder(found: pl.Series, wanted: str | None) -> str:
     """The embedder to use: the one wanted, or the only one there."""
     names = sorted(found.unique())
     if wanted is not None and wanted not in names:

@@ -91,16 +91,16 @@ def export(
     runs = _chosen(root, where)
     scratch = out.parent / f".{out.name}.{os.getpid()}.exporting"
     for old in out.parent.glob(f".{glob.escape(out.name)}.*.exporting"):
-        if not store._alive(int("0" + re.sub(r"\D", "", old.suffixes[-2]))):
+        if not store.alive(int("0" + re.sub(r"\D", "", old.suffixes[-2]))):
             shutil.rmtree(old, ignore_errors=True)  # of an export that was killed
     try:
-        with store._writing(out):
+        with store.writing(out):
             scratch.mkdir(parents=True)
         _fill(root, scratch, runs, wanted, text)
         sql.write_database(scratch)
         _describe(scratch, out.name, text, license)
         _require_sound(scratch)
-        with store._writing(out):
+        with store.writing(out):
             os.replace(scratch, out)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
@@ -248,7 +248,7 @@ def _newest(out: Path) -> str:
 
 def _views(out: Path) -> str:
     statements = [sql.source("macros").rstrip().rstrip(";")]
-    statements += [sql._table_view(out, table, "", False) for table in TABLES]
+    statements += [sql.table_view(out, table, "", False) for table in TABLES]
     statements += [f"create or replace view {v} as\n{sql.source(v).rstrip()}" for v in sql.VIEWS]
     return "-- Run inside this folder: duckdb -init views.sql\n" + ";\n\n".join(statements) + ";\n"
 
@@ -780,7 +780,7 @@ def remove_run(root: str | Path, run_id: str) -> int:
     doomed = [path for path in (row, *files, plan) if path.exists()]
     if not doomed:
         raise StoreError(f"--run {run_id}: no run of this name; see: canopy status")
-    with store._writing(root):
+    with store.writing(root):
         for path in doomed:
             path.unlink()
             for folder in path.parents:

@@ -47,7 +47,7 @@ def init(root: str | Path) -> Path:
         return require(root)
     if root.is_file() or (root.is_dir() and any(p.suffix != ".tmp" for p in root.iterdir())):
         raise StoreError(f"{root}: not a store and not an empty folder; choose another --store")
-    with _writing(root):
+    with writing(root):
         root.mkdir(parents=True, exist_ok=True)
     write_json(root / "canopy.json", {"format": "canopy_store", "version": FORMAT_VERSION})
     return root
@@ -109,7 +109,7 @@ def files(root: Path, table: str) -> list[Path]:
 
 
 @contextmanager
-def _writing(path: Path) -> Iterator[None]:
+def writing(path: Path) -> Iterator[None]:
     """Turns a failing disk into one line; what was stored before is untouched."""
     try:
         yield
@@ -126,7 +126,7 @@ def _writing(path: Path) -> Iterator[None]:
 def replacing(path: Path) -> Iterator[BinaryIO]:
     """A file that becomes ``path`` whole when the block ends, or not at all."""
     temporary = path.with_name(f".{path.name}.{platform.node()}.{os.getpid()}.tmp")
-    with _writing(path):
+    with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             with open(temporary, "wb") as file:
@@ -148,11 +148,12 @@ def remove_leftovers(folder: Path) -> None:
     """Removes temporary files in ``folder`` whose writer, on this machine, is no longer alive."""
     for path in folder.glob(f".*.{platform.node()}.*.tmp"):
         pid = path.name.split(".")[-2]
-        if pid.isdigit() and not _alive(int(pid)):
+        if pid.isdigit() and not alive(int(pid)):
             path.unlink(missing_ok=True)
 
 
-def _alive(pid: int) -> bool:
+def alive(pid: int) -> bool:
+    """Whether a process of this id runs on this machine."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:

@@ -197,7 +197,6 @@ class _Log:
         self.noise = torch.zeros(width, steps, dtype=wide, device=device)
         self.top_ids = torch.zeros(width, steps, best, dtype=torch.int32, device=device)
         self.top_logprobs = torch.full((width, steps, best), -torch.inf, device=device)
-        self.ends = torch.tensor(sampling.end_ids, dtype=torch.long, device=device)
         self.is_end: torch.Tensor | None = None  # (V,)
 
     def begin(self, row: int, job: Job, place: int) -> None:
@@ -223,7 +222,7 @@ class _Log:
         self.tokens[rows, at] = token.int()
         if self.is_end is None:
             self.is_end = torch.zeros(logits.shape[-1], dtype=torch.bool, device=logits.device)
-            self.is_end[self.ends[self.ends < logits.shape[-1]]] = True
+            self.is_end[[i for i in self.sampling.end_ids if i < len(self.is_end)]] = True
         eos_logprob = policy.event_logprob(self.is_end)
         self.record[rows, :, at] = torch.stack([logprob, policy.entropy(), eos_logprob], -1)
         if self.best:

@@ -64,7 +64,7 @@ def connect(root: str | Path, *, incomplete: bool = False) -> duckdb.DuckDBPyCon
     con.execute("set temp_directory = ?", [os.path.join(tempfile.gettempdir(), "canopy-duckdb")])
     try:
         _check_files(con, root)
-        _create_views(con, root, str(root), incomplete)
+        create_views(con, root, str(root), incomplete)
     except duckdb.Error as error:
         con.close()
         raise explain(error) from None
@@ -106,7 +106,7 @@ def write_database(root: str | Path) -> Path:
             os.chdir(root)  # views are bound as they are made, and these paths are relative
             con.execute(f"attach '{_literal(str(fresh))}' as canopy (storage_version 'v1.2.0')")
             con.execute("use canopy")
-            _create_views(con, root, "", False)
+            create_views(con, root, "", False)
             _comment(con)
             con.execute("use memory")
             con.execute("detach canopy")
@@ -159,9 +159,10 @@ def _check_files(con: duckdb.DuckDBPyConnection, root: Path) -> None:
                 store.check_file(Path(name), table)
 
 
-def _create_views(con: duckdb.DuckDBPyConnection, root: Path, prefix: str, incomplete: bool) -> None:
+def create_views(con: duckdb.DuckDBPyConnection, root: Path, prefix: str, incomplete: bool) -> None:
+    """Makes every macro, table view and view in the database."""
     statements = [source("macros")]
-    statements += [_table_view(root, table, prefix, incomplete) for table in TABLES]
+    statements += [table_view(root, table, prefix, incomplete) for table in TABLES]
     statements += [f"create or replace view {view} as {source(view)}" for view in VIEWS]
     con.execute(";\n".join(statements))
 
@@ -183,7 +184,8 @@ def _comment(con: duckdb.DuckDBPyConnection) -> None:
     con.execute(";\n".join(statements))
 
 
-def _table_view(root: Path, table: str, prefix: str, incomplete: bool) -> str:
+def table_view(root: Path, table: str, prefix: str, incomplete: bool) -> str:
+    """The statement that makes a table's view; ``prefix`` is the store's path, or empty for relative."""
     columns = view_columns(table)
     if not store.files(root, table):
         # a glob that matches nothing fails: a typed view of no rows stands in

@@ -72,7 +72,7 @@ def views(root: Path) -> dict[str, pl.DataFrame]:
     """Every view, sorted; one thread, so that sums are added up in one order."""
     found = {}
     with duckdb.connect(config={"threads": 1}) as con:
-        sql._create_views(con, root, str(root), False)
+        sql.create_views(con, root, str(root), False)
         for view in sql.VIEWS:
             frame = con.sql(f"from {view}").pl()
             keys = sql.source(view).splitlines()[1].removeprefix("-- keys: ").split(", ")
