@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,9 @@ def write_shard(path: Path, columns: Mapping[str, Any], rows: Sequence[str] | No
     Parameters
     ----------
     path : the shard's file
-    columns : columns of the table ``rollouts``; ``entropy`` and, where known, ``logprob`` and
-        ``eos_logprob`` are lists of nats, one value a step
+    columns : columns of the table ``rollouts``; ``entropy``, ``logprob`` and ``eos_logprob``, where
+        known, are lists of nats, one value a step. The first of entropy, logprob and token_ids that
+        is there gives the lengths; where none is, ``n_tokens`` must
     rows : what errors call each row; by default its prompt and sample
 
     Raises
@@ -33,31 +34,36 @@ def write_shard(path: Path, columns: Mapping[str, Any], rows: Sequence[str] | No
     names = rows or [
         f"prompt {p} sample {s}" for p, s in zip(columns["prompt_id"], columns["sample"], strict=True)
     ]
-    entropy, offsets = _steps(columns["entropy"], "entropy", names)
+    longest, offsets = _offsets(columns, names)
     lengths = np.diff(offsets)
     if (lengths == 0).any():
         row = names[int(np.argmin(lengths))]
         raise DataError(f"{row}: a rollout of no tokens has no entropy rate; leave it out")
-    _require(np.isfinite(entropy) & (entropy >= -_ROUNDING), entropy, "entropy", offsets, names,
-             "an entropy is finite and at least 0 nats")  # fmt: skip
-    entropy = np.maximum(entropy, np.float32(0))
-    filled: dict[str, Any] = {
-        **columns,
-        "n_tokens": lengths.astype(np.int32),
-        "entropy": _lists(entropy, offsets),
-        "entropy_sum": _sums(entropy, offsets),
-    }
-    if columns.get("logprob") is not None:
-        logprob, _ = _steps(columns["logprob"], "logprob", names, offsets)
-        _require(np.isfinite(logprob) & (logprob <= _ROUNDING), logprob, "logprob", offsets, names,
-                 "a sampled token has a finite log-probability of at most 0 nats")  # fmt: skip
+    filled: dict[str, Any] = {**columns, "n_tokens": lengths.astype(np.int32)}
+
+    def record(name: str, rule: str, good: Callable[[np.ndarray], np.ndarray]) -> np.ndarray | None:
+        """The steps of a list column, checked; None where the column is not there."""
+        if columns.get(name) is None:
+            return None
+        steps = _steps(columns[name], name, names, offsets, longest)
+        _require(good(steps), steps, name, offsets, names, rule)
+        return steps
+
+    entropy = record("entropy", "an entropy is finite and at least 0 nats",
+                     lambda h: np.isfinite(h) & (h >= -_ROUNDING))  # fmt: skip
+    if entropy is not None:
+        entropy = np.maximum(entropy, np.float32(0))
+        filled["entropy"] = _lists(entropy, offsets)
+        filled["entropy_sum"] = _sums(entropy, offsets)
+    logprob = record("logprob", "a sampled token has a finite log-probability of at most 0 nats",
+                     lambda s: np.isfinite(s) & (s <= _ROUNDING))  # fmt: skip
+    if logprob is not None:
         logprob = np.minimum(logprob, np.float32(0))
         filled["logprob"] = _lists(logprob, offsets)
         filled["surprisal_sum"] = _sums(-logprob, offsets)
-    if columns.get("eos_logprob") is not None:
-        eos, _ = _steps(columns["eos_logprob"], "eos_logprob", names, offsets)
-        _require(~np.isnan(eos) & (eos <= _ROUNDING), eos, "eos_logprob", offsets, names,
-                 "the log-probability of ending is at most 0 nats, or -inf")  # fmt: skip
+    eos = record("eos_logprob", "the log-probability of ending is at most 0 nats, or -inf",
+                 lambda e: ~np.isnan(e) & (e <= _ROUNDING))  # fmt: skip
+    if eos is not None:
         eos = np.minimum(eos, np.float32(0))
         filled["eos_logprob"] = _lists(eos, offsets)
         filled["stop_entropy_sum"] = _sums(stop_entropy(eos), offsets)
@@ -66,7 +72,7 @@ def write_shard(path: Path, columns: Mapping[str, Any], rows: Sequence[str] | No
             values = _array(columns[name], None)
             wrong = np.flatnonzero(values.value_lengths().to_numpy(False) != lengths)
             if len(wrong):
-                raise DataError(f"{names[wrong[0]]}: {name} and entropy differ in length")
+                raise DataError(f"{names[wrong[0]]}: {name} and {longest} differ in length")
             filled[name] = values
     store.write_rows(path, "rollouts", filled)
 
@@ -89,20 +95,30 @@ def _array(values: Any, kind: pa.DataType | None) -> Any:
     return values if kind is None else values.cast(kind)
 
 
-def _steps(
-    values: Any, name: str, rows: Sequence[str], offsets: np.ndarray | None = None
-) -> tuple[np.ndarray, np.ndarray]:
-    """All steps of all rollouts end to end, float32, and where each rollout begins (rows + 1)."""
+def _offsets(columns: Mapping[str, Any], rows: Sequence[str]) -> tuple[str, np.ndarray]:
+    """The column that gives the rollouts' lengths, and where each rollout begins (rows + 1)."""
+    for name in ("entropy", "logprob", "token_ids"):
+        if columns.get(name) is not None:
+            lengths = _array(columns[name], None).value_lengths().fill_null(-1).to_numpy()
+            if (lengths < 0).any():
+                raise DataError(f"{rows[int(np.argmin(lengths))]}: {name} is missing")
+            return name, np.concatenate([[0], np.cumsum(lengths)])
+    lengths = np.asarray(columns["n_tokens"], np.int64)
+    return "n_tokens", np.concatenate([[0], np.cumsum(lengths)])
+
+
+def _steps(values: Any, name: str, rows: Sequence[str], offsets: np.ndarray, longest: str) -> np.ndarray:
+    """All steps of all rollouts end to end, float32."""
     lists = _array(values, pa.list_(pa.float32()))
     lengths = lists.value_lengths().fill_null(-1).to_numpy()
     if (lengths < 0).any():
         raise DataError(f"{rows[int(np.argmin(lengths))]}: {name} is missing")
     steps = lists.flatten()
     found = np.concatenate([[0], np.cumsum(lengths)])
-    if offsets is not None and not np.array_equal(found, offsets):
+    if not np.array_equal(found, offsets):
         row = int(np.flatnonzero(np.diff(found) != np.diff(offsets))[0])
-        raise DataError(f"{rows[row]}: {name} and entropy differ in length")
-    return steps.fill_null(float("nan")).to_numpy(zero_copy_only=False), found
+        raise DataError(f"{rows[row]}: {name} and {longest} differ in length")
+    return steps.fill_null(float("nan")).to_numpy(zero_copy_only=False)
 
 
 def _require(

@@ -22,6 +22,7 @@ _ARROW = {
     "INTEGER": pa.int32(),
     "BIGINT": pa.int64(),
     "DOUBLE": pa.float64(),
+    "BOOLEAN": pa.bool_(),
     "TIMESTAMP": pa.timestamp("us"),
     "INTEGER[]": _list(pa.int32()),
     "FLOAT[]": _list(pa.float32()),
@@ -90,6 +91,7 @@ _SCORE_LOGPROB = _c(
 _ENTROPY = _c(
     "entropy", "FLOAT[]", "Per step, entropy of the sampling policy over its whole support.", "nats"
 )
+_H = _c("entropy_sum", "DOUBLE", "H_i: sum of entropy over the rollout.", "nats")
 _EOS_LOGPROB = _c(
     "eos_logprob",
     "FLOAT[]",
@@ -98,7 +100,6 @@ _EOS_LOGPROB = _c(
     False,
 )
 _SUMS = (
-    _c("entropy_sum", "DOUBLE", "H_i: sum of entropy over the rollout.", "nats"),
     _c("surprisal_sum", "DOUBLE", "Sum of -logprob over the rollout.", "nats", False),
     _c(
         "stop_entropy_sum", "DOUBLE",
@@ -149,6 +150,8 @@ TABLES: dict[str, Table] = {
                 _c("n_rollouts", "BIGINT", "Rollouts in the run."),
                 _c("n_tokens", "BIGINT", "Generated tokens in the run.", "tokens"),
                 _c("n_shards", "INTEGER", "Parquet files of the run's rollouts."),
+                _c("logged", "BOOLEAN", "Whether every rollout came with logprob and entropy; where "
+                   "false, views take what lacks from scores under the run's own model and policy."),
                 _c("seed", "BIGINT", "Seed asked for.", "", False),
                 _c("dtype", "VARCHAR", "Number format of the weights while sampling.", "", False),
                 _c("device", "VARCHAR", "Device it ran on.", "", False),
@@ -174,7 +177,13 @@ TABLES: dict[str, Table] = {
                 _c("n_tokens", "INTEGER", "N: generated tokens, the end token included.", "tokens"),
                 _c("finish_reason", "VARCHAR",
                    "stop: ended by itself; length: cut at max_new_tokens.", "", False),
-                _LOGPROB, _ENTROPY, _EOS_LOGPROB, *_SUMS,
+                _LOGPROB,
+                _c("entropy", "FLOAT[]",
+                   "Per step, entropy of the sampling policy over its whole support; NULL where the "
+                   "engine gave none (views then take that of scores).", "nats", False),
+                _EOS_LOGPROB,
+                _c("entropy_sum", "DOUBLE", "H_i: sum of entropy over the rollout.", "nats", False),
+                *_SUMS,
                 _c("top_token_ids", "INTEGER[][]", "Per step, ids of the likeliest tokens, in order.",
                    "", False),
                 _c("top_logprobs", "FLOAT[][]", "Per step, log π of top_token_ids.", "nats", False),
@@ -187,7 +196,7 @@ TABLES: dict[str, Table] = {
             (
                 _RUN_ID, _PROMPT_ID, _SAMPLE,
                 _c("policy", "VARCHAR", "The policy scored under, as JSON: temperature, top_k, top_p."),
-                _SCORE_LOGPROB, _ENTROPY, _EOS_LOGPROB, *_SUMS,
+                _SCORE_LOGPROB, _ENTROPY, _EOS_LOGPROB, _H, *_SUMS,
             ),
             ("scorer_id", "run"),
         ),

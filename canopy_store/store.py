@@ -380,19 +380,21 @@ def is_complete(root: Path, run_id: str) -> bool:
 
 def complete_run(root: Path, where: Path, row: Mapping[str, Any]) -> None:
     """Writes a run's row, the last act of its ingest; counts come from its shards in ``where``."""
-    rollouts = tokens = most = 0
+    rollouts = tokens = 0
+    logged = True
     shards = sorted(where.glob("part-*.parquet"))
     prompts: dict[str, int] = {}
     for shard in shards:
-        part = pq.ParquetFile(shard).read(["prompt_id", "n_tokens"])
+        part = pq.ParquetFile(shard).read(["prompt_id", "n_tokens", "entropy_sum", "surprisal_sum"])
         rollouts += part.num_rows
+        logged &= not (part["entropy_sum"].null_count or part["surprisal_sum"].null_count)
         tokens += sum(part["n_tokens"].to_pylist())
         for prompt in part["prompt_id"].to_pylist():
             prompts[prompt] = prompts.get(prompt, 0) + 1
     most = max(prompts.values(), default=0)
     counted = {
         "n_rollouts": rollouts, "n_tokens": tokens, "n_prompts": len(prompts), "n_samples": most,
-        "n_shards": len(shards), "finished_at": now(),
+        "n_shards": len(shards), "logged": logged, "finished_at": now(),
         "started_at": read_plan(plan_path(root, "run", row["run_id"]))["started_at"],
     }  # fmt: skip
     columns = {key: [value] for key, value in {**row, **counted}.items()}

@@ -627,9 +627,11 @@ def _check_run(
     path = report.root / "runs" / f"{store.quoted(run_id)}.parquet"
     counted: dict[str, Any] = {"n_shards": len(run.files["rollouts"]), "n_rollouts": len(rollouts)}
     if len(rollouts):
+        sums = rollouts["entropy_sum"], rollouts["surprisal_sum"]
         sizes = rollouts["prompt_id"].value_counts()["count"]
         counted |= {"n_tokens": rollouts["n_tokens"].sum(), "n_prompts": len(sizes),
-                    "n_samples": sizes.max()}  # fmt: skip
+                    "n_samples": sizes.max(),
+                    "logged": not any(column.null_count() for column in sums)}  # fmt: skip
         counted |= {key: rollouts[key][0] for key in ("family", "variant", "task")}
         _check_logging(report, home, rollouts)
         asked = rollouts.select("task", "prompt_id").unique()

@@ -5,7 +5,7 @@ with excess as (
     select family, variant, task, run_id, selection,
         surprisal_sum - entropy_sum as x
     from selected_rollouts
-    where surprisal_sum is not null
+    where surprisal_sum is not null and entropy_sum is not null
 ),
 summed as (
     select family, variant, task, run_id, selection,

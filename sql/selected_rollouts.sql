@@ -1,9 +1,39 @@
 -- grain: one row per rollout and selection
 -- keys: run_id, prompt_id, sample, selection
 -- source: docs/measures.md, 'Selections'; 'all' is every rollout
+with own as (
+    -- where an engine gave less than the whole record: its own model's statistics, under its policy
+    select s.*
+    from scores s
+    join runs u using (run_id)
+    where not u.logged
+        and s.scorer_id = u.model_id
+        and (s.policy ->> '$.temperature')::double = u.temperature
+        and (s.policy ->> '$.top_k')::integer = u.top_k
+        and (s.policy ->> '$.top_p')::double = u.top_p
+),
+whole as (
+    -- part of a run would be another run
+    select run_id
+    from (select run_id, count(*) as scored from own group by all)
+    join runs using (run_id)
+    where scored = n_rollouts
+),
+recorded as (
+    select r.* replace (
+        coalesce(r.logprob, o.logprob) as logprob,
+        coalesce(r.entropy, o.entropy) as entropy,
+        coalesce(r.eos_logprob, o.eos_logprob) as eos_logprob,
+        coalesce(r.entropy_sum, o.entropy_sum) as entropy_sum,
+        coalesce(r.surprisal_sum, o.surprisal_sum) as surprisal_sum,
+        coalesce(r.stop_entropy_sum, o.stop_entropy_sum) as stop_entropy_sum
+    )
+    from rollouts r
+    left join (select own.* from own semi join whole using (run_id)) o using (run_id, prompt_id, sample)
+)
 select *, 'all' as selection
-from rollouts
+from recorded
 union all by name
 select r.*, s.selection
-from rollouts r
+from recorded r
 join selections s using (run_id, prompt_id, sample)
