@@ -69,7 +69,23 @@ def _model_options(command: Callable[..., Any]) -> Callable[..., Any]:
     help="Token that ends a rollout, instead of the model's; repeatable.",
 )
 @click.option("--no-eos", is_flag=True, help="Let every rollout run to --max-new-tokens.")
-@click.option("--batch-size", default=32, show_default=True, help="Rollouts side by side.")
+@click.option("--batch-size", type=int, help="Rollouts side by side [default: what --memory holds].")
+@click.option("--memory", type=float, metavar="GB",
+              help="For the rollouts side by side [default: half of what is free].")  # fmt: skip
+@click.option(
+    "--engine",
+    type=click.Choice(["transformers", "openai", "vllm"]),
+    default="transformers",
+    show_default=True,
+    help="transformers gives the whole record; the others tokens: complete them with ingest score.",
+)
+@click.option("--base-url", metavar="URL", help="Of an OpenAI-compatible server: http://HOST:8000/v1.")
+@click.option("--served-model", metavar="NAME", help="Its name there [default: the only one].")
+@click.option("--concurrency", type=int, help="Requests at once [default: 32].")
+@click.option("--shard", metavar="I/N", help="Only every N-th shard, for the I-th of N jobs.")
+@click.option("--executor", type=click.Choice(["local", "ray"]), default="local", show_default=True,
+              help="ray: the shards go to the workers of a Ray cluster.")  # fmt: skip
+@click.option("--workers", type=int, help="Of a Ray cluster [default: one a GPU, or one a node].")
 @click.option(
     "--prompts-per-shard",
     default=4,
@@ -90,13 +106,20 @@ def rollouts_command(root: str, model: str, **options: Any) -> None:
     Example:
       canopy ingest rollouts --store S --model ./my-model --family llama --variant base \\
           --task math --prompts math.jsonl --samples 64 --max-new-tokens 256 --top-k 100
+
+    A job array shares the work: add --shard $I/8 to the same line in each of 8 jobs; whichever
+    stores the last shard completes the run.
     """
     require_ingest()
+    from canopy_store import store
     from canopy_store.ingest.rollouts import ingest_rollouts
 
     with bar("sampling") as progress:
         run = ingest_rollouts(root, model, progress=progress, **options)
-    click.echo(f"{root}: run {run} is complete")
+    if store.is_complete(store.require(root), run):
+        click.echo(f"{root}: run {run} is complete")
+    else:
+        click.echo(f"{root}: run {run}: {options['shard']} is stored; other shards are still to come")
 
 
 @ingest.command("embed")

@@ -11,7 +11,7 @@ from canopy_store import sql, store
 from canopy_store.embeddings import add_spectra, write_embeddings
 from canopy_store.errors import DataError, StoreError
 from canopy_store.ingest import models
-from canopy_store.ingest.rollouts import Progress
+from canopy_store.ingest.progress import Progress
 
 
 def ingest_embeddings(

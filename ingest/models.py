@@ -134,6 +134,19 @@ def tokenizer_sha256(tokenizer: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+def checkpoint(source: str, path: Path, tokenizer: Any) -> dict[str, str | None]:
+    """What the table ``models`` says of weights and tokenizer at ``path``, asked for as ``source``.
+
+    weights_sha256 is None where the folder holds a tokenizer alone.
+    """
+    weighed = path.is_file() or any(path.glob("*.safetensors"))
+    return {
+        "weights_sha256": weights_sha256(path) if weighed else None,
+        "tokenizer_sha256": tokenizer_sha256(tokenizer),
+        "source": source if "/" in source and not Path(source).exists() else path.name,
+    }
+
+
 def end_token_ids(model: Any, tokenizer: Any) -> list[int]:
     """Every token id that ends a rollout: the generation config's, else config's, else tokenizer's."""
     for holder in (getattr(model, "generation_config", None), model.config, tokenizer):

@@ -14,7 +14,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from canopy_store import sql, store
 from canopy_store.errors import DataError, StoreError, UsageError
 from canopy_store.ingest import models
-from canopy_store.ingest.rollouts import Progress
+from canopy_store.ingest.progress import Progress
 
 
 def ingest_rewards(

@@ -3,38 +3,177 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import time
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-import transformers
-
 from canopy_store import sql, store
 from canopy_store.errors import DataError, UsageError
-from canopy_store.ingest import models
+from canopy_store.ingest.engines import Engine, open_engine
+from canopy_store.ingest.progress import Progress
 from canopy_store.ingest.prompts import read_prompts, render
-from canopy_store.ingest.sample import Job, Rollout, Sampling, sample_prompts, uniforms
+from canopy_store.ingest.sample import Job, Rollout, Sampling, uniforms
 from canopy_store.rollouts import write_shard
 
-
-class Progress:
-    """What a long job tells as it goes; this one says nothing. The command line shows a bar."""
-
-    def start(self, rollouts: int, done: int) -> None:
-        """``rollouts`` in all, of which ``done`` are stored already."""
-
-    def tokens(self, count: int) -> None:
-        """``count`` tokens more were sampled."""
-
-    def rollouts(self, count: int) -> None:
-        """``count`` rollouts more were stored."""
-
-    def say(self, line: str) -> None:
-        """A line the user should see."""
+# How shards spread over processes; its function sample_shards(root, model, options, …) does it.
+EXECUTORS = {"local": None, "ray": "canopy_store.ingest.executor_ray"}
 
 
 def ingest_rollouts(
+    root: str | Path,
+    model: str,
+    *,
+    shard: str | None = None,
+    executor: str = "local",
+    workers: int | None = None,
+    progress: Progress | None = None,
+    **options: Any,
+) -> str:
+    """The id of the run, whose missing shards are now stored: ``samples`` rollouts of each prompt.
+
+    Called again after a break, it samples only the missing shards and gives what an unbroken run
+    gives on the same machine. Whoever stores the last shard completes the run.
+
+    Parameters
+    ----------
+    root : path of the store, made if missing
+    model : local folder, GGUF file, hub id, or package:NAME
+    shard : "i/n", from 1: only every n-th shard, for the i-th of n jobs on a scheduler
+    executor : local, this process; or ray, the workers of a Ray cluster
+    workers : of a Ray cluster, how many; by default one a GPU, or one a node
+    options : all that `prepare` takes
+
+    Raises
+    ------
+    ConflictError
+        The run is stored with other settings; names each difference.
+    DataError, StoreError, UsageError
+        Bad prompts, an unreadable model or store, impossible settings.
+    """
+    progress = progress or Progress()
+    if executor not in EXECUTORS:
+        raise UsageError(f"--executor {executor}: one of {', '.join(EXECUTORS)}")
+    part = _part(shard)
+    module = EXECUTORS[executor]
+    if module is not None:
+        if shard is not None:
+            raise UsageError("--shard: not with --executor ray, which hands the shards out itself")
+        spread = importlib.import_module(module).sample_shards
+        return spread(root, model, options, workers, progress)
+    if workers is not None:
+        raise UsageError("--workers: only with --executor ray")
+    run = prepare(root, model, progress=progress, **options)
+    todo = run.shards_to_do(part)
+    run.announce(todo, part, progress)
+    started = time.perf_counter()
+    for number in todo:
+        run.sample_shard(number, progress)
+    run.complete(time.perf_counter() - started)
+    return run.run_id
+
+
+def _part(shard: str | None) -> tuple[int, int]:
+    """The numbers (i, n) of "i/n"."""
+    if shard is None:
+        return 1, 1
+    first, _, second = shard.partition("/")
+    if not (first.isdecimal() and second.isdecimal() and 1 <= int(first) <= int(second)):
+        raise UsageError(f"--shard {shard}: needs i/n with i from 1 to n, as in 2/8")
+    return int(first), int(second)
+
+
+@dataclass
+class Run:
+    """A run under way: its engine, prompts (with token ids) and settings, and where its shards go."""
+
+    root: Path
+    run_id: str
+    engine: Engine
+    prompts: list[dict[str, Any]]
+    token_ids: list[list[int]]
+    source: str  # the file of the prompts, for errors
+    sampling: Sampling
+    settings: dict[str, Any]
+    model_id: str
+    where: Path
+
+    def members(self, shard: int) -> range:
+        """The prompts of a shard, by their place in the list."""
+        size = self.settings["prompts_per_shard"]
+        return range(shard * size, min((shard + 1) * size, len(self.prompts)))
+
+    def shards_to_do(self, part: tuple[int, int] = (1, 1)) -> list[int]:
+        """Numbers of the shards not yet stored that fall to the i-th of n jobs; none once complete."""
+        if store.is_complete(self.root, self.run_id):
+            return []  # whatever its files are now: they may have been compacted
+        there = {path.name for path in self.where.glob("part-*.parquet")}
+        mine = range(part[0] - 1, self.settings["n_shards"], part[1])
+        return [n for n in mine if store.shard_path(self.where, n).name not in there]
+
+    def announce(self, todo: list[int], part: tuple[int, int], progress: Progress) -> None:
+        """Tells how many rollouts the job has in all and how many are stored."""
+        every = range(part[0] - 1, self.settings["n_shards"], part[1])
+        total, left = (
+            sum(len(self.members(n)) for n in numbers) * self.settings["n_samples"]
+            for numbers in (every, todo)
+        )
+        progress.start(total, total - left)
+
+    def sample_shard(self, shard: int, progress: Progress) -> None:
+        """Samples and stores one shard."""
+        members, steps = self.members(shard), self.sampling.max_new_tokens
+        jobs = [
+            Job(
+                self.token_ids[i], range(self.settings["n_samples"]),
+                functools.partial(uniforms, self.run_id, self.settings["seed"],
+                                  self.prompts[i]["prompt_id"], steps=steps),
+                f"{self.source}: line {self.prompts[i]['line']}",
+            )
+            for i in members
+        ]  # fmt: skip
+        columns: dict[str, list[Any]] = {}
+        for i, rollouts in zip(members, self.engine.sample(jobs, self.sampling, progress), strict=True):
+            self._add(columns, self.prompts[i]["prompt_id"], rollouts)
+        write_shard(store.shard_path(self.where, shard), columns)
+        progress.rollouts(len(members) * self.settings["n_samples"])
+
+    def _add(self, columns: dict[str, list[Any]], prompt_id: str, rollouts: list[Rollout]) -> None:
+        """Adds rollouts to the table's columns; what an engine does not give has no column."""
+        undecoded = [r for r in rollouts if r.text is None]
+        texts = iter(self.engine.tokenizer.batch_decode(
+            [r.token_ids for r in undecoded], skip_special_tokens=True
+        ))  # fmt: skip
+        for rollout in rollouts:
+            row = {"run_id": self.run_id, "prompt_id": prompt_id, **vars(rollout)}
+            row["text"] = next(texts) if rollout.text is None else rollout.text
+            for name in ("top_token_ids", "top_logprobs"):
+                row[name] = None if row[name] is None else row[name].tolist()
+            for name, value in row.items():
+                if value is not None:
+                    columns.setdefault(name, []).append(value)
+
+    def complete(self, seconds: float) -> bool:
+        """Whether the run is complete, which it is once every shard is stored."""
+        done = store.is_complete(self.root, self.run_id)
+        if not done and not self.shards_to_do():
+            store.add_prompts(self.root, self.settings["task"], self.prompts)
+            said = {**self.settings, "rendering": self.settings["template"]}
+            store.complete_run(self.root, self.where, {
+                **{k: said.get(k) for k in (
+                    "run_id", "family", "variant", "task", "temperature", "top_k", "top_p",
+                    "max_new_tokens", "seed", "dtype", "device", "engine", "rendering",
+                )},
+                "model_id": self.model_id, "settings": store.canonical(self.settings),
+                "versions": store.canonical(self.engine.versions), "wall_s": seconds,
+            })  # fmt: skip
+            done = True
+        sql.write_database(self.root)
+        return done
+
+
+def prepare(
     root: str | Path,
     model: str,
     *,
@@ -52,9 +191,14 @@ def ingest_rollouts(
     top_logprobs: int = 0,
     eos_token_ids: tuple[int, ...] = (),
     no_eos: bool = False,
+    engine: str = "transformers",
     device: str | None = None,
     dtype: str | None = None,
-    batch_size: int = 32,
+    base_url: str | None = None,
+    served_model: str | None = None,
+    concurrency: int | None = None,
+    batch_size: int | None = None,
+    memory: float | None = None,
     prompts_per_shard: int = 4,
     limit: int | None = None,
     run: str | None = None,
@@ -63,16 +207,12 @@ def ingest_rollouts(
     hyperparameters: dict[str, Any] | None = None,
     data_sha256: str | None = None,
     progress: Progress | None = None,
-) -> str:
-    """The id of the run, complete: ``samples`` rollouts of each prompt, stored.
-
-    Called again after a break, it samples only the missing shards and gives what an unbroken run
-    gives on the same machine.
+) -> Run:
+    """A run ready to be sampled: the model loaded, the prompts read, the settings agreed and stored.
 
     Parameters
     ----------
-    root : path of the store, made if missing
-    model : local folder, GGUF file, hub id, or package:NAME
+    root, model : as of `ingest_rollouts`
     family, variant : names of the checkpoint; together they are its model_id
     task, prompts : the task's name and its JSONL file
     samples, max_new_tokens : rollouts per prompt, tokens per rollout at most
@@ -80,140 +220,98 @@ def ingest_rollouts(
     template : chat, plain, or auto (chat where the tokenizer has a template)
     top_logprobs : also stores so many likeliest ids and log-probabilities per step
     eos_token_ids, no_eos : end tokens instead of the model's; or allow a model that has none
-    batch_size : rollouts sampled side by side
+    engine : transformers, with the whole record; others (`engines.ENGINES`) give tokens
+    device, dtype : for engines that load the model here
+    base_url, served_model, concurrency : for engines behind a server
+    batch_size, memory : rollouts sampled side by side; by default what ``memory`` (GB, by default a
+        share of what is free) has room for. A resumed run keeps the number it began with
     run : name of the run, by default family.variant.task
     parent, treatment, hyperparameters, data_sha256 : for the checkpoint's row in ``models``
 
     Raises
     ------
-    ConflictError
-        The run is stored with other settings; names each difference.
-    DataError, StoreError, UsageError
-        Bad prompts, an unreadable model or store, impossible settings.
+    As `ingest_rollouts`.
     """
     progress = progress or Progress()
-    _check_settings(samples, max_new_tokens, temperature, top_k, top_p, batch_size, top_logprobs,
-                    prompts_per_shard, limit, template)  # fmt: skip
+    _check_settings(samples, max_new_tokens, temperature, top_k, top_p, batch_size, memory,
+                    top_logprobs, prompts_per_shard, limit, template)  # fmt: skip
     run_id = store.check_name("--run", run or f"{family}.{variant}.{task}")
     for option, value in (("--family", family), ("--variant", variant), ("--task", task)):
         store.check_name(option, value)
     listed = read_prompts(prompts, limit)
     root = store.init(root)
-    loaded, tokenizer, path = models.load_model(model, device, dtype)
-    ends = tuple(eos_token_ids) or tuple(models.end_token_ids(loaded, tokenizer))
+    opened = open_engine(
+        engine, model, device=device, dtype=dtype, base_url=base_url, served_model=served_model,
+        concurrency=concurrency,
+    )  # fmt: skip
+    tokenizer = opened.tokenizer
+    ends = tuple(eos_token_ids) or opened.end_ids
     if no_eos:
         ends = ()
     elif not ends:
         raise DataError(
-            f"{path}: the model has no end-of-sequence token; name one with --eos-token-id ID, "
+            f"{model}: the model has no end-of-sequence token; name one with --eos-token-id ID, "
             "or let every rollout run to --max-new-tokens with --no-eos"
         )
     if template == "auto":
         template = "chat" if getattr(tokenizer, "chat_template", None) else "plain"
     token_ids = [render(p, tokenizer, template, f"{prompts}: line {p['line']}") for p in listed]
-    _check_window(loaded, prompts, listed, token_ids, max_new_tokens)
+    _check_window(opened.window, prompts, listed, token_ids, max_new_tokens)
     if temperature == 0:
         progress.say("temperature 0 is greedy: every rollout of a prompt is the same, entropy 0")
-    weights = models.weights_sha256(path)
     settings = {
-        "run_id": run_id, "family": family, "variant": variant, "task": task,
-        "engine": "transformers", "weights_sha256": weights,
+        "run_id": run_id, "family": family, "variant": variant, "task": task, "engine": engine,
+        "weights_sha256": opened.checkpoint["weights_sha256"],
         "prompts_sha256": store.content_id([[p["prompt_id"], t] for p, t in
                                             zip(listed, token_ids, strict=True)]),
         "template": template, "n_prompts": len(listed), "n_samples": samples,
         "max_new_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k,
         "top_p": top_p, "seed": seed, "top_logprobs": top_logprobs, "end_token_ids": list(ends),
-        "dtype": str(loaded.dtype).removeprefix("torch."), "device": loaded.device.type,
-        "batch_size": batch_size, "prompts_per_shard": prompts_per_shard,
-        "n_shards": -(-len(listed) // prompts_per_shard),
+        "prompts_per_shard": prompts_per_shard, "n_shards": -(-len(listed) // prompts_per_shard),
+        **opened.settings,
     }  # fmt: skip
+    sampling = Sampling(temperature, top_k, top_p, max_new_tokens, ends, top_logprobs)
+    if opened.width is not None:
+        settings["batch_size"] = batch_size or _stored_width(root, run_id) or opened.width(
+            sampling, [len(ids) for ids in token_ids], None if memory is None else int(memory * 1e9)
+        )  # fmt: skip
+        sampling = replace(sampling, width=settings["batch_size"])
+    elif batch_size or memory:
+        raise UsageError(f"--batch-size, --memory: --engine {engine} decides the width itself")
     model_id = store.add_model(root, {
         "family": family, "variant": variant, "parent_id": parent, "treatment": treatment,
         "hyperparameters": store.canonical(hyperparameters) if hyperparameters else None,
-        "data_sha256": data_sha256, "weights_sha256": weights,
-        "tokenizer_sha256": models.tokenizer_sha256(tokenizer),
-        "source": model if "/" in model and not Path(model).exists() else path.name,
+        "data_sha256": data_sha256, **opened.checkpoint,
     })  # fmt: skip
     store.plan(root, "run", run_id, settings)
-    sampling = Sampling(temperature, top_k, top_p, max_new_tokens, ends, top_logprobs, batch_size)
     where = store.folder(root, "rollouts", family=family, variant=variant, task=task, run=run_id)
     store.remove_leftovers(where)
-    shards = [
-        (number, store.shard_path(where, number), range(first, min(first + prompts_per_shard,
-                                                                   len(listed))))
-        for number, first in enumerate(range(0, len(listed), prompts_per_shard))
-    ]  # fmt: skip
-    missing = [shard for shard in shards if not shard[1].exists()]
-    progress.start(len(listed) * samples, (len(listed) - sum(len(s[2]) for s in missing)) * samples)
-    started = time.perf_counter()
-    for _, shard, members in missing:
-        jobs = [
-            Job(
-                token_ids[i], range(samples),
-                functools.partial(uniforms, run_id, seed, listed[i]["prompt_id"], steps=max_new_tokens),
-                f"{prompts}: line {listed[i]['line']}",
-            )
-            for i in members
-        ]  # fmt: skip
-        columns = _Columns()
-        for i, rollouts in zip(
-            members, sample_prompts(loaded, jobs, sampling, progress.tokens), strict=True
-        ):
-            columns.add(run_id, listed[i]["prompt_id"], tokenizer, rollouts)
-        write_shard(shard, columns.values)
-        progress.rollouts(len(members) * samples)
-    if not store.is_complete(root, run_id):
-        store.add_prompts(root, task, listed)
-        store.complete_run(root, where, {
-            **{k: settings[k] for k in ("run_id", "family", "variant", "task", "temperature",
-                                        "top_k", "top_p", "max_new_tokens", "seed", "dtype",
-                                        "device", "engine")},
-            "model_id": model_id, "rendering": template, "settings": store.canonical(settings),
-            "versions": store.canonical(versions()),
-            "wall_s": time.perf_counter() - started,
-        })  # fmt: skip
-    sql.write_database(root)
-    return run_id
+    return Run(
+        root, run_id, opened, listed, token_ids, str(prompts), sampling, settings, model_id, where
+    )
 
 
-def versions() -> dict[str, str]:
-    """The versions that can change a rollout's bits."""
-    found = {"torch": torch.__version__, "transformers": transformers.__version__}
-    if torch.version.cuda:
-        found["cuda"] = torch.version.cuda
-    return found
-
-
-class _Columns:
-    """Rollouts gathered into the table's columns."""
-
-    def __init__(self) -> None:
-        self.values: dict[str, list[Any]] = {}
-
-    def add(self, run_id: str, prompt_id: str, tokenizer: Any, rollouts: list[Rollout]) -> None:
-        texts = tokenizer.batch_decode([r.token_ids for r in rollouts], skip_special_tokens=True)
-        for text, rollout in zip(texts, rollouts, strict=True):
-            row = {"run_id": run_id, "prompt_id": prompt_id, "text": text, **vars(rollout)}
-            if rollout.top_token_ids is not None:
-                row["top_token_ids"] = rollout.top_token_ids.tolist()
-                row["top_logprobs"] = rollout.top_logprobs.tolist()  # type: ignore[union-attr]
-            for name, value in row.items():
-                if value is not None:
-                    self.values.setdefault(name, []).append(value)
+def _stored_width(root: Path, run_id: str) -> int | None:
+    """The width a run began with: its rollouts' bits may depend on it."""
+    path = store.plan_path(root, "run", run_id)
+    return store.read_plan(path)["settings"].get("batch_size") if path.exists() else None
 
 
 def _check_settings(
     samples: int, max_new_tokens: int, temperature: float, top_k: int, top_p: float,
-    batch_size: int, top_logprobs: int, prompts_per_shard: int, limit: int | None, template: str,
+    batch_size: int | None, memory: float | None, top_logprobs: int, prompts_per_shard: int,
+    limit: int | None, template: str,
 ) -> None:  # fmt: skip
     for option, value, least in (
         ("--samples", samples, 1), ("--max-new-tokens", max_new_tokens, 1),
-        ("--top-k", top_k, 0), ("--batch-size", batch_size, 1),
+        ("--top-k", top_k, 0), ("--batch-size", 1 if batch_size is None else batch_size, 1),
         ("--top-logprobs", top_logprobs, 0), ("--prompts-per-shard", prompts_per_shard, 1),
         ("--limit", 1 if limit is None else limit, 1),
     ):  # fmt: skip
         if value < least:
             raise UsageError(f"{option} {value}: needs at least {least}")
+    if memory is not None and not 0 < memory < float("inf"):
+        raise UsageError(f"--memory {memory}: needs more than 0 GB")
     if not 0 <= temperature < float("inf"):
         raise UsageError(f"--temperature {temperature}: needs 0 (greedy) or more")
     if not 0 < top_p <= 1:
@@ -223,10 +321,9 @@ def _check_settings(
 
 
 def _check_window(
-    model: Any, prompts: str | Path, listed: list[dict[str, Any]], token_ids: list[list[int]],
-    max_new_tokens: int,
+    window: int | None, prompts: str | Path, listed: list[dict[str, Any]],
+    token_ids: list[list[int]], max_new_tokens: int,
 ) -> None:  # fmt: skip
-    window = models.context_window(model)
     for prompt, ids in zip(listed, token_ids, strict=True):
         if window and len(ids) + max_new_tokens > window:
             raise DataError(

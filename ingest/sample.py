@@ -31,16 +31,20 @@ class Sampling:
 
 @dataclass
 class Rollout:
-    """One rollout: token ids, and per step logprob, entropy, eos_logprob (nats, float32)."""
+    """One rollout: token ids, and per step logprob, entropy, eos_logprob (nats, float32).
+
+    What an engine does not give exactly is None.
+    """
 
     sample: int
-    token_ids: np.ndarray
-    logprob: np.ndarray
-    entropy: np.ndarray
-    eos_logprob: np.ndarray
+    token_ids: np.ndarray | None
+    logprob: np.ndarray | None
+    entropy: np.ndarray | None
+    eos_logprob: np.ndarray | None
     finish_reason: str
     top_token_ids: np.ndarray | None = None
     top_logprobs: np.ndarray | None = None
+    text: str | None = None  # where None, token_ids are decoded
 
 
 def uniforms(run_id: str, seed: int, prompt_id: str, sample: int, steps: int) -> np.ndarray:

@@ -12,8 +12,8 @@ import pyarrow.parquet as pq
 from canopy_store import sql, store
 from canopy_store.errors import DataError, UsageError
 from canopy_store.ingest import models
+from canopy_store.ingest.progress import Progress
 from canopy_store.ingest.prompts import read_prompts, render
-from canopy_store.ingest.rollouts import Progress
 from canopy_store.ingest.sample import Sampling
 from canopy_store.ingest.teacher_forcing import score_tokens
 from canopy_store.rollouts import stop_entropy
