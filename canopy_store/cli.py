@@ -12,7 +12,7 @@ import duckdb
 
 import canopy_store
 from canopy_store import cli_analysis, cli_ingest, cli_sharing, sql, store
-from canopy_store.cli_shared import FORMAT, STORE, bar, print_rows
+from canopy_store.cli_shared import FORMAT, STORE, bar, print_rows, require_ingest
 from canopy_store.errors import CanopyError
 from canopy_store.importing import import_rollouts
 from canopy_store.status import status
@@ -49,8 +49,21 @@ def init(root: str) -> None:
 
 
 @cli.command("import")
-@click.argument("file")
+@click.argument("source", metavar="PATH")
 @STORE
+@click.option("--format", metavar="NAME",
+              help="parquet, paper, lm-eval, inspect, openai-batch [default: as found].")  # fmt: skip
+@click.option("--family", metavar="F", help="Model family, where PATH does not tell it.")
+@click.option("--variant", metavar="V", help="Variant, where PATH does not tell it.")
+@click.option("--task", metavar="T", help="Task, where PATH does not tell it.")
+@click.option("--temperature", type=float, help="Sampling temperature, where PATH does not tell it.")
+@click.option("--top-k", type=int, help="Likewise [default: 0, off].")
+@click.option("--top-p", type=float, help="Likewise [default: 1, off].")
+@click.option("--processed-logprobs", is_flag=True,
+              help="PATH's log-probabilities are those after temperature, top-k and top-p.")  # fmt: skip
+@click.option("--tokenizer", metavar="PATH_OR_ID",
+              help="The model's tokenizer, for tokens and rollouts known as text alone.")  # fmt: skip
+@click.option("--requests", metavar="FILE.jsonl", help="The input of the batch that PATH answers.")
 @click.option(
     "--max-new-tokens",
     type=int,
@@ -72,17 +85,28 @@ def init(root: str) -> None:
     metavar="NAME",
     help="Name for the column reward.",
 )
-def import_command(file: str, root: str, **options: Any) -> None:
-    """Bring your own rollouts from a Parquet FILE.
+def import_command(source: str, root: str, tokenizer: str | None, **options: Any) -> None:
+    """Bring your own rollouts from the file or folder PATH.
 
-    FILE needs the columns family, variant, task, prompt_id, sample and entropy (a list of nats, one a
-    token); text, token_ids, logprob, eos_logprob, embedding, reward and finish_reason are taken when
-    present. The store is made if it is missing; the same file twice is once.
+    Parquet needs the columns family, variant, task, prompt_id, sample and one of entropy (a list of
+    nats, one a token), logprob, token_ids and n_tokens. Other formats: the tree of the paper's own
+    code, lm-evaluation-harness samples, Inspect .eval logs, OpenAI and vLLM batch output. The store is
+    made if it is missing; the same source twice is once.
 
     \b
-    Example:
+    Examples:
       canopy import rollouts.parquet --store S --max-new-tokens 256
+      canopy import outputs/ --store S
+      canopy import log.eval --store S --family llama --variant sft
+      canopy import batch_output.jsonl --requests batch_input.jsonl --store S \\
+          --family gpt --variant base --task trivia --temperature 1
     """  # fmt: skip
+    loaded = None
+    if tokenizer:
+        require_ingest()
+        from canopy_store.ingest.tokenizer import load_tokenizer
+
+        loaded = load_tokenizer(tokenizer)
     with bar("importing") as progress:
         done = 0
 
@@ -93,7 +117,9 @@ def import_command(file: str, root: str, **options: Any) -> None:
             progress.rollouts(now - done)
             done = now
 
-        runs = import_rollouts(root, file, on_shard=on_shard, **options)
+        runs = import_rollouts(
+            root, source, tokenizer=loaded, on_shard=on_shard, say=progress.say, **options
+        )
     click.echo(f"{root}: {done} rollouts in {len(runs)} runs: {', '.join(runs)}")
 
 

@@ -1,7 +1,12 @@
-"""Bring your own rollouts: one Parquet file in, one run per (family, variant, task) stored."""
+"""Bring your own rollouts: one source in, one run per (family, variant, task) stored.
+
+The form that is stored from is a Parquet file. What a reader reads goes into a temporary one first,
+so that memory stays bounded and every check is made before anything is stored.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -9,158 +14,285 @@ from typing import Any
 import numpy as np
 import polars as pl
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 
-from canopy_store import sql, store
+from canopy_store import readers, sql, store
 from canopy_store.embeddings import write_embeddings
-from canopy_store.errors import DataError, StoreError, UsageError
+from canopy_store.errors import DataError, UsageError
+from canopy_store.readers.staging import (
+    LENGTHS,
+    LISTS,
+    NAMES,
+    PLAIN,
+    as_parquet,
+    decoding,
+    parquet_schema,
+)
 from canopy_store.rollouts import write_shard
 
-_KEYS = ("family", "variant", "task", "prompt_id", "sample")
-_OPTIONAL = (
-    "text", "token_ids", "logprob", "eos_logprob", "embedding", "reward", "finish_reason",
-)  # fmt: skip
+_KEYS = (*NAMES, "prompt_id", "sample")
+_ROLLOUT = ("text", "n_tokens", "finish_reason", *LISTS)
+_OF_THE_RUN = ("model", "temperature", "top_k", "top_p", "max_new_tokens")
 _ROLLOUTS_PER_SHARD = 8192
 
 
 def import_rollouts(
     root: str | Path,
-    file: str | Path,
+    source: str | Path,
     *,
+    format: str | None = None,
+    family: str | None = None,
+    variant: str | None = None,
+    task: str | None = None,
+    temperature: float | None = None,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    processed_logprobs: bool = False,
+    requests: str | Path | None = None,
+    tokenizer: Any = None,
     max_new_tokens: int | None = None,
     run: str | None = None,
     embedder: str = "imported",
     reward_model: str = "imported",
     on_shard: Callable[[int, int], None] | None = None,
+    say: Callable[[str], None] | None = None,
 ) -> list[str]:
-    """The ids of the runs stored from a Parquet file of rollouts; the store is made if missing.
+    """The ids of the runs stored from a source of rollouts; the store is made if missing.
 
-    The same file again changes nothing. All of the file is checked before the first run is made
-    visible.
+    The same source again changes nothing. All of it is checked before the first run is made visible.
 
     Parameters
     ----------
     root : path of the store
-    file : Parquet with family, variant, task, prompt_id, sample and entropy (list of nats, one a
-        token); optional text, token_ids, logprob, eos_logprob (lists), embedding, reward,
-        finish_reason ('stop' or 'length')
+    source : Parquet with family, variant, task, prompt_id, sample and one of entropy (list of nats,
+        one a token), logprob, token_ids and n_tokens; optional the other columns of
+        `canopy_store.readers.FIELDS`. Or a file or folder that a reader knows
+    format : name of the reader [default: the one that knows the source]
+    family, variant, task : names that the source does not tell, or instead of those it tells
+    temperature, top_k, top_p : the sampling policy, likewise; where only temperature is known, top_k
+        is 0 and top_p is 1
+    processed_logprobs : the engine logged log-probabilities after temperature, top-k and top-p, where
+        they are otherwise those of the model itself
+    requests : the requests that a batch answers, for their prompts and policy
+    tokenizer : a transformers tokenizer of the model: gives ids to tokens known as text, and tokens to
+        rollouts known as text alone (the sampled ones may have been others)
     max_new_tokens : marks rollouts of this length as cut, where finish_reason is absent
-    run : name of the run; needs a file of one family, variant and task
+    run : name of the run; needs a source of one family, variant and task
     embedder, reward_model : names under which embeddings and rewards are kept
     on_shard : called with (rollouts done, rollouts in all)
+    say : called with a line on what was left out
 
     Raises
     ------
     DataError
-        A missing column, a wrong type or an impossible value; names the file, row and column.
+        A missing column, a wrong type or an impossible value; names file, row or line, and column.
+    UsageError
+        A name or policy that neither the source nor the caller tells.
     ConflictError
-        A run of this name is stored from another file.
+        A run of this name is stored from another source.
     """
-    file = Path(file)
+    path = Path(source)
     if max_new_tokens is not None and max_new_tokens < 1:
         raise UsageError(f"--max-new-tokens {max_new_tokens}: needs at least 1")
+    policy = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+    _check_policy(policy, "--{}", UsageError)
     store.check_name("--embedder", embedder)
     store.check_name("--reward-model", reward_model)
-    schema = _check_schema(file)
-    keys = _read_keys(file)
-    groups = keys.partition_by(["family", "variant", "task"], maintain_order=True)
+    names = {"family": family, "variant": variant, "task": task}
+    told = {k: v for k, v in {**names, **policy, "max_new_tokens": max_new_tokens}.items()
+            if v is not None}  # fmt: skip
+    notes: list[str] = []  # said once all is stored: a refusal is one line
+    options = readers.Told(tokenizer, Path(requests) if requests else None, notes.append)
+    with as_parquet(path, format, told, processed_logprobs, options) as (file, files, found):
+        settings = {
+            "engine": "import", "source_sha256": _hash(path, files),
+            "embedder": embedder, "reward_model": reward_model,
+            **{k: v for k, v in {
+                "format": found, **policy, "processed_logprobs": processed_logprobs or None,
+                "requests_sha256": store.sha256(Path(requests)) if requests else None,
+                "tokenizer_sha256": _tokenizer_hash(tokenizer),
+            }.items() if v is not None},
+        }  # fmt: skip
+        stored = _store(root, path, file, run, settings, told, on_shard)
+    if say:
+        for note in notes:
+            say(note)
+    return stored
+
+
+def _store(
+    root: str | Path, path: Path, file: Path, run: str | None, common: dict[str, Any],
+    told: dict[str, Any], on_shard: Callable[[int, int], None] | None,
+) -> list[str]:  # fmt: skip
+    """Stores what ``file``, the Parquet form of the source at ``path``, holds."""
+    schema = _check_schema(file, path)
+    keys = _read_keys(file, path, schema)
+    groups = keys.partition_by(list(NAMES), maintain_order=True)
     if run is not None and len(groups) > 1:
-        raise UsageError(f"--run: {file} holds {len(groups)} runs, one a family, variant and task")
-    for name in ("family", "variant", "task"):
-        for value in keys[name].unique():
-            store.check_name(f"{file}: column {name}", value)
-    source_hash = store.sha256(file)
-    root = store.init(root)
+        raise UsageError(f"--run: {path} holds {len(groups)} runs, one a family, variant and task")
+    for name in NAMES:
+        for value in keys[name].unique(maintain_order=True):
+            store.check_name(f"{path}: column {name}", value)
     jobs = []
     for group in groups:
-        family, variant, task = (group[name][0] for name in ("family", "variant", "task"))
-        run_id = store.check_name("--run", run or f"{family}.{variant}.{task}")
-        settings = {
-            "run_id": run_id, "engine": "import", "source_sha256": source_hash,
-            "max_new_tokens": max_new_tokens, "embedder": embedder, "reward_model": reward_model,
-            "family": family, "variant": variant, "task": task,
-        }  # fmt: skip
-        store.forget_unfinished(root, run_id, engine="import")
-        store.plan(root, "run", run_id, settings)
-        jobs.append((settings, group))
+        of_run = _of_the_run(group, path, told)
+        run_id = store.check_name("--run", run or ".".join(of_run[name] for name in NAMES))
+        jobs.append(({"run_id": run_id, **common, **of_run}, group))
+    root = store.init(root)
+    for settings, _ in jobs:
+        store.forget_unfinished(root, settings["run_id"], engine="import")
+        store.plan(root, "run", settings["run_id"], settings)
     done = 0
-    columns = [name for name in _OPTIONAL if name in schema.names]
+    wanted = {*_ROLLOUT, "reward", "where", "embedding"}
+    columns = [name for name in schema.names if name.partition(".")[0] in wanted]
     for settings, group in jobs:
         for number, rows in enumerate(_shards(group)):
             if not store.is_complete(root, settings["run_id"]):
-                _write(root, file, columns, settings, number, rows)
+                _write(root, file, path, columns, settings, number, rows)
             done += len(rows)
             if on_shard:
                 on_shard(done, len(keys))
     for settings, group in jobs:
-        _complete(root, file, settings, group)
+        _complete(root, file, path, schema, settings, group)
     sql.write_database(root)
     return [settings["run_id"] for settings, _ in jobs]
 
 
-def _check_schema(file: Path) -> pa.Schema:
-    if not file.is_file():
-        raise StoreError(f"{file}: no such file")
-    try:
-        schema = pq.read_schema(file)
-    except (pa.ArrowInvalid, OSError):
-        raise DataError(f"{file}: truncated or not a Parquet file") from None
-    missing = [name for name in (*_KEYS, "entropy") if name not in schema.names]
+def _hash(path: Path, files: list[Path]) -> str:
+    if files == [path]:
+        return store.sha256(path)
+    return store.content_id({str(f.relative_to(path)): store.sha256(f) for f in files})
+
+
+def _tokenizer_hash(tokenizer: Any) -> str | None:
+    return None if tokenizer is None else store.content_id(tokenizer.get_vocab())
+
+
+# ---------------------------------------------------------------- from Parquet
+
+
+def _is_list(kind: pa.DataType, of: Callable[[pa.DataType], bool]) -> bool:
+    listed = (
+        pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+    )  # fmt: skip
+    return listed and of(kind.value_type)
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    if pa.types.is_dictionary(kind):
+        kind = kind.value_type
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_null(kind)
+
+
+def _is_number(kind: pa.DataType) -> bool:
+    return pa.types.is_floating(kind) or pa.types.is_integer(kind) or pa.types.is_null(kind)
+
+
+def _is_whole(kind: pa.DataType) -> bool:
+    return pa.types.is_integer(kind) or pa.types.is_null(kind)
+
+
+def _check_schema(file: Path, path: Path) -> pa.Schema:
+    schema = parquet_schema(file)
+    missing = [name for name in _KEYS if name not in schema.names]
+    if not set(LENGTHS) & set(schema.names):
+        missing.append("entropy (or logprob, token_ids or n_tokens)")
     if missing:
         raise DataError(
-            f"{file}: missing column {', '.join(missing)}; there are {', '.join(schema.names)}"
+            f"{path}: missing column {', '.join(missing)}; there are {', '.join(schema.names)}"
         )
-
-    def is_list(kind: pa.DataType, of: Callable[[pa.DataType], bool]) -> bool:
-        listed = (
-            pa.types.is_list(kind) or pa.types.is_large_list(kind)
-            or pa.types.is_fixed_size_list(kind)
-        )  # fmt: skip
-        return listed and of(kind.value_type)
-
-    for name in ("entropy", "logprob", "eos_logprob", "embedding"):
-        if name in schema.names:
-            kind = schema.field(name).type
-            if not is_list(kind, pa.types.is_floating):
-                raise DataError(f"{file}: column {name} is {kind}, needs a list of floats")
-    if "token_ids" in schema.names and not is_list(schema.field("token_ids").type, pa.types.is_integer):
-        raise DataError(f"{file}: column token_ids needs a list of integers")
-    if not pa.types.is_integer(schema.field("sample").type):
-        raise DataError(f"{file}: column sample is {schema.field('sample').type}, needs integers")
+    floats = pa.types.is_floating
+    wanted: dict[str, tuple[Callable[[pa.DataType], bool], str]] = {
+        **dict.fromkeys(("entropy", "logprob", "eos_logprob"),
+                        (lambda k: _is_list(k, floats), "a list of floats")),
+        "token_ids": (lambda k: _is_list(k, pa.types.is_integer), "a list of integers"),
+        "top_token_ids": (lambda k: _is_list(k, lambda i: _is_list(i, pa.types.is_integer)),
+                          "a list of lists of integers"),
+        "top_logprobs": (lambda k: _is_list(k, lambda i: _is_list(i, floats)),
+                         "a list of lists of floats"),
+        "sample": (pa.types.is_integer, "integers"),
+        "prompt_id": (lambda k: _is_text(k) or _is_whole(k), "text or integers"),
+        **dict.fromkeys(NAMES, (_is_text, "text")),
+        **dict.fromkeys(("n_tokens", "top_k", "max_new_tokens"), (_is_whole, "integers")),
+        **dict.fromkeys(("temperature", "top_p", "reward"), (_is_number, "numbers")),
+        **dict.fromkeys(("text", "finish_reason", "prompt", "messages", "model"), (_is_text, "text")),
+    }  # fmt: skip
+    for name, kind in zip(schema.names, schema.types, strict=True):
+        rule = wanted["entropy"] if name.partition(".")[0] == "embedding" else wanted.get(name)
+        if rule and not rule[0](kind):
+            raise DataError(f"{path}: column {name} is {kind}, needs {rule[1]}")
+        if schema.names.count(name) > 1:
+            raise DataError(f"{path}: column {name} is there twice")
     return schema
 
 
-def _read_keys(file: Path) -> pl.DataFrame:
-    """The key columns as text, with the row number and the prompt id as the file has it."""
-    try:
-        table = pq.read_table(file, columns=list(_KEYS))
-    except (pa.ArrowInvalid, OSError) as error:
-        raise DataError(f"{file}: cannot be read: {' '.join(str(error).split())}") from None
+def _read_keys(file: Path, path: Path, schema: pa.Schema) -> pl.DataFrame:
+    """Keys as text and what is said of the run, with the row number and the prompt id as it stands."""
+    others = [name for name in _OF_THE_RUN if name in schema.names]
+    with decoding(path):
+        table = pq.read_table(file, columns=[*_KEYS, *others])
+        table.validate(full=True)
     if table.num_rows == 0:
-        raise DataError(f"{file}: holds no rows")
+        raise DataError(f"{path}: holds no rows")
     frame = pl.DataFrame(table)
     for name in _KEYS:
         if frame[name].null_count():
             row = int(np.argmax(frame[name].is_null().to_numpy()))
-            raise DataError(f"{file}: row {row}: {name} is missing")
-    text = [pl.col(name).cast(pl.String) for name in ("family", "variant", "task")]
+            raise DataError(f"{path}: row {row}: {name} is missing")
+    text = [pl.col(name).cast(pl.String) for name in NAMES]
     frame = frame.select(
         *text,
         pl.col("prompt_id").alias("key"),
         pl.col("prompt_id").cast(pl.String),
-        pl.col("sample").cast(pl.Int64),
+        pl.col("sample").cast(pl.Int64, strict=False).fill_null(-1),
+        *others,
     ).with_row_index("row")
     twice = frame.filter(pl.struct("family", "variant", "task", "prompt_id", "sample").is_duplicated())
     if len(twice):
         first = twice.row(0, named=True)
         raise DataError(
-            f"{file}: row {first['row']}: prompt {first['prompt_id']} sample {first['sample']} of "
+            f"{path}: row {first['row']}: prompt {first['prompt_id']} sample {first['sample']} of "
             f"{first['family']} {first['variant']} {first['task']} is there twice"
         )
     if frame["sample"].min() < 0 or frame["sample"].max() > 2**31 - 1:  # type: ignore[operator]
-        raise DataError(f"{file}: column sample needs numbers from 0 to 2147483647")
+        raise DataError(f"{path}: column sample needs numbers from 0 to 2147483647")
     return frame
+
+
+def _of_the_run(group: pl.DataFrame, path: Path, told: dict[str, Any]) -> dict[str, Any]:
+    """Names, checkpoint and policy of a group's run, None left out; each has one value in it."""
+    found: dict[str, Any] = {name: group[name][0] for name in NAMES}
+    what = f"{path}: {' '.join(found.values())}"
+    for name in _OF_THE_RUN:
+        values = group[name].unique(maintain_order=True).to_list() if name in group.columns else [None]
+        if name in told:
+            values = [told[name]]
+        if len(values) > 1:
+            raise DataError(f"{what}: {name} is {values[0]} and {values[1]}; a run has one: import them "
+                            "apart, each with a --variant or --run of its own")  # fmt: skip
+        found[name] = values[0]
+    if found["temperature"] is not None:
+        found |= {k: v for k, v in PLAIN.items() if found[k] is None}
+    _check_policy(found, f"{what}: {{}}", DataError)
+    if found["max_new_tokens"] is not None and found["max_new_tokens"] < 1:
+        raise DataError(f"{what}: max_new_tokens {found['max_new_tokens']}: needs at least 1")
+    return {k: v for k, v in found.items() if v is not None or k == "max_new_tokens"}
+
+
+def _check_policy(policy: dict[str, Any], name: str, error: type[Exception]) -> None:
+    rules: dict[str, tuple[Callable[[Any], bool], str]] = {
+        "temperature": (lambda v: 0 <= v < math.inf, "0 (greedy) or more"),
+        "top_k": (lambda v: 0 <= v < 2**31, "0 (off) or more"),
+        "top_p": (lambda v: 0 < v <= 1, "above 0 and at most 1"),
+    }
+    for key, (good, rule) in rules.items():
+        if policy[key] is not None and not good(policy[key]):
+            raise error(f"{name.format(key.replace('_', '-'))} {policy[key]}: needs {rule}")
+
+
+# ---------------------------------------------------------------- into the store
 
 
 def _shards(group: pl.DataFrame) -> Iterator[pl.DataFrame]:
@@ -177,21 +309,23 @@ def _shards(group: pl.DataFrame) -> Iterator[pl.DataFrame]:
     yield group.filter(pl.col("prompt_id").is_in(chosen))
 
 
+def _of(settings: dict[str, Any]) -> Any:
+    """The filter of a run's rows."""
+    family, variant, task = (ds.field(name) == settings[name] for name in NAMES)
+    return family & variant & task
+
+
 def _write(
-    root: Path, file: Path, columns: list[str], settings: dict[str, Any], shard: int,
+    root: Path, file: Path, path: Path, columns: list[str], settings: dict[str, Any], shard: int,
     rows: pl.DataFrame,
 ) -> None:  # fmt: skip
     run_id = settings["run_id"]
-    where = store.folder(
-        root, "rollouts", run=run_id, **{k: settings[k] for k in ("family", "variant", "task")}
-    )
+    where = store.folder(root, "rollouts", run=run_id, **{k: settings[k] for k in NAMES})
     store.remove_leftovers(where)
-    wanted = (ds.field("prompt_id").isin(rows["key"].unique().to_list())) & (
-        (ds.field("family") == settings["family"])
-        & (ds.field("variant") == settings["variant"])
-        & (ds.field("task") == settings["task"])
-    )
-    data = ds.dataset(file).to_table(columns=["entropy", *columns], filter=wanted)
+    wanted = ds.field("prompt_id").isin(rows["key"].unique().to_list()) & _of(settings)
+    with decoding(path):
+        data = ds.dataset(file).to_table(columns=columns, filter=wanted)
+        data.validate(full=True)
     # the filter keeps the file's order, and so do the keys: row i here is row i there
     first = {p: i for i, p in enumerate(rows["prompt_id"].unique(maintain_order=True))}
     order = rows.with_row_index("at").with_columns(
@@ -199,22 +333,28 @@ def _write(
     )
     at = order.sort("rank", "sample")["at"].to_numpy()
     data, rows = data.take(pa.array(at)), rows[at]
-    names = [f"{file}: row {row}" for row in rows["row"]]
-    record = {name: data[name] for name in data.column_names if name not in ("embedding", "reward")}
-    record.update(
-        run_id=[run_id] * len(rows), prompt_id=rows["prompt_id"].to_list(),
-        sample=rows["sample"].to_list(),
-        finish_reason=_finish_reasons(data, settings["max_new_tokens"], names),
-    )  # fmt: skip
-    for name in ("token_ids", "logprob", "eos_logprob"):
-        if name in record and record[name].null_count == len(rows):
+    names = [f"{path}: row {row}" for row in rows["row"]]
+    if "where" in columns:
+        names = [said or name for said, name in zip(data["where"].to_pylist(), names, strict=True)]
+    record = {name: data[name] for name in _ROLLOUT if name in columns}
+    for name in LISTS:
+        # a list of candidates stands for every rollout of a shard or for none
+        some = name.startswith("top_") and name in record and record[name].null_count
+        if name in record and (some or record[name].null_count == len(rows)):
             del record[name]
+    _check_tokens(record, names)
+    record |= {
+        "run_id": [run_id] * len(rows), "prompt_id": rows["prompt_id"].to_list(),
+        "sample": rows["sample"].to_list(),
+        "finish_reason": _finish_reasons(record, settings["max_new_tokens"], names),
+    }  # fmt: skip
     write_shard(store.shard_path(where, shard), record, names)
-    if "embedding" in columns and data["embedding"].null_count < len(rows):
-        matrix = _matrix(data["embedding"], names)
-        write_embeddings(
-            root, settings["embedder"], run_id, shard, record["prompt_id"], record["sample"], matrix
-        )
+    for column in columns:
+        kind, _, embedder = column.partition(".")
+        if kind == "embedding" and data[column].null_count < len(rows):
+            matrix = _matrix(data[column], names)
+            write_embeddings(root, embedder or settings["embedder"], run_id, shard,
+                             record["prompt_id"], record["sample"], matrix)  # fmt: skip
     if "reward" in columns and data["reward"].null_count < len(rows):
         known = data["reward"].is_valid().to_numpy()
         where = store.folder(root, "rewards", reward_model=settings["reward_model"], run=run_id)
@@ -226,13 +366,28 @@ def _write(
         })  # fmt: skip
 
 
-def _finish_reasons(data: pa.Table, max_new_tokens: int | None, names: list[str]) -> list[str | None]:
-    lengths = data["entropy"].combine_chunks().value_lengths().to_pylist()
-    given = (
-        data["finish_reason"].to_pylist()
-        if "finish_reason" in data.column_names
-        else [None] * len(names)
-    )
+def _check_tokens(record: dict[str, Any], names: list[str]) -> None:
+    """Refuses a number or an id of tokens that none can be."""
+    if not any(name in record for name in LENGTHS[:3]):
+        if "n_tokens" not in record:
+            raise DataError(f"{names[0]}: {', '.join(LENGTHS)} are missing")
+        counts = record["n_tokens"].to_pylist()
+        for name, count in zip(names, counts, strict=True):
+            if count is None or not 0 <= count < 2**31:
+                raise DataError(f"{name}: n_tokens is {count}, needs the number of tokens")
+    if "token_ids" in record:
+        for name, ids in zip(names, record["token_ids"], strict=True):
+            if ids.values and (ids.values.null_count or pc.min(ids.values).as_py() < 0):
+                raise DataError(f"{name}: token_ids needs ids from 0 on, one a token")
+
+
+def _finish_reasons(
+    record: dict[str, Any], max_new_tokens: int | None, names: list[str]
+) -> list[str | None]:
+    known = next(name for name in LENGTHS if name in record)
+    values = record[known].combine_chunks()
+    lengths = (values if known == "n_tokens" else values.value_lengths()).to_pylist()
+    given = record["finish_reason"].to_pylist() if "finish_reason" in record else [None] * len(names)
     reasons: list[str | None] = []
     for name, reason, length in zip(names, given, lengths, strict=True):
         if reason not in (None, "stop", "length"):
@@ -251,21 +406,48 @@ def _matrix(lists: pa.ChunkedArray, names: list[str]) -> np.ndarray:
     return np.array(values, np.float64)
 
 
-def _complete(root: Path, file: Path, settings: dict[str, Any], group: pl.DataFrame) -> None:
+def _complete(
+    root: Path, file: Path, path: Path, schema: pa.Schema, settings: dict[str, Any], group: pl.DataFrame
+) -> None:
     run_id = settings["run_id"]
     if store.is_complete(root, run_id):
         return
-    model_id = store.add_model(root, {"family": settings["family"], "variant": settings["variant"]})
-    store.add_prompts(
-        root,
-        settings["task"],
-        [{"prompt_id": p, "source": file.name} for p in group["prompt_id"].unique()],
-    )
-    where = store.folder(
-        root, "rollouts", run=run_id, **{k: settings[k] for k in ("family", "variant", "task")}
-    )
+    model_id = store.add_model(root, {
+        **{k: settings[k] for k in ("family", "variant")}, "source": settings.get("model"),
+    })  # fmt: skip
+    store.add_prompts(root, settings["task"], _new_prompts(root, file, path, schema, settings, group))
+    where = store.folder(root, "rollouts", run=run_id, **{k: settings[k] for k in NAMES})
     store.complete_run(root, where, {
-        **{k: settings[k] for k in ("run_id", "family", "variant", "task", "max_new_tokens")},
+        **{k: settings.get(k) for k in ("run_id", *NAMES, *PLAIN, "max_new_tokens")},
         "model_id": model_id, "rendering": "import", "engine": "import",
         "settings": store.canonical(settings), "versions": "{}",
     })  # fmt: skip
+
+
+def _new_prompts(
+    root: Path, file: Path, path: Path, schema: pa.Schema, settings: dict[str, Any], group: pl.DataFrame
+) -> list[dict[str, Any]]:
+    """The prompts of a run; the text of one that is stored with another is left as it stands."""
+    said: dict[str, dict[str, Any]] = {}
+    columns = {"prompt": "text", "messages": "messages"}
+    there = [name for name in columns if name in schema.names]
+    if there:
+        with decoding(path):
+            for batch in ds.dataset(file).to_batches(["prompt_id", *there], filter=_of(settings)):
+                ids = batch["prompt_id"].cast(pa.string()).to_pylist()
+                rest = [batch[name].to_pylist() for name in there]
+                for prompt_id, *values in zip(ids, *rest, strict=True):
+                    said.setdefault(
+                        prompt_id, {columns[n]: v for n, v in zip(there, values, strict=True)}
+                    )
+    known = {
+        row["prompt_id"]
+        for stored in store.files(root, "prompts")
+        if stored.parent == store.folder(root, "prompts", task=settings["task"])
+        for row in store.read_rows(stored).to_pylist()
+        if row["text"] or row["messages"]
+    }
+    return [
+        {"prompt_id": p, "source": path.name, **({} if p in known else said.get(p, {}))}
+        for p in group["prompt_id"].unique()
+    ]
