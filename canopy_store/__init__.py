@@ -17,9 +17,10 @@ from canopy_store.errors import (
     UsageError,
 )
 from canopy_store.importing import import_rollouts
+from canopy_store.maintenance import compact, merge, remove_run
 from canopy_store.power import power
 from canopy_store.selections import select_lengths, select_reward
-from canopy_store.sharing import export, pull, push, remove_run
+from canopy_store.sharing import export, pull, push
 from canopy_store.sql import connect as open
 from canopy_store.sql import read
 from canopy_store.status import status
@@ -34,10 +35,12 @@ __all__ = [
     "StoreError",
     "UsageError",
     "__version__",
+    "compact",
     "compare",
     "export",
     "import_rollouts",
     "init",
+    "merge",
     "open",
     "power",
     "pull",

@@ -45,7 +45,7 @@ def init(root: str) -> None:
       canopy init --store S && cd S && duckdb canopy.duckdb "from model_metrics"
     """
     path = sql.write_database(store.init(root))
-    click.echo(f"{root}: a store, with views in {path.name}")
+    click.echo(f"{root}: a store" + (f", with views in {path.name}" if path else ""))
 
 
 @cli.command("import")
@@ -145,14 +145,18 @@ def sql_command(query: str, root: str, form: str, incomplete: bool) -> None:
       canopy sql "from panel" --store S --format csv > panel.csv
       canopy sql "describe prompt_metrics" --store S
     """
-    with sql.connect(root, incomplete=incomplete) as con:
-        try:
+
+
+    def ask() -> None:
+        with sql.connect(root, incomplete=incomplete) as con:
             relation = con.sql(query)
-            if relation is None:
-                return
-            print_rows(relation, form)
-        except duckdb.Error as error:
-            raise sql.explain(error) from None
+            if relation is not None:
+                print_rows(relation, form)
+
+    try:
+        sql.again(ask)
+    except duckdb.Error as error:
+        raise sql.explain(error) from None
 
 
 @cli.command("status")
@@ -199,7 +203,8 @@ for command in (
     cli_analysis.select, cli_analysis.compare_command, cli_analysis.power_command,
     cli_analysis.regress_command, cli_analysis.report_command, cli_ingest.ingest,
     cli_sharing.verify_command, cli_sharing.export_command, cli_sharing.pull_command,
-    cli_sharing.push_command, cli_sharing.remove_run_command,
+    cli_sharing.push_command, cli_sharing.merge_command, cli_sharing.compact_command,
+    cli_sharing.remove_run_command,
 ):  # fmt: skip
     cli.add_command(command)
 

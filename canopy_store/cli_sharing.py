@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import click
 import duckdb
 
-from canopy_store.cli_shared import FORMAT, STORE, print_rows
+from canopy_store import store
+from canopy_store.cli_shared import FORMAT, RUNS, STORE, bar, print_rows
 from canopy_store.errors import DataError
-from canopy_store.sharing import export, pull, push, remove_run
+from canopy_store.maintenance import compact, merge, remove_run, require_run
+from canopy_store.sharing import export, pull, push
 from canopy_store.verify import verify
 
 
@@ -17,6 +20,7 @@ from canopy_store.verify import verify
 @STORE
 @click.option("--deep", is_flag=True, help="Also recompute every spectrum from its embeddings.")
 @FORMAT
+@click.option("--json", "form", flag_value="json", help="The same as --format json.")
 def verify_command(root: str, deep: bool, form: str) -> None:
     """Check every file of a store: schema, hashes, keys, lengths, bounds, sums, spectra.
 
@@ -25,7 +29,7 @@ def verify_command(root: str, deep: bool, form: str) -> None:
     \b
     Examples:
       canopy verify --store S
-      canopy verify --store S --deep --format json
+      canopy verify --store S --deep --json
     """
     problems = verify(root, deep)
     if len(problems) or form != "table":
@@ -76,7 +80,8 @@ def pull_command(source: str, root: str) -> None:
       canopy pull shared --store S
       canopy pull user/rollouts --store S
     """
-    runs = pull(source, root)
+    with bar("pulling") as progress:
+        runs = pull(source, root, on_run=_counter(progress))
     click.echo(f"{root}: {len(runs)} runs from {source}: {', '.join(runs)}")
 
 
@@ -99,15 +104,72 @@ def push_command(folder: str, repo: str, dry_run: bool, public: bool) -> None:
     click.echo(f"{verb} {len(sent)} files, {sum(s for _, s in sent):,} bytes, to {repo}")
 
 
-@click.command("remove-run")
+@click.command("merge")
+@click.argument("sources", nargs=-1, required=True, metavar="SOURCE...")
 @STORE
-@click.option("--run", "run_id", required=True, metavar="RUN", help="Name of the run.")
-@click.confirmation_option("--yes", prompt="Remove every file of this run?")
-def remove_run_command(root: str, run_id: str) -> None:
-    """Remove a run: its rollouts, embeddings, spectra, rewards, scores and selected rollouts.
+def merge_command(sources: tuple[str, ...], root: str) -> None:
+    """Take the complete runs of other stores, SOURCE, into a store.
+
+    All of every SOURCE is checked before anything is written; the same run twice is one run, and a run
+    that is stored with other values is refused.
 
     \b
     Example:
-      canopy remove-run --store S --run llama.base.math --yes
+      canopy merge node1/S node2/S --store S
     """
-    click.echo(f"{root}: {run_id} removed, {remove_run(root, run_id)} files")
+    with bar("merging") as progress:
+        runs = merge(sources, root, on_run=_counter(progress))
+    click.echo(f"{root}: {len(runs)} runs from {len(sources)} stores: {', '.join(runs)}")
+
+
+@click.command("compact")
+@STORE
+@RUNS
+@click.option("--target-mb", default=128.0, show_default=True, metavar="MB",
+              help="Size up to which shards are joined.")  # fmt: skip
+def compact_command(root: str, runs: tuple[str, ...], target_mb: float) -> None:
+    """Make few shards of many small ones; no value, no order and no view changes.
+
+    Needs a local store whose runs no other job uses. Stopped at any moment, the same call finishes it.
+
+    \b
+    Examples:
+      canopy compact --store S
+      canopy compact --store S --run llama.base.math --target-mb 256
+    """
+    with bar("compacting") as progress:
+        done = compact(root, runs, target_mb=target_mb, on_run=_counter(progress))
+    for run_id, (before, after) in done.items():
+        click.echo(f"{root}: {run_id}: {before} shards are now {after}")
+    if not done:
+        click.echo(f"{root}: nothing to do: no two neighbouring shards fit in {target_mb:g} MB")
+
+
+@click.command("rm-run")
+@click.argument("runs", nargs=-1, required=True, metavar="RUN...")
+@STORE
+@click.option("--yes", is_flag=True, help="Do not ask.")
+def remove_run_command(runs: tuple[str, ...], root: str, yes: bool) -> None:
+    """Remove runs: rollouts, embeddings, spectra, rewards, scores, selected rollouts and plan.
+
+    Stopped half way, the run is incomplete and hidden; the same call finishes it.
+
+    \b
+    Example:
+      canopy rm-run llama.base.math --store S --yes
+    """
+    for run_id in runs:
+        require_run(store.require(root), run_id)
+    if not yes:
+        click.confirm(f"Remove every file of {', '.join(runs)}?", abort=True)
+    for run_id in runs:
+        click.echo(f"{root}: {run_id} removed, {remove_run(root, run_id)} files")
+
+
+def _counter(progress: Any) -> Callable[[int, int], None]:
+    """Shows on a bar how many runs are done; sources follow one another on it."""
+
+    def on_run(done: int, every: int) -> None:
+        progress.start(every, done)
+
+    return on_run

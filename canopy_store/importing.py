@@ -141,6 +141,16 @@ def _store(
         run_id = store.check_name("--run", run or ".".join(of_run[name] for name in NAMES))
         jobs.append(({"run_id": run_id, **common, **of_run}, group))
     root = store.init(root)
+    with store.holding(root, *(settings["run_id"] for settings, _ in jobs)):
+        return _store_jobs(root, path, file, schema, jobs, len(keys), on_shard)
+
+
+def _store_jobs(
+    root: Path, path: Path, file: Path, schema: pa.Schema,
+    jobs: list[tuple[dict[str, Any], pl.DataFrame]], rollouts: int,
+    on_shard: Callable[[int, int], None] | None,
+) -> list[str]:  # fmt: skip
+    """Stores each job's run: settings and rows."""
     for settings, _ in jobs:
         store.forget_unfinished(root, settings["run_id"], engine="import")
         store.plan(root, "run", settings["run_id"], settings)
@@ -153,7 +163,7 @@ def _store(
                 _write(root, file, path, columns, settings, number, rows)
             done += len(rows)
             if on_shard:
-                on_shard(done, len(keys))
+                on_shard(done, rollouts)
     for settings, group in jobs:
         _complete(root, file, path, schema, settings, group)
     sql.write_database(root)

@@ -12,7 +12,9 @@
     STORE/canopy.duckdb                                     views only, rebuilt at will
 
 A shard's name follows from what it holds, so writing it again replaces it. A file is written under a
-temporary name in its own folder, flushed to disk, then renamed: readers never see half a file.
+temporary name in its own folder, flushed to disk, then renamed: readers never see half a file. On
+object storage (STORE is s3://BUCKET/PREFIX) it is put in one piece instead, and there is no
+canopy.duckdb.
 """
 
 from __future__ import annotations
@@ -20,11 +22,15 @@ from __future__ import annotations
 import datetime
 import errno
 import hashlib
+import importlib
+import io
 import json
+import logging
 import os
 import platform
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 from urllib.parse import quote, unquote
@@ -32,23 +38,134 @@ from urllib.parse import quote, unquote
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from canopy_store.errors import ConflictError, DataError, StoreError, UsageError, differences
+from canopy_store.errors import (
+    CanopyError,
+    ConflictError,
+    DataError,
+    StoreError,
+    UsageError,
+    differences,
+)
 from canopy_store.schema import FORMAT_VERSION, METADATA_KEY, TABLES, arrow_schema
 
 # Float lists are smaller byte-stream-split, then zstd (figures: docs/performance.md).
 _SPLIT = ("logprob", "entropy", "eos_logprob", "embedding", "top_logprobs")
 _ROWS_PER_GROUP = 4096
 
+# Object stores whose put is atomic, and the package that reaches each. Tested: s3.
+_OBJECT_STORES = {"s3": "s3fs", "gs": "gcsfs", "az": "adlfs", "abfs": "adlfs"}
+_TAIL = 1 << 15  # bytes: holds the footer of most files
+_BLOCK = 1 << 18  # bytes a request reads ahead
+
+
+def locate(root: str | Path) -> Path:
+    """``root`` as a path: of this machine, or for ``s3://BUCKET/PREFIX`` a UPath, which acts like one.
+
+    Credentials and endpoint come from where the object store's own client looks for them
+    (AWS_ACCESS_KEY_ID, AWS_ENDPOINT_URL, ~/.aws).
+
+    Raises
+    ------
+    UsageError
+        Not an object store known, no bucket, or its package is not installed.
+    """
+    scheme, url, key = str(root).partition("://")
+    if not url:
+        return Path(root)
+    if scheme not in _OBJECT_STORES:
+        known = ", ".join(f"{name}://" for name in _OBJECT_STORES)
+        raise UsageError(f"{root}: a store is a folder, or on object storage: {known}")
+    if not key.strip("/") or {"", ".", ".."} & set(key.rstrip("/").split("/")) or set(key) & set("?#"):
+        raise UsageError(f"{root}: needs {scheme}://BUCKET/PREFIX, without .., ?, # or empty parts")
+    client = _OBJECT_STORES[scheme]
+    try:
+        from upath import UPath
+
+        importlib.import_module(client)
+    except ImportError:
+        more = "" if scheme == "s3" else f" {client}"
+        raise UsageError(f"{root}: needs {client}: pip install 'canopy-store[s3]'{more}") from None
+    # what its tasks log of a lost connection would stand beside the one line that says so
+    logging.getLogger("asyncio").addHandler(logging.NullHandler())
+    # listings are never kept: another writer's shards must show
+    options = {**getattr(root, "storage_options", {}), "use_listings_cache": False}
+    return UPath(f"{scheme}://{key.rstrip('/')}", **options)
+
+
+def snapshot(root: Path) -> Path:
+    """The same root; on object storage one listing then answers what is there, how large and how new."""
+    if not remote(root):
+        return root
+    kept = type(root)(root, use_listings_cache=True)  # type: ignore[call-arg]
+    with reaching(root):
+        client = kept.fs  # type: ignore[attr-defined]
+        client.invalidate_cache()
+        client.default_block_size = _BLOCK
+        client.find(kept.path)  # type: ignore[attr-defined]
+    return kept
+
+
+def remote(path: Path) -> bool:
+    """Whether a path is on object storage."""
+    return not isinstance(path, Path)
+
+
+@contextmanager
+def reaching(path: Path) -> Iterator[None]:
+    """Turns what an object store's client raises into one line; a path of this machine is left alone."""
+    try:
+        yield
+    except CanopyError:
+        raise
+    except Exception as error:
+        if not remote(path):
+            raise
+        kind = type(error).__name__
+        if isinstance(error, FileNotFoundError):
+            reason = "no such object or bucket; make the bucket, or look at the address"
+        elif isinstance(error, PermissionError):
+            reason = "access refused; look at the credentials and the bucket's policy"
+        elif "Credentials" in kind:
+            reason = "no credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or a profile"
+        else:
+            reason = f"{kind}: {' '.join(str(error).split())[:200]}; mend that and run it again"
+        raise StoreError(f"{path}: {reason}; nothing stored is lost") from None
+
+
+def read_bytes(path: Path) -> bytes:
+    """A small file, whole."""
+    if not remote(path):
+        return path.read_bytes()
+    with reaching(path):
+        return path.fs.cat_file(path.path, start=0)  # type: ignore[attr-defined]  # one request
+
+
+def exists(path: Path) -> bool:
+    """Whether a file is there; never False because an object store cannot be reached."""
+    with reaching(path):
+        return path.exists()
+
+
+def opened(path: Path) -> Any:
+    """What Parquet readers take: the path itself, or a file on object storage that fetches on demand."""
+    if not remote(path):
+        return path
+    with reaching(path):
+        return path.open("rb", block_size=_BLOCK)  # type: ignore[call-overload]
+
 
 def init(root: str | Path) -> Path:
-    """The path of the store at ``root``, made if it is missing."""
-    root = Path(root)
-    if (root / "canopy.json").is_file():
+    """The path of the store at ``root``, made if it is missing; a bucket is never made."""
+    root = locate(root)
+    if exists(root / "canopy.json"):
         return require(root)
-    if root.is_file() or (root.is_dir() and any(p.suffix != ".tmp" for p in root.iterdir())):
-        raise StoreError(f"{root}: not a store and not an empty folder; choose another --store")
-    with writing(root):
-        root.mkdir(parents=True, exist_ok=True)
+    with reaching(root):
+        foreign = root.is_file() or (root.is_dir() and any(p.suffix != ".tmp" for p in root.iterdir()))
+        if foreign and not exists(root / "canopy.json"):  # or another job has made it meanwhile
+            raise StoreError(f"{root}: not a store and not an empty folder; choose another --store")
+    if not remote(root):
+        with writing(root):
+            root.mkdir(parents=True, exist_ok=True)
     write_json(root / "canopy.json", {"format": "canopy_store", "version": FORMAT_VERSION})
     return root
 
@@ -61,11 +178,11 @@ def require(root: str | Path) -> Path:
     StoreError
         Not a store, or one written by a newer version of this package.
     """
-    root = Path(root)
-    if not (root / "canopy.json").is_file():
+    root = locate(root)
+    if not exists(root / "canopy.json"):
         raise StoreError(f"{root}: no store here; make one with: canopy init --store {root}")
     try:
-        version = json.loads((root / "canopy.json").read_text())["version"]
+        version = json.loads(read_bytes(root / "canopy.json"))["version"]
     except (ValueError, KeyError, TypeError):
         raise StoreError(f"{root / 'canopy.json'}: not readable as JSON with a version") from None
     if not isinstance(version, int) or version > FORMAT_VERSION:
@@ -103,9 +220,37 @@ def shard_path(folder: Path, shard: int) -> Path:
     return folder / f"part-{shard:05d}.parquet"
 
 
+def shards(folder: Path) -> list[Path]:
+    """A partition's shards, in name order."""
+    return matching(folder, "part-*.parquet")
+
+
+def matching(folder: Path, pattern: str) -> list[Path]:
+    """What in ``folder`` matches, in name order."""
+    with reaching(folder):
+        return sorted(folder.glob(pattern))
+
+
+def shard_number(path: Path) -> int:
+    """The number in a shard's name, which no other rows of its run and table ever have."""
+    return int(path.name.removeprefix("part-").partition(".")[0])
+
+
 def files(root: Path, table: str) -> list[Path]:
     """A table's Parquet files, in name order; temporary files end in .tmp and are never among them."""
-    return sorted((root / table).rglob("*.parquet"))
+    with reaching(root):
+        return sorted((root / table).rglob("*.parquet"))
+
+
+def tables(root: Path) -> dict[str, list[Path]]:
+    """Every table's Parquet files, as `files` gives them; by one listing on object storage."""
+    if not remote(root):
+        return {table: files(root, table) for table in TABLES}
+    found: dict[str, list[Path]] = {table: [] for table in TABLES}
+    with reaching(root):
+        for path in sorted(root.rglob("*.parquet")):
+            found.get(path.relative_to(root).parts[0], []).append(path)
+    return found
 
 
 @contextmanager
@@ -125,6 +270,13 @@ def writing(path: Path) -> Iterator[None]:
 @contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
     """A file that becomes ``path`` whole when the block ends, or not at all."""
+    if remote(path):
+        buffer = io.BytesIO()
+        yield buffer
+        with reaching(path):
+            # no rename there, but a put (or the end of one in parts) is whole or not at all
+            path.fs.pipe_file(path.path, buffer.getvalue())  # type: ignore[attr-defined]
+        return
     temporary = path.with_name(f".{path.name}.{platform.node()}.{os.getpid()}.tmp")
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -137,15 +289,22 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
-        directory = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(directory)  # the rename itself must survive a power cut
-        finally:
-            os.close(directory)
+        _flush(path.parent)
+
+
+def _flush(folder: Path) -> None:
+    """Has the names in a folder survive a power cut."""
+    directory = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)
 
 
 def remove_leftovers(folder: Path) -> None:
     """Removes temporary files in ``folder`` whose writer, on this machine, is no longer alive."""
+    if remote(folder):
+        return  # there are none
     for path in folder.glob(f".*.{platform.node()}.*.tmp"):
         pid = path.name.split(".")[-2]
         if pid.isdigit() and not alive(int(pid)):
@@ -167,6 +326,31 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
     """Writes ``value`` as JSON, atomically."""
     with replacing(path) as file:
         file.write((json.dumps(value, indent=1, sort_keys=True) + "\n").encode())
+
+
+def _create_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Writes ``value`` as JSON, whole, unless another process was first."""
+    if remote(path):
+        text = (json.dumps(value, indent=1, sort_keys=True) + "\n").encode()
+        with reaching(path):
+            try:
+                path.fs.pipe_file(path.path, text, mode="create")  # type: ignore[attr-defined]
+            except FileExistsError:
+                pass
+            except (TypeError, ValueError, NotImplementedError):  # a client that cannot promise that
+                write_json(path, value)
+        return
+    mine = path.with_name(f".{path.name}.new.{platform.node()}.{os.getpid()}.tmp")
+    write_json(mine, value)
+    with writing(path):
+        try:
+            os.link(mine, path)
+        except FileExistsError:
+            pass
+        except OSError:  # a file system without hard links
+            os.replace(mine, path)
+        mine.unlink(missing_ok=True)
+        _flush(path.parent)
 
 
 def write_rows(path: Path, table: str, columns: Mapping[str, Any], **schema: Any) -> None:
@@ -208,16 +392,21 @@ def write_parquet(rows: pa.Table, file: BinaryIO) -> None:
     )
 
 
-def read_rows(path: Path) -> pa.Table:
-    """The rows of one of the store's Parquet files.
+def read_rows(path: Path, columns: list[str] | None = None) -> pa.Table:
+    """The rows of one of the store's Parquet files; of these columns alone, where any is named.
 
     Raises
     ------
     DataError
         The file is truncated, not ours, or of a newer version.
     """
+    if remote(path) and columns is None:
+        whole = io.BytesIO(read_bytes(path))
+        _check_label(path, _metadata(path, whole), None)
+        return pq.ParquetFile(whole).read()
     check_file(path)
-    return pq.ParquetFile(path).read()
+    with reaching(path):
+        return pq.ParquetFile(opened(path)).read(columns)
 
 
 def check_file(path: Path, expected: str | None = None) -> pq.FileMetaData:
@@ -228,12 +417,35 @@ def check_file(path: Path, expected: str | None = None) -> pq.FileMetaData:
     DataError
         The file is truncated, not Parquet, not written by this package, or of a newer version.
     """
+    return _check_label(path, _metadata(path, _footer(path)), expected)
+
+
+def _footer(path: Path) -> Any:
+    """What a file's metadata is read from: the path itself, or the file's end."""
+    if not remote(path):
+        return path
+    with reaching(path):
+        tail = path.fs.cat_file(path.path, start=-_TAIL)  # type: ignore[attr-defined]
+        length = int.from_bytes(tail[-8:-4], "little") + 8
+        if tail[-4:] == b"PAR1" and length > len(tail):
+            tail = path.fs.cat_file(path.path, start=-length)  # type: ignore[attr-defined]
+    return io.BytesIO(tail)
+
+
+def _metadata(path: Path, file: Any) -> pq.FileMetaData:
     try:
-        metadata = pq.read_metadata(path)
+        return pq.read_metadata(file)
+    except FileNotFoundError:
+        raise DataError(
+            f"{path}: gone since it was listed, as by a compaction or a removal; run it again"
+        ) from None
     except (pa.ArrowInvalid, OSError):
         raise DataError(
             f"{path}: truncated or not a Parquet file; remove it and run its ingest again"
         ) from None
+
+
+def _check_label(path: Path, metadata: pq.FileMetaData, expected: str | None) -> pq.FileMetaData:
     label = (metadata.metadata or {}).get(METADATA_KEY, b"").decode(errors="replace")
     table, _, version = label.partition(":")
     if table not in TABLES or not version.isdigit() or (expected and table != expected):
@@ -248,10 +460,52 @@ def check_file(path: Path, expected: str | None = None) -> pq.FileMetaData:
     return metadata
 
 
+def table_rows(root: Path, table: str) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """Each row of a small table, with its file."""
+    for path in files(root, table):
+        for row in read_rows(path).to_pylist():
+            yield path, row
+
+
+def copy_file(source: Path, target: Path, sha256: str | None = None) -> None:
+    """Copies a file whole; one that is not of the hash given never appears.
+
+    Raises
+    ------
+    DataError
+        It is not of that hash.
+    """
+    digest = hashlib.sha256()
+    with replacing(target) as file, source.open("rb") as stream:
+        while block := stream.read(1 << 20):
+            digest.update(block)
+            file.write(block)
+        if sha256 is not None and digest.hexdigest() != sha256:
+            raise DataError(f"{source}: changed while it was read; run it again")
+
+
+def ends_labelled(path: Path, table: str) -> bool:
+    """Whether a local file ends in a Parquet footer with this table's label, as nearly all do.
+
+    Looks for the bytes, so that opening a store of thousands of files stays quick; where it says no,
+    `check_file` tells why.
+    """
+    if remote(path):
+        return False
+    label = f"{table}:{FORMAT_VERSION}".encode()
+    # how Parquet's footer (Thrift, compact) spells the pair: field, length, bytes, twice
+    pair = b"\x18" + bytes([len(METADATA_KEY)]) + METADATA_KEY + b"\x18" + bytes([len(label)]) + label
+    with open(path, "rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - 16_384))
+        tail = file.read()
+    return tail[-4:] == b"PAR1" and pair in tail
+
+
 def sha256(path: Path) -> str:
     """The hash of a file's bytes, as hex."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    with reaching(path), path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
 
 
 def content_id(value: Any) -> str:
@@ -278,7 +532,7 @@ def add_model(root: Path, row: Mapping[str, Any]) -> str:
     model_id = f"{row['family']}/{row['variant']}"
     path = root / "models" / f"{quoted(row['family'])}--{quoted(row['variant'])}.parquet"
     said = {k: v for k, v in row.items() if v is not None}
-    if path.exists():
+    if exists(path):
         stored = read_rows(path).to_pylist()[0]
         # what is not said again is not in conflict: an ingest need not repeat the parent
         known = {k: v for k, v in said.items() if k != "source"}
@@ -309,7 +563,7 @@ def add_prompts(root: Path, task: str, prompts: Iterable[Mapping[str, Any]]) -> 
     names = [c.name for c in TABLES["prompts"].columns]
     columns = {name: [row.get(name) for row in rows] for name in names}
     path = folder(root, "prompts", task=task) / f"{content_id(columns)}.parquet"
-    if rows and not path.exists():
+    if rows and not exists(path):
         write_rows(path, "prompts", columns)
 
 
@@ -321,8 +575,13 @@ def plan_path(root: Path, kind: str, name: str) -> Path:
     return root / "plans" / f"{kind}={quoted(name)}.json"
 
 
-def plan(root: Path, kind: str, name: str, settings: Mapping[str, Any]) -> bool:
-    """Whether a job of this name was begun before; records its settings when it was not.
+def plan(
+    root: Path, kind: str, name: str, settings: Mapping[str, Any], yielding: Iterable[str] = ()
+) -> dict[str, Any]:
+    """The settings recorded for the job of this name: these, where it was not begun before.
+
+    Of several jobs that begin at once one records its settings. Those named in ``yielding`` give way
+    to the recorded ones; the others must be the same.
 
     Raises
     ------
@@ -331,17 +590,17 @@ def plan(root: Path, kind: str, name: str, settings: Mapping[str, Any]) -> bool:
     """
     path = plan_path(root, kind, name)
     asked = json.loads(json.dumps(settings))
-    if not path.exists():
-        write_json(path, {"settings": asked, "started_at": now().isoformat()})
-        return False
+    if not exists(path):
+        _create_json(path, {"settings": asked, "started_at": now().isoformat()})
     stored = read_plan(path)["settings"]
+    asked.update({key: stored[key] for key in yielding if key in stored})
     if stored != asked:
         option = "--run" if kind == "run" else "--name"
         raise ConflictError(
             f"{kind} {name} is stored with other settings: {differences(stored, asked)}; "
             f"repeat the stored ones to resume, or give it another name with {option}"
         )
-    return True
+    return stored
 
 
 def forget_unfinished(root: Path, run_id: str, engine: str) -> None:
@@ -350,7 +609,7 @@ def forget_unfinished(root: Path, run_id: str, engine: str) -> None:
     For imports, which cost nothing to repeat: a refused file must not stand in a mended one's way.
     """
     path = plan_path(root, "run", run_id)
-    if not path.exists() or is_complete(root, run_id):
+    if not exists(path) or is_complete(root, run_id):
         return
     if read_plan(path)["settings"]["engine"] != engine:
         return
@@ -364,7 +623,7 @@ def forget_unfinished(root: Path, run_id: str, engine: str) -> None:
 def read_plan(path: Path) -> dict[str, Any]:
     """A job's recorded settings and start."""
     try:
-        recorded = json.loads(path.read_text())
+        recorded = json.loads(read_bytes(path))
         return {
             "settings": dict(recorded["settings"]),
             "started_at": datetime.datetime.fromisoformat(recorded["started_at"]),
@@ -375,17 +634,17 @@ def read_plan(path: Path) -> dict[str, Any]:
 
 def is_complete(root: Path, run_id: str) -> bool:
     """Whether the run's row is written."""
-    return (root / "runs" / f"{quoted(run_id)}.parquet").exists()
+    return exists(root / "runs" / f"{quoted(run_id)}.parquet")
 
 
 def complete_run(root: Path, where: Path, row: Mapping[str, Any]) -> None:
     """Writes a run's row, the last act of its ingest; counts come from its shards in ``where``."""
     rollouts = tokens = 0
     logged = True
-    shards = sorted(where.glob("part-*.parquet"))
+    written = shards(where)
     prompts: dict[str, int] = {}
-    for shard in shards:
-        part = pq.ParquetFile(shard).read(["prompt_id", "n_tokens", "entropy_sum", "surprisal_sum"])
+    for shard in written:
+        part = read_rows(shard, ["prompt_id", "n_tokens", "entropy_sum", "surprisal_sum"])
         rollouts += part.num_rows
         logged &= not (part["entropy_sum"].null_count or part["surprisal_sum"].null_count)
         tokens += sum(part["n_tokens"].to_pylist())
@@ -394,7 +653,7 @@ def complete_run(root: Path, where: Path, row: Mapping[str, Any]) -> None:
     most = max(prompts.values(), default=0)
     counted = {
         "n_rollouts": rollouts, "n_tokens": tokens, "n_prompts": len(prompts), "n_samples": most,
-        "n_shards": len(shards), "logged": logged, "finished_at": now(),
+        "n_shards": len(written), "logged": logged, "finished_at": now(),
         "started_at": read_plan(plan_path(root, "run", row["run_id"]))["started_at"],
     }  # fmt: skip
     columns = {key: [value] for key, value in {**row, **counted}.items()}
@@ -419,9 +678,8 @@ def complete_runs(root: Path, wanted: Iterable[str] = ()) -> list[dict[str, Any]
 
 def selections(root: Path, run_id: str) -> list[tuple[str, Path]]:
     """Name and file of each selection that the run has."""
-    found = [(unquoted(path.name.partition("=")[2]), path) for path in (root / "selections").glob("*=*")]
-    files = [(name, shard_path(path / f"run={quoted(run_id)}", 0)) for name, path in sorted(found)]
-    return [(name, file) for name, file in files if file.exists()]
+    chosen = [path for path in files(root, "selections") if path.parent.name == f"run={quoted(run_id)}"]
+    return sorted((unquoted(path.parent.parent.name.partition("=")[2]), path) for path in chosen)
 
 
 def check_name(option: str, value: str) -> str:
@@ -440,7 +698,7 @@ def check_name(option: str, value: str) -> str:
 def runs(root: Path) -> list[dict[str, Any]]:
     """Every run begun: run_id, complete, shards present, the plan's settings; in name order."""
     found = []
-    for path in sorted((root / "plans").glob("run=*.json")):
+    for path in matching(root / "plans", "run=*.json"):
         recorded = read_plan(path)
         settings = recorded["settings"]
         where = folder(root, "rollouts", run=settings["run_id"], **{
@@ -450,6 +708,123 @@ def runs(root: Path) -> list[dict[str, Any]]:
             **settings,
             "complete": is_complete(root, settings["run_id"]),
             "where": where,
-            "shards": sorted(where.glob("part-*.parquet")),
+            "shards": shards(where),
         })  # fmt: skip
     return found
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One shard of a run's rollouts, and the file that a job makes of it."""
+
+    run: Mapping[str, Any]
+    number: int
+    source: Path
+    target: Path
+    rows: int
+
+
+def shards_to_do(
+    runs: Iterable[Mapping[str, Any]], target: Callable[[Mapping[str, Any], int], Path]
+) -> tuple[list[Shard], list[Shard]]:
+    """The shards of these runs (as `runs` gives them) that a job has still to do, and those done.
+
+    ``target`` names the file that the job makes of a run's shard of a number: where it stands, the
+    shard is done. Removes what killed writers left there.
+    """
+    todo: list[Shard] = []
+    done: list[Shard] = []
+    stored: dict[Path, set[str]] = {}
+    for run in runs:
+        for source in run["shards"]:
+            number = shard_number(source)
+            path = target(run, number)
+            if path.parent not in stored:
+                remove_leftovers(path.parent)
+                stored[path.parent] = {file.name for file in shards(path.parent)}
+            listed = done if path.name in stored[path.parent] else todo
+            listed.append(Shard(run, number, source, path, check_file(source, "rollouts").num_rows))
+    return todo, done
+
+
+# ---------------------------------------------------------------- runs in use
+
+
+def workspace(root: Path, run_id: str) -> Path:
+    """Where files that replace or leave a run stand meanwhile: where no view's pattern looks."""
+    return root / ".work" / f"run={quoted(run_id)}"
+
+
+def half_compacted(root: Path, run_id: str) -> bool:
+    """Whether a compaction of the run was stopped among its tables: their shards are not the same."""
+    return not remote(root) and (workspace(root, run_id) / "journal.json").exists()
+
+
+@contextmanager
+def holding(
+    root: Path, *run_ids: str, exclusive: bool = False, mending: bool = False
+) -> Iterator[None]:  # fmt: skip
+    """Holds runs for one job: their writers share them; a job that replaces their files is alone.
+
+    Never waits. The kernel lets go when the process ends, however it ends. Nothing is held on object
+    storage, on a file system without locks, or, shared, where the store cannot be written.
+
+    Parameters
+    ----------
+    root : path of the store
+    run_ids : one open file each: thousands need a higher ``ulimit -n``
+    exclusive : for compaction, removal and merging
+    mending : also a run whose compaction was stopped half way
+
+    Raises
+    ------
+    ConflictError
+        Another process uses a run, or its compaction was stopped half way.
+    """
+    with ExitStack() as held:
+        for run_id in run_ids:
+            place = workspace(root, run_id)
+            file = None
+            if not remote(root):
+                file = _locked(place.with_name(f"{place.name}.lock"), run_id, exclusive)
+            if file is not None:
+                held.callback(os.close, file)
+            if not mending and half_compacted(root, run_id):
+                raise ConflictError(
+                    f"run {run_id}: its compaction was stopped half way; finish it: "
+                    f"canopy compact --store {root} --run {run_id}"
+                )
+        yield
+
+
+def _locked(path: Path, run_id: str, exclusive: bool) -> int | None:
+    """The descriptor of the lock file, locked; None where there can be no lock."""
+    try:
+        import fcntl
+    except ImportError:
+        return None
+    while True:
+        try:
+            if path.parent.is_symlink():
+                raise StoreError(f"{path.parent}: a link, not a folder; remove it")
+            path.parent.mkdir(exist_ok=True)
+            file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+        except OSError as error:
+            if not exclusive and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+                return None
+            raise StoreError(f"{path}: cannot be locked: {error.strerror}") from None
+        try:
+            fcntl.flock(file, fcntl.LOCK_NB | (fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH))
+            if os.path.exists(path) and os.path.samestat(os.fstat(file), os.stat(path)):
+                return file  # not one that a removal of the run took away meanwhile
+        except BlockingIOError:
+            os.close(file)
+            raise ConflictError(
+                f"run {run_id}: in use by another process; wait for that job to end, or stop it"
+            ) from None
+        except FileNotFoundError:
+            pass
+        except OSError:
+            os.close(file)
+            return None
+        os.close(file)

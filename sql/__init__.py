@@ -2,7 +2,7 @@
 
 Two ways to have them: `connect`, an in-memory database on absolute paths that can read the store and
 nothing else, and `write_database`, the file canopy.duckdb on relative paths, for a plain DuckDB shell
-opened in the store's folder.
+opened in the store's folder. A store on object storage has the first alone.
 """
 
 from __future__ import annotations
@@ -11,8 +11,10 @@ import difflib
 import glob
 import os
 import tempfile
+from collections.abc import Callable
 from importlib.resources import files as resources
 from pathlib import Path
+from typing import TypeVar
 
 import duckdb
 import polars as pl
@@ -20,6 +22,8 @@ import polars as pl
 from canopy_store import store
 from canopy_store.errors import DataError, StoreError, UsageError
 from canopy_store.schema import COLUMNS, TABLES, view_columns
+
+T = TypeVar("T")
 
 # In order: a view stands on tables and on views before it.
 VIEWS = (
@@ -51,7 +55,8 @@ def connect(root: str | Path, *, incomplete: bool = False) -> duckdb.DuckDBPyCon
 
     Parameters
     ----------
-    root : path of the store
+    root : path of the store; where that is on object storage, the connection shows the files that
+        were there when it was made
     incomplete : also shows rollouts of runs that are not complete
 
     Raises
@@ -59,12 +64,19 @@ def connect(root: str | Path, *, incomplete: bool = False) -> duckdb.DuckDBPyCon
     StoreError, DataError
         No store, a newer format, or a file in it that is truncated or foreign.
     """
-    root = store.require(root).resolve()
+    root = store.snapshot(store.require(root))
     con = duckdb.connect(config={"python_enable_replacements": False})
     con.execute("set temp_directory = ?", [os.path.join(tempfile.gettempdir(), "canopy-duckdb")])
     try:
-        _check_files(con, root)
-        create_views(con, root, str(root), incomplete)
+        if store.remote(root):
+            con.register_filesystem(root.fs)  # type: ignore[attr-defined]
+            # a file's entity tag goes with every request for it, so what was read of it stays true
+            con.execute("set validate_external_file_cache = 'NO_VALIDATION'")
+        else:
+            root = root.resolve()
+        found = store.tables(root)
+        _check_files(con, found)
+        _create_views(con, found, str(root), incomplete)
     except duckdb.Error as error:
         con.close()
         raise explain(error) from None
@@ -87,15 +99,38 @@ def read(root: str | Path, relation: str, *, incomplete: bool = False) -> pl.Dat
         near = difflib.get_close_matches(relation, (*TABLES, *VIEWS), 1)
         hint = f"did you mean {near[0]}?" if near else "there are " + ", ".join((*TABLES, *VIEWS))
         raise UsageError(f"no table or view {relation!r}: {hint}")
-    with connect(root, incomplete=incomplete) as con:
-        return con.sql(f"from {relation}").pl()
+
+    def ask() -> pl.DataFrame:
+        with connect(root, incomplete=incomplete) as con:
+            return con.sql(f"from {relation}").pl()
+
+    return again(ask)
 
 
-def write_database(root: str | Path) -> Path:
+# What a reader hears of a file that it had listed and a compaction has since replaced.
+_GONE = ("No such file or directory", "No files found that match", "gone since it was listed")
+
+
+def again(ask: Callable[[], T]) -> T:
+    """What ``ask`` gives; asked up to three times where a file that it had listed is gone."""
+    for left in (2, 1, 0):
+        try:
+            return ask()
+        except (duckdb.IOException, DataError) as error:
+            if not left or not any(said in str(error) for said in _GONE):
+                raise
+    raise AssertionError  # the last round returns or raises
+
+
+def write_database(root: str | Path) -> Path | None:
     """The path of canopy.duckdb, rebuilt: run it from inside the store's folder.
 
-    Written in a storage version that older DuckDB shells open too.
+    Written in a storage version that older DuckDB shells open too. None on object storage: its views
+    are relative to a folder that a shell is in.
     """
+    root = store.locate(root)
+    if store.remote(root):
+        return None
     root = store.require(root).resolve()
     path = root / "canopy.duckdb"
     before = os.getcwd()
@@ -122,6 +157,9 @@ def write_database(root: str | Path) -> Path:
 
 def explain(error: duckdb.Error) -> DataError | StoreError:
     """A DuckDB error as one line."""
+    if "Traceback (most recent call last)" in str(error):  # of the object store's client
+        last = str(error).strip().splitlines()[-1]
+        return StoreError(f"object storage: {last[:300]}; nothing stored is lost: run it again")
     text = " ".join(str(error).split("LINE 1:")[0].split())
     if "No space left" in text:
         return StoreError(f"the disk is full: {text}; free some space and run it again")
@@ -138,32 +176,40 @@ def _pattern(table: str, prefix: str) -> str:
     return _literal(f"{base}{table}{depth}/*.parquet")
 
 
-def _check_files(con: duckdb.DuckDBPyConnection, root: Path) -> None:
+def _check_files(con: duckdb.DuckDBPyConnection, found: dict[str, list[Path]]) -> None:
     """Raises the clear error for the first file whose label is not one this package can read."""
-    for table in TABLES:
-        names = [str(path) for path in store.files(root, table)]
-        if not names:
+    for table, files in found.items():
+        unsure = {str(path): path for path in files if not store.ends_labelled(path, table)}
+        if not unsure:
             continue
         try:
             labelled = con.execute(
                 "select file_name, value::varchar from parquet_kv_metadata(?)"
                 " where key = 'canopy_schema'::blob",
-                [[glob.escape(name) for name in names]],
+                [[glob.escape(name) for name in unsure]],
             ).fetchall()
         except duckdb.Error:
             labelled = []
         expected = f"{table}:{store.FORMAT_VERSION}"
         good = {name for name, label in labelled if label == expected}
-        for name in names:
+        for name, path in unsure.items():
             if name not in good:
-                store.check_file(Path(name), table)
+                store.check_file(path, table)
 
 
 def create_views(con: duckdb.DuckDBPyConnection, root: Path, prefix: str, incomplete: bool) -> None:
     """Makes every macro, table view and view in the database."""
+    _create_views(con, store.tables(root), prefix, incomplete)
+
+
+def _create_views(
+    con: duckdb.DuckDBPyConnection, found: dict[str, list[Path]], prefix: str, incomplete: bool
+) -> None:
+    # A view is bound as it is made, files and all: on empty tables first that costs nothing
     statements = [source("macros")]
-    statements += [table_view(root, table, prefix, incomplete) for table in TABLES]
+    statements += [_table_view(table, False, prefix, incomplete) for table in TABLES]
     statements += [f"create or replace view {view} as {source(view)}" for view in VIEWS]
+    statements += [_table_view(table, True, prefix, incomplete) for table in TABLES if found[table]]
     con.execute(";\n".join(statements))
 
 
@@ -186,8 +232,12 @@ def _comment(con: duckdb.DuckDBPyConnection) -> None:
 
 def table_view(root: Path, table: str, prefix: str, incomplete: bool) -> str:
     """The statement that makes a table's view; ``prefix`` is the store's path, or empty for relative."""
+    return _table_view(table, bool(store.files(root, table)), prefix, incomplete)
+
+
+def _table_view(table: str, stored: bool, prefix: str, incomplete: bool) -> str:
     columns = view_columns(table)
-    if not store.files(root, table):
+    if not stored:
         # a glob that matches nothing fails: a typed view of no rows stands in
         empty = ", ".join(f'null::{c.type} as "{c.name}"' for c in columns)
         return f"create or replace view {table} as select {empty} where false"

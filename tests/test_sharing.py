@@ -22,9 +22,9 @@ from test_sql import shell
 from test_verify import GOLDEN, flip, rewrite, same_views, views
 
 import canopy_store
-from canopy_store import sharing, sql, store
+from canopy_store import sharing, sql, store, untrusted
 from canopy_store.schema import TABLES, arrow_schema
-from canopy_store.sharing import export, pull, push, remove_run
+from canopy_store.sharing import export, pull, push
 from canopy_store.verify import table_files, verify
 
 RUNS = [
@@ -98,7 +98,9 @@ def test_an_export_is_a_store_and_comes_back_to_the_last_bit(origin, shared, mea
     assert {**after, "canopy.duckdb": ""} == {**before, "canopy.duckdb": ""}
 
 
-def test_without_texts_every_measure_is_there(origin, measured, tmp_path):
+def test_without_texts_every_measure_is_there_and_texts_can_come_later(
+    origin, shared, measured, tmp_path
+):
     out = export(origin, tmp_path / "out", text=False)
     found = views(out)
     assert found["selected_rollouts"]["text"].null_count() == len(found["selected_rollouts"])
@@ -108,8 +110,13 @@ def test_without_texts_every_measure_is_there(origin, measured, tmp_path):
         assert found[view].select(left).equals(frame.select(left)), view
     assert b"text of" not in b"".join(p.read_bytes() for p in out.rglob("*") if p.is_file())
     pull(out, tmp_path / "back")
-    assert pull(origin.parent / "shared", tmp_path / "back") == RUNS  # the same runs, with texts
-    assert same_views(views(tmp_path / "back"), found)
+    assert pull(shared, tmp_path / "back") == RUNS  # the same runs, with texts: they are filled in
+    assert same_views(views(tmp_path / "back"), measured)
+    assert tables(tmp_path / "back") == tables(origin)
+    assert verify(tmp_path / "back", deep=True).is_empty()
+    before = contents(tmp_path / "back")
+    pull(out, tmp_path / "back")  # and stay
+    assert {**contents(tmp_path / "back"), "canopy.duckdb": ""} == {**before, "canopy.duckdb": ""}
 
 
 def test_parts_of_a_store_and_the_whole_again(origin, shared, measured, tmp_path):
@@ -293,6 +300,24 @@ def test_a_conflict_is_refused_with_what_differs(folder, shared, tmp_path, table
     assert contents(tmp_path / "s") == before
 
 
+def test_rules_travel_and_one_that_differs_is_refused(folder, origin, shared, tmp_path):
+    """So that a store that was pulled can be gone on with under the same names."""
+    plans = sorted(path.name for path in (origin / "plans").glob("*.json"))
+    assert "selection=reward_top_70.json" in plans
+    pull(shared, tmp_path / "s")
+    assert sorted(path.name for path in (tmp_path / "s" / "plans").glob("*.json")) == plans
+    assert canopy_store.select_reward(tmp_path / "s", 0.7) == "reward_top_70"  # the same: nothing new
+    assert verify(tmp_path / "s", deep=True).is_empty()
+    path = folder / "plans" / "selection=reward_top_70.json"
+    path.write_text(path.read_text().replace("0.7", "0.8"))
+    enter(folder, path)
+    before = contents(tmp_path / "s")
+    said = r"selection reward_top_70 is stored with other values: keep .stored 0.7, asked 0.8"
+    with pytest.raises(canopy_store.ConflictError, match=said):
+        pull(folder, tmp_path / "s")
+    assert contents(tmp_path / "s") == before
+
+
 def test_a_run_that_is_begun_here_is_not_overwritten(shared, origin, tmp_path):
     root = Path(shutil.copytree(origin, tmp_path / "s"))
     (root / "runs" / "alpha.base.coding.parquet").unlink()
@@ -336,21 +361,6 @@ def test_a_pull_killed_again_and_again_ends_up_whole(shared, tmp_path, measured)
     assert verify(root).filter(~pl.col("harmless")).is_empty()
 
 
-def test_a_run_is_removed_and_pulled_again(shared, origin, tmp_path, measured):
-    root = Path(shutil.copytree(origin, tmp_path / "s"))
-    count = remove_run(root, "alpha.base.coding")
-    assert count == sum("alpha.base.coding" in str(p) for p in origin.rglob("*") if p.is_file())
-    assert not [p for p in root.rglob("*") if "alpha.base.coding" in p.name]
-    assert verify(root, deep=True).is_empty()
-    assert set(canopy_store.read(root, "rollouts")["run_id"]) == set(RUNS[1:])
-    with pytest.raises(canopy_store.StoreError, match="no run of this name"):
-        remove_run(root, "alpha.base.coding")
-    with pytest.raises(canopy_store.StoreError, match="no run of this name"):
-        remove_run(root, "*")
-    pull(shared, root)
-    assert same_views(views(root), measured)
-
-
 # ---------------------------------------------------------------- pull: hostile folders
 
 
@@ -383,7 +393,8 @@ def test_paths_out_of_the_folder_are_refused(folder, tmp_path, name):
 
 
 @pytest.mark.parametrize(
-    "name", ["setup.py", "rollouts/x.parquet", "plans/../x.json", "plans/a/b.json", ".git/config",
+    "name", ["setup.py", "pytorch_model.bin", "embeddings/embedder=E/model.pkl",
+             "rollouts/x.parquet", "plans/../x.json", "plans/a/b.json", ".git/config",
              "rollouts/family=a/variant=b/task=c/run=../part-00000.parquet",
              "scores/scorer_id=a/run=b/evil.sh"],
 )  # fmt: skip
@@ -445,15 +456,48 @@ def bomb_of_texts(path: Path, schema: pa.Schema) -> None:
         writer.add_key_value_metadata({"canopy_schema": "rollouts:1"})
 
 
-@pytest.mark.parametrize("bomb", [bomb_of_numbers, bomb_of_texts])
+def bomb_with_a_forged_footer(path: Path, schema: pa.Schema) -> None:
+    """As the first, but the footer says that each list holds one number; the pages know better."""
+    bomb_of_numbers(path, schema)
+    data = path.read_bytes()
+    size = int.from_bytes(data[-8:-4], "little") + 8
+    true, said = (_varint(2 * n) for n in (9000 * 2048, 9000))  # zigzag doubles
+    padded = bytes(b | 128 for b in said) + b"\x80" * (len(true) - len(said) - 1) + b"\0"
+    assert true in data[-size:]
+    path.write_bytes(data[:-size] + data[-size:].replace(true, padded))
+    footer = pq.read_metadata(path).row_group(0)
+    columns = [footer.column(i) for i in range(footer.num_columns)]
+    assert sum(max(8 * c.num_values, c.total_uncompressed_size) for c in columns) < 1 << 27
+
+
+def _varint(value: int) -> bytes:
+    low = value & 127
+    return bytes([low]) if value < 128 else bytes([low | 128]) + _varint(value >> 7)
+
+
+def bomb_of_shared_beginnings(path: Path, schema: pa.Schema) -> None:
+    """Texts that each repeat the one before: an encoding that no header tells the length of."""
+    rows = store.read_rows(path).slice(0, 1)
+    table = pa.concat_tables([rows.set_column(
+        schema.get_field_index("text"), "text", pa.array(["x" * 65536])
+    )] * 3000).cast(schema)  # fmt: skip
+    with pq.ParquetWriter(path, schema, compression="zstd", use_dictionary=False,
+                          column_encoding={"text": "DELTA_BYTE_ARRAY"}) as writer:  # fmt: skip
+        writer.write_table(table)
+
+
+@pytest.mark.parametrize(
+    "bomb", [bomb_of_numbers, bomb_of_texts, bomb_with_a_forged_footer, bomb_of_shared_beginnings]
+)
 def test_a_small_file_that_decodes_to_far_more_is_refused(folder, tmp_path, monkeypatch, bomb):
-    monkeypatch.setattr(sharing, "_DECODED", 1 << 27)  # an eighth of the limit, to be quick
+    monkeypatch.setattr(untrusted, "_DECODED", 1 << 27)  # an eighth of the limit, to be quick
     path = table_files(folder, "rollouts")[0]
     bomb(path, arrow_schema("rollouts"))
     assert path.stat().st_size < 1 << 20
     enter(folder, path)
     started = time.monotonic()
-    refused(folder, tmp_path, "do not trust it")
+    said = "encoding that no export" if bomb is bomb_of_shared_beginnings else "do not trust it"
+    refused(folder, tmp_path, said)
     assert time.monotonic() - started < 20
 
 
@@ -501,6 +545,59 @@ def test_nothing_of_the_source_is_executed(folder, tmp_path):
     assert pull(folder, tmp_path / "s") == RUNS
     assert "forged" not in shell(tmp_path / "s", "select * from model_metrics limit 1")[0]
     assert not {"views.sql", "canopy.py"} & set(os.listdir(tmp_path / "s"))
+
+
+def test_a_pulled_store_can_be_queried_and_nothing_else(shared, tmp_path, canopy):
+    root = tmp_path / "s"
+    pull(shared, root)
+    (tmp_path / "secret.csv").write_text("x\n1\n")
+    (root / "link.csv").symlink_to(tmp_path / "secret.csv")
+    queries = (
+        f"from '{tmp_path / 'secret.csv'}'", f"from read_csv('{root}/../secret.csv')",
+        "from read_text('/etc/passwd')", "from glob('/etc/*')", "from read_csv('/dev/stdin')",
+        f"copy (select 1) to '{tmp_path / 'out.csv'}'", f"attach '{tmp_path / 'new.duckdb'}'",
+        "install httpfs", "load httpfs", "from 'https://example.org/x.parquet'",
+        "set enable_external_access = true", "reset allowed_directories",
+        "set lock_configuration = false",
+        "set allowed_directories = ['/']", f"export database '{tmp_path / 'out'}'",
+        "set extension_directory = '/tmp'", "select getenv('HOME')",
+    )  # fmt: skip
+    with canopy_store.open(root) as con:
+        for query in queries:
+            with pytest.raises(duckdb.Error):
+                con.execute(query).fetchall()
+    for query in queries[::4]:
+        code, out, err = canopy("sql", query, "--store", root)
+        assert (code, out, len(err.splitlines())) == (1, "", 1), query
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["s", "secret.csv"]
+
+
+def test_script_in_a_strangers_text_is_text_in_the_report(tmp_path):
+    from canopy_store.report import write_report
+
+    script = "</script><script>hit()</script><img src=x onerror=hit()>"
+    pl.DataFrame([
+        {"family": f"f{script[9:17]}", "variant": variant, "task": "t", "prompt_id": f"{i}{script}",
+         "sample": j, "entropy": [1.0, 0.5, 0.25][: 1 + (i + j) % 3], "text": script}
+        for variant in ("base", "sft") for i in range(4) for j in range(4)
+    ]).write_parquet(tmp_path / "in.parquet")  # fmt: skip
+    canopy_store.import_rollouts(tmp_path / "s", tmp_path / "in.parquet", max_new_tokens=9)
+    pull(export(tmp_path / "s", tmp_path / "out"), tmp_path / "back")
+    page = write_report(tmp_path / "back", tmp_path / "report.html").read_text()
+    assert "<script>hit" not in page
+    assert "<img src=x" not in page
+    assert "<script>hit" not in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_pickled_weights_that_come_with_a_store_are_not_loaded(shared, tmp_path):
+    from canopy_store.ingest.embed import ingest_embeddings
+
+    pull(shared, tmp_path / "s")
+    (tmp_path / "embedder").mkdir()
+    for name in ("pytorch_model.bin", "model.pkl"):
+        (tmp_path / "embedder" / name).write_bytes(b"\x80\x04cos\nsystem\n(S'touch hit'\ntR.")
+    with pytest.raises(canopy_store.StoreError, match="pickled weights are not loaded"):
+        ingest_embeddings(tmp_path / "s", str(tmp_path / "embedder"))
 
 
 # ---------------------------------------------------------------- push
