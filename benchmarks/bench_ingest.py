@@ -1,13 +1,19 @@
 """Sampling with its record, beside generate(output_scores=True): python benchmarks/bench_ingest.py MODEL
 
 MODEL is a folder, as demo-real leaves one: demo-real-output/base. Each measurement is a process of its
-own: tokens/s of 32 rollouts of one prompt at top-k 100, and the peak of memory above the weights.
+own: tokens/s of 32 rollouts of each prompt at top-k 100, and the peak of memory above the weights,
+beside the foretold one. Prompts go to generate one after the other, to the sampler together.
+
+--cpu-time counts the seconds of one thread: for a machine where other work runs.
+--widths 4 8 16 32 instead: how many rollouts and tokens other widths than 32 change.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
+import statistics
 import subprocess
 import sys
 import time
@@ -28,59 +34,111 @@ def forget_peak() -> None:
     Path("/proc/self/clear_refs").write_text("5")
 
 
-def loaded(path: str, prompt_tokens: int) -> tuple[Any, list[int], int]:
+def loaded(path: str, prompt_tokens: int, prompts: int) -> tuple[Any, list[list[int]], int]:
     from canopy_store.ingest.models import end_token_ids, load_model
 
     model, tokenizer, _ = load_model(path, "cpu", "float32")
     text = "The canopy holds most of a forest's leaves, and most of its light. " * 80
-    ids = tokenizer(text)["input_ids"][:prompt_tokens]
-    return model, ids, end_token_ids(model, tokenizer)[0]
+    ids = tokenizer(text)["input_ids"]
+    return (
+        model,
+        [ids[p : p + prompt_tokens] for p in range(prompts)],
+        end_token_ids(model, tokenizer)[0],
+    )
 
 
-def generate(model: Any, ids: list[int], end: int, samples: int, steps: int) -> int:
+def generate(model: Any, prompts: list[list[int]], end: int, samples: int, steps: int) -> int:
     """What scripts do: generate with scores, entropies afterwards."""
     import torch
 
     torch.manual_seed(0)
-    with torch.inference_mode():
-        out = model.generate(
-            torch.tensor([ids]), do_sample=True, num_return_sequences=samples, max_new_tokens=steps,
-            top_k=100, top_p=1.0, temperature=1.0, eos_token_id=end, pad_token_id=end,
-            output_scores=True, return_dict_in_generate=True,
-        )  # fmt: skip
-        logprobs = torch.stack(out.scores, 1).log_softmax(-1)  # (samples, steps, V)
-        torch.special.entr(logprobs.exp()).sum(-1)
-    tokens = out.sequences[:, len(ids) :]
-    ended = (tokens == end).int().cumsum(1)
-    return int((ended - (tokens == end).int() == 0).sum())
+    tokens = 0
+    for ids in prompts:
+        with torch.inference_mode():
+            out = model.generate(
+                torch.tensor([ids]), do_sample=True, num_return_sequences=samples,
+                max_new_tokens=steps, top_k=100, top_p=1.0, temperature=1.0, eos_token_id=end,
+                pad_token_id=end, output_scores=True, return_dict_in_generate=True,
+            )  # fmt: skip
+            logprobs = torch.stack(out.scores, 1).log_softmax(-1)  # (samples, steps, V)
+            torch.special.entr(logprobs.exp()).sum(-1)
+        new = out.sequences[:, len(ids) :]
+        ended = (new == end).int().cumsum(1)
+        tokens += int((ended - (new == end).int() == 0).sum())
+    return tokens
 
 
-def ours(model: Any, ids: list[int], end: int, samples: int, steps: int, record: bool = True) -> int:
+def policy(end: int, steps: int, width: int) -> Any:
+    from canopy_store.ingest.sample import Sampling
+
+    return Sampling(1.0, 100, 1.0, steps, (end,), 0, width)
+
+
+def ours(
+    model: Any, prompts: list[list[int]], end: int, samples: int, steps: int, width: int = 0
+) -> list[Any]:
+    """The sampler's rollouts, of all prompts, at a width; by default as wide as the work is."""
     from canopy_store.ingest import sample
+
+    jobs = [
+        sample.Job(ids, range(samples), lambda s, p=p: sample.uniforms("bench", 0, str(p), s, steps))
+        for p, ids in enumerate(prompts)
+    ]
+    sampling = policy(end, steps, width or min(128, samples * len(prompts)))
+    return [r for rollouts in sample.sample_prompts(model, jobs, sampling) for r in rollouts]
+
+
+def leave_out_the_record() -> None:
+    """The loop without its statistics: entropy and the chance of ending are not taken."""
     from canopy_store.ingest.policy import Policy
 
-    if not record:  # the loop without its statistics: entropy and the chance of ending are not taken
-        Policy.entropy = lambda self: self.logprobs[:, 0]  # type: ignore[method-assign]
-        Policy.event_logprob = lambda self, member: self.logprobs[:, 0]  # type: ignore[method-assign]
-    sampling = sample.Sampling(1.0, 100, 1.0, steps, (end,), 0, samples)
-    job = sample.Job(ids, range(samples), lambda s: sample.uniforms("bench", 0, "p", s, steps))
-    ((rollouts),) = sample.sample_prompts(model, [job], sampling)
-    return sum(len(rollout.token_ids) for rollout in rollouts)
+    Policy.entropy = lambda self: self.logprobs[:, 0]  # type: ignore[method-assign]
+    Policy.event_logprob = lambda self, member: self.logprobs[:, 0]  # type: ignore[method-assign]
 
 
-def one(what: str, path: str, prompt_tokens: int, samples: int, steps: int) -> dict[str, float]:
-    model, ids, end = loaded(path, prompt_tokens)
-    work = {"generate": generate, "canopy": ours,
-            "canopy, no record": lambda *a: ours(*a, record=False)}[what]  # fmt: skip
+def one(what: str, options: argparse.Namespace) -> dict[str, float]:
+    import torch
+
+    from canopy_store.ingest import sample
+
+    clock = time.perf_counter
+    if options.cpu_time:
+        torch.set_num_threads(1)
+        clock = time.thread_time
+    size, prompts = options.prompt_tokens[0], options.prompts[0]
+    work = (*loaded(options.model, size, prompts), options.samples, options.new_tokens)
+    if what == "canopy, no record":
+        leave_out_the_record()
     forget_peak()
     before = memory("VmRSS")
-    began = time.perf_counter()
-    tokens = work(model, ids, end, samples, steps)
+    began = clock()
+    tokens = generate(*work) if what == "generate" else sum(len(r.token_ids) for r in ours(*work))
+    seconds = clock() - began
+    width = min(128, options.samples * prompts)
+    fixed, slot = sample.footprint(work[0], policy(work[2], options.new_tokens, width), [size] * prompts)
     return {
-        "rate": tokens / (time.perf_counter() - began),
+        "rate": tokens / seconds,
         "memory": memory("VmHWM") - before,
+        "foretold": (fixed + width * slot) / 2**20,
         "tokens": tokens,
     }
+
+
+def flips(options: argparse.Namespace) -> None:
+    """How far rollouts at other widths differ from those at the last of ``widths``."""
+    work = (*loaded(options.model, options.prompt_tokens[0], 4), options.samples, options.new_tokens)
+    *others, last = options.widths
+    expected = ours(*work, width=last)
+    for width in others:
+        pairs = list(zip(ours(*work, width=width), expected, strict=True))
+        same = [list(a.token_ids) == list(b.token_ids) for a, b in pairs]
+        # once a token differs, the rest of the rollout is another text
+        tipped = sum(
+            sum(x != y for x, y in zip(a.token_ids, b.token_ids, strict=False)) for a, b in pairs
+        )
+        tokens = sum(len(b.token_ids) for _, b in pairs)
+        print(f"width {width} beside {last}: {same.count(False)} of {len(same)} rollouts, "
+              f"{tipped} of {tokens} tokens differ", flush=True)  # fmt: skip
 
 
 def main() -> None:
@@ -89,29 +147,38 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=32)
     parser.add_argument("--new-tokens", type=int, default=96)
     parser.add_argument("--prompt-tokens", type=int, nargs="*", default=[110, 800])
+    parser.add_argument("--prompts", type=int, nargs="*", default=[1, 4])
+    parser.add_argument("--repeat", type=int, default=1, help="runs of each, of which medians are shown")
+    parser.add_argument("--cpu-time", action="store_true")
+    parser.add_argument("--widths", type=int, nargs="*")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:
-        size = options.prompt_tokens[0]
-        found = one(options.one, options.model, size, options.samples, options.new_tokens)
-        print(json.dumps(found))
+        print(json.dumps(one(options.one, options)))
+        return
+    if options.widths:
+        flips(options)
         return
     print(f"{machine()}; {options.samples} rollouts, {options.new_tokens} new tokens, top-k 100")
-    print("| prompt tokens | | tokens/s | to generate | MB above the weights |")
-    print("|---|---|---|---|---|")
-    for size in options.prompt_tokens:
-        base = 0.0
-        for what in ("generate", "canopy", "canopy, no record"):
-            command = [sys.executable, __file__, options.model, "--one", what, "--prompt-tokens",
-                       str(size), "--samples", str(options.samples),
+    print("| prompts | tokens each | | tokens/s | to generate | MB above the weights | foretold |")
+    print("|---|---|---|---|---|---|---|")
+    names = ("generate", "canopy", "canopy, no record")
+    for size, prompts in itertools.product(options.prompt_tokens, options.prompts):
+        found: dict[str, list[dict[str, float]]] = {name: [] for name in names}
+        for _, name in itertools.product(range(options.repeat), names):  # in turn
+            command = [sys.executable, __file__, options.model, "--one", name, "--prompt-tokens",
+                       str(size), "--prompts", str(prompts), "--samples", str(options.samples),
                        "--new-tokens", str(options.new_tokens)]  # fmt: skip
+            command += ["--cpu-time"] * options.cpu_time
             done = subprocess.run(command, capture_output=True, text=True)
             if done.returncode:
                 sys.exit(done.stderr)
-            found = json.loads(done.stdout.splitlines()[-1])
-            base = base or found["rate"]
-            print(f"| {size} | {what} | {found['rate']:.1f} | {found['rate'] / base:.1f} | "
-                  f"{found['memory']:.0f} |", flush=True)  # fmt: skip
+            found[name].append(json.loads(done.stdout.splitlines()[-1]))
+        for name, runs in found.items():
+            rate, base = (statistics.median(r["rate"] for r in x) for x in (runs, found["generate"]))
+            foretold = "" if name == "generate" else f"{runs[0]['foretold']:.0f}"
+            print(f"| {prompts} | {size} | {name} | {rate:.1f} | {rate / base:.1f} | "
+                  f"{runs[0]['memory']:.0f} | {foretold} |", flush=True)  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -30,21 +30,23 @@ from canopy_store.embeddings import write_embeddings
 from canopy_store.rollouts import write_shard
 
 RUNS, DIMENSION, MEAN_LENGTH = 8, 384, 240
-PROMPTS_PER_SHARD = 20
 
 
-def make_store(root: Path, prompts: int, samples: int) -> None:
-    """Numbers shaped like a language model's: most steps nearly certain, a few wide open."""
+def make_store(root: Path, prompts: int, samples: int, runs: int = RUNS, shards: int = 5) -> None:
+    """Numbers shaped like a language model's: most steps nearly certain, a few wide open.
+
+    ``shards`` are those of one run.
+    """
     rng = np.random.default_rng(0)
     store.init(root)
-    for number in range(RUNS):
+    for number in range(runs):
         keys = {"family": f"f{number // 2}", "variant": ("base", "sft")[number % 2], "task": "t"}
         run_id = ".".join(keys.values())
         settings = {"run_id": run_id, "engine": "benchmark", **keys}
         store.plan(root, "run", run_id, settings)
         where = store.folder(root, "rollouts", run=run_id, **keys)
-        for shard, first in enumerate(range(0, prompts, PROMPTS_PER_SHARD)):
-            ids = [f"p{p:04d}" for p in range(first, min(first + PROMPTS_PER_SHARD, prompts))]
+        for shard, members in enumerate(np.array_split(np.arange(prompts), shards)):
+            ids = [f"p{p:04d}" for p in members]
             rows = len(ids) * samples
             lengths = rng.integers(MEAN_LENGTH // 2, MEAN_LENGTH * 3 // 2 + 1, rows)
             steps = int(lengths.sum())

@@ -84,7 +84,7 @@ def _model_options(command: Callable[..., Any]) -> Callable[..., Any]:
 @click.option("--concurrency", type=int, help="Requests at once [default: 32].")
 @click.option("--shard", metavar="I/N", help="Only every N-th shard, for the I-th of N jobs.")
 @click.option("--executor", type=click.Choice(["local", "ray"]), default="local", show_default=True,
-              help="ray: the shards go to the workers of a Ray cluster.")  # fmt: skip
+              help="ray: a cluster; its nodes see store, model, prompts at these paths.")  # fmt: skip
 @click.option("--workers", type=int, help="Of a Ray cluster [default: one a GPU, or one a node].")
 @click.option(
     "--prompts-per-shard",

@@ -71,7 +71,7 @@ def add_spectra(root: Path, embedder: str, run_id: str, shard: int) -> None:
         where = store.folder(
             root, "embedding_spectra", embedder=embedder, selection=selection, run=run_id
         )
-        if store.shard_path(where, shard).exists():
+        if store.exists(store.shard_path(where, shard)):
             continue
         if subset is None:
             folder = store.folder(root, "embeddings", embedder=embedder, run=run_id)

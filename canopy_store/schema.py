@@ -184,9 +184,10 @@ TABLES: dict[str, Table] = {
                 _EOS_LOGPROB,
                 _c("entropy_sum", "DOUBLE", "H_i: sum of entropy over the rollout.", "nats", False),
                 *_SUMS,
-                _c("top_token_ids", "INTEGER[][]", "Per step, ids of the likeliest tokens, in order.",
-                   "", False),
-                _c("top_logprobs", "FLOAT[][]", "Per step, log π of top_token_ids.", "nats", False),
+                _c("top_token_ids", "INTEGER[][]", "Per step, ids of the likeliest tokens, in order; "
+                   "a shortened list, of which no entropy may be taken.", "", False),
+                _c("top_logprobs", "FLOAT[][]", "Per step, log π of top_token_ids; of the model or of "
+                   "the server where the run's settings say so in top_logprobs_of.", "nats", False),
             ),
             ("family", "variant", "task", "run"),
         ),

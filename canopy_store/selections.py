@@ -184,12 +184,11 @@ def _keep(root: Path, name: str, rule: Mapping[str, Any], chosen: pl.DataFrame) 
         path = store.shard_path(store.folder(root, "selections", selection=name, run=str(run_id)), 0)
         store.remove_leftovers(path.parent)
         rows = rows.sort("prompt_id", "sample")
-        if path.exists():
+        if store.exists(path):
             if pl.DataFrame(store.read_rows(path)).equals(rows.select(_KEYS)):
                 continue
-            for stale in (root / "embedding_spectra").glob(
-                f"*/selection={glob.escape(store.quoted(name))}/{glob.escape(path.parent.name)}/*.parquet"
-            ):
+            pattern = f"selection={glob.escape(store.quoted(name))}/{glob.escape(path.parent.name)}"
+            for stale in store.matching(root / "embedding_spectra", f"*/{pattern}/*.parquet"):
                 stale.unlink()
         store.write_rows(path, "selections", {key: rows[key].to_arrow() for key in _KEYS})
     for embedder, run_id, shard in _embedded(root, chosen["run_id"].unique().to_list()):
@@ -201,11 +200,11 @@ def _keep(root: Path, name: str, rule: Mapping[str, Any], chosen: pl.DataFrame) 
 def _embedded(root: Path, run_ids: Iterable[str]) -> list[tuple[str, str, int]]:
     """Every embedded shard of these runs, as (embedder, run id, shard number)."""
     found = []
-    for where in sorted((root / "embedding_spectra").glob("embedder=*")):
+    for where in store.matching(root / "embedding_spectra", "embedder=*"):
         embedder = store.unquoted(where.name.partition("=")[2])
         for run_id in sorted(run_ids):
             folder = store.folder(
                 root, "embedding_spectra", embedder=embedder, selection="all", run=run_id
             )
-            found += [(embedder, run_id, int(p.stem[5:])) for p in sorted(folder.glob("part-*.parquet"))]
+            found += [(embedder, run_id, store.shard_number(shard)) for shard in store.shards(folder)]
     return found

@@ -5,10 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import polars as pl
-import pyarrow.parquet as pq
 
-from canopy_store import store
-from canopy_store.schema import TABLES
+from canopy_store import sql, store
 
 _COLUMNS = {
     "run_id": pl.String, "family": pl.String, "variant": pl.String, "task": pl.String,
@@ -28,20 +26,21 @@ def status(root: str | Path) -> pl.DataFrame:
     DataError
         A file in the store is truncated, foreign or of a newer version.
     """
-    root = store.require(root)
-    for table in TABLES:
-        for path in store.files(root, table):
-            store.check_file(path, table)
+    root = store.snapshot(store.require(root))
+    with sql.connect(root, incomplete=True) as con:
+        counts = {run_id: counted for run_id, *counted in con.sql(
+            "select run_id, count(*), sum(n_tokens) from rollouts group by all"
+        ).fetchall()}  # fmt: skip
     rows = []
     for run in store.runs(root):
         shards = run["shards"]
-        tokens = sum(pq.ParquetFile(p).read(["n_tokens"])["n_tokens"].to_numpy().sum() for p in shards)
+        rollouts, tokens = counts.get(run["run_id"], (0, 0))
         rows.append({
             **{key: run[key] for key in ("run_id", "family", "variant", "task", "complete")},
             "shards": len(shards),
             "shards_planned": len(shards) if run["complete"] else run.get("n_shards"),
-            "rollouts": sum(pq.read_metadata(p).num_rows for p in shards),
-            "tokens": int(tokens),
+            "rollouts": rollouts,
+            "tokens": tokens,
             "bytes": sum(p.stat().st_size for p in shards),
             "embedders": ", ".join(_embedders(root, run["run_id"], len(shards))),
         })  # fmt: skip
@@ -50,10 +49,8 @@ def status(root: str | Path) -> pl.DataFrame:
 
 def _embedders(root: Path, run_id: str, shards: int) -> list[str]:
     found = []
-    for where in sorted((root / "embedding_spectra").glob("embedder=*")):
-        done = len(
-            list((where / "selection=all" / f"run={store.quoted(run_id)}").glob("part-*.parquet"))
-        )
+    for where in store.matching(root / "embedding_spectra", "embedder=*"):
+        done = len(store.shards(where / "selection=all" / f"run={store.quoted(run_id)}"))
         if done:
             name = store.unquoted(where.name.partition("=")[2])
             found.append(name if done == shards else f"{name} ({done}/{shards})")

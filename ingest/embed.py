@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-import pyarrow.parquet as pq
 from sentence_transformers import SentenceTransformer
 
 from canopy_store import sql, store
@@ -68,21 +69,18 @@ def ingest_embeddings(
         # texts of several lengths share a batch: any token can fill, the mask hides it
         encoder.tokenizer.pad_token = encoder.tokenizer.eos_token or encoder.tokenizer.unk_token
     store.plan(root, "embedder", name, settings)
-    todo = []
-    for run in chosen:
-        where = store.folder(
-            root, "embedding_spectra", embedder=name, selection="all", run=run["run_id"]
-        )
-        store.remove_leftovers(where)
-        for number, shard in enumerate(run["shards"]):
-            if store.shard_path(where, number).exists():
-                add_spectra(root, name, run["run_id"], number)
-            else:
-                todo.append((run["run_id"], number, shard, pq.read_metadata(shard).num_rows))
-    every = sum(pq.read_metadata(shard).num_rows for run in chosen for shard in run["shards"])
-    progress.start(every, every - sum(rows for *_, rows in todo))
-    for run_id, number, shard, rows in todo:
-        part = pq.ParquetFile(shard).read(["prompt_id", "sample", "text", "n_tokens"]).to_pydict()
+
+    def spectra(run: Mapping[str, Any], number: int) -> Path:
+        keys = {"embedder": name, "selection": "all", "run": run["run_id"]}
+        return store.shard_path(store.folder(root, "embedding_spectra", **keys), number)
+
+    todo, done = store.shards_to_do(chosen, spectra)
+    for shard in done:
+        add_spectra(root, name, shard.run["run_id"], shard.number)
+    progress.start(sum(s.rows for s in (*todo, *done)), sum(s.rows for s in done))
+    for shard in todo:
+        run_id = shard.run["run_id"]
+        part = store.read_rows(shard.source, ["prompt_id", "sample", "text", "n_tokens"]).to_pydict()
         if None in part["text"]:
             at = part["text"].index(None)
             raise DataError(
@@ -93,8 +91,8 @@ def ingest_embeddings(
             [prompt_prefix + text for text in part["text"]], batch_size=batch_size,
             normalize_embeddings=True, convert_to_numpy=True, show_progress_bar=False,
         )  # fmt: skip
-        write_embeddings(root, name, run_id, number, part["prompt_id"], part["sample"], matrix)
+        write_embeddings(root, name, run_id, shard.number, part["prompt_id"], part["sample"], matrix)
         progress.tokens(sum(part["n_tokens"]))
-        progress.rollouts(rows)
+        progress.rollouts(shard.rows)
     sql.write_database(root)
     return name

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -10,7 +11,7 @@ import transformers
 from canopy_store.ingest import models
 from canopy_store.ingest.engines import Engine
 from canopy_store.ingest.progress import Progress
-from canopy_store.ingest.sample import Job, Rollout, Sampling, sample_prompts
+from canopy_store.ingest.sample import Job, Rollout, Sampling, sample_prompts, width_for
 
 
 def open_model(source: str, device: str | None = None, dtype: str | None = None) -> Engine:
@@ -18,7 +19,7 @@ def open_model(source: str, device: str | None = None, dtype: str | None = None)
     model, tokenizer, path = models.load_model(source, device, dtype)
 
     def sample(jobs: Sequence[Job], sampling: Sampling, progress: Progress) -> list[list[Rollout]]:
-        return sample_prompts(model, jobs, sampling, progress.tokens)
+        return sample_prompts(model, jobs, sampling, progress.tokens, progress.say)
 
     versions = {"torch": torch.__version__, "transformers": transformers.__version__}
     if torch.version.cuda:
@@ -30,6 +31,6 @@ def open_model(source: str, device: str | None = None, dtype: str | None = None)
         checkpoint=models.checkpoint(source, path, tokenizer),
         settings={"dtype": str(model.dtype).removeprefix("torch."), "device": model.device.type},
         versions=versions,
-        width=lambda sampling, lengths, memory: 32,
+        width=functools.partial(width_for, model),
         sample=sample,
     )

@@ -19,6 +19,8 @@ from canopy_store.ingest.sample import Job, Rollout, Sampling
 # The module of each engine; its function open_model(source, …) gives the Engine.
 ENGINES = {
     "transformers": "canopy_store.ingest.engine_transformers",
+    "openai": "canopy_store.ingest.engine_openai",
+    "vllm": "canopy_store.ingest.engine_vllm",
 }
 
 
@@ -34,8 +36,8 @@ class Engine:
     checkpoint : its weights_sha256, tokenizer_sha256 and source, for the table ``models``
     settings : what decides its rollouts beside the policy; a resumed run must repeat them
     versions : the versions that can change a rollout's bits
-    width : rollouts to sample side by side, of the policy, the prompts' lengths (tokens) and the
-        memory to use (bytes, None for its own choice); None where the engine decides that itself
+    width : rollouts to sample side by side, given the policy, the lengths (tokens) of a shard's
+        prompts and the memory to use (bytes, None for its own choice); None where the engine decides
     sample : for each job a rollout for each of its sample numbers, in that order
     """
 

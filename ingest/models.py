@@ -5,10 +5,11 @@ from __future__ import annotations
 import hashlib
 import importlib
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.utils import logging as transformers_logging
 
 from canopy_store import store
@@ -119,6 +120,30 @@ def load_model(
         raise StoreError(f"{path}: cannot be loaded: {' '.join(str(error).split())[:300]}") from None
     model.to(device)  # type: ignore[arg-type]  # its decorator hides the signature
     return model.eval(), tokenizer, path
+
+
+def read_config(path: Path) -> Any:
+    """A model's ``config`` and ``generation_config`` without its weights, each None where it has none.
+
+    For `end_token_ids` and `context_window`, where another engine has the weights.
+
+    Raises
+    ------
+    StoreError
+        A config that transformers cannot read.
+    """
+    quiet()
+    found: dict[str, Any] = {"config": None, "generation_config": None}
+    try:
+        if path.is_file():
+            found["config"] = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+        elif (path / "config.json").exists():
+            found["config"] = AutoConfig.from_pretrained(path, trust_remote_code=False)
+        if (path / "generation_config.json").exists():
+            found["generation_config"] = GenerationConfig.from_pretrained(path)
+    except (OSError, ValueError, KeyError) as error:
+        raise StoreError(f"{path}: its config: {' '.join(str(error).split())[:300]}") from None
+    return SimpleNamespace(**found)
 
 
 def weights_sha256(path: Path) -> str:

@@ -5,6 +5,7 @@ The sampler takes its tokens and its record from this one place, so what is logg
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -21,9 +22,15 @@ class Policy:
     logprobs: torch.Tensor
     ids: torch.Tensor | None
 
+    @functools.cached_property
+    def probabilities(self) -> torch.Tensor:
+        """π (B, K)."""
+        return self.logprobs.exp()
+
     def entropy(self) -> torch.Tensor:
         """Entropy (B,) in nats over the whole support."""
-        return torch.special.entr(self.logprobs.exp()).sum(-1)
+        # the clamp makes 0 of 0 · -inf and leaves NaN; at its bound a probability is 0
+        return -torch.linalg.vecdot(self.probabilities, self.logprobs.clamp(min=-1e4)).clamp(max=0)
 
     def event_logprob(self, member: torch.Tensor) -> torch.Tensor:
         """Log-probability (B,) in nats of the set of tokens that ``member`` (V,) marks."""
@@ -36,15 +43,21 @@ class Policy:
         """Token ids (B,) and their log-probabilities (B,), by inversion of ``uniform`` (B,) in [0, 1).
 
         One number a row and step, so a rollout's randomness is a short list that follows from its
-        seed on any device. The sum runs in float64 where the device has it.
+        seed on any device. A vocabulary is searched in two steps, first for a block of tokens, then
+        inside it. Sums run in float64 where the device has it.
         """
         wide = torch.float32 if self.logprobs.device.type == "mps" else torch.float64
-        cumulative = self.logprobs.to(wide).exp().cumsum(-1)
-        target = uniform.to(wide)[:, None] * cumulative[:, -1:]
-        column = torch.searchsorted(cumulative, target, right=True)
-        # a target that rounding lifts to the end, or a NaN, must stay in range
-        last = (self.logprobs > -torch.inf).cumsum(-1).argmax(-1, keepdim=True)
-        column = torch.minimum(column, last)
+        mass, column = self.probabilities, torch.zeros_like(uniform, dtype=torch.long)[:, None]
+        target = uniform.to(wide)[:, None]
+        if mass.shape[-1] > 4 * _BLOCK:
+            missing = -mass.shape[-1] % _BLOCK
+            blocks = (torch.nn.functional.pad(mass, (0, missing)) if missing else mass).unflatten(
+                -1, (-1, _BLOCK)
+            )  # (B, V / _BLOCK, _BLOCK)
+            column, target = _invert(blocks.sum(-1).to(wide), target)
+            mass = blocks.gather(1, column[..., None].expand(-1, 1, _BLOCK))[:, 0]
+        inside, _ = _invert(mass.to(wide), target)
+        column = column * _BLOCK + inside
         logprob = self.logprobs.gather(-1, column)[:, 0]
         token = column if self.ids is None else self.ids.gather(-1, column)
         return token[:, 0], logprob
@@ -54,6 +67,21 @@ class Policy:
         best = self.logprobs.topk(min(k, self.logprobs.shape[-1]), dim=-1)
         ids = best.indices if self.ids is None else self.ids.gather(-1, best.indices)
         return ids, best.values
+
+
+_BLOCK = 256  # tokens
+_NUCLEUS = 1024  # tokens among which a top-p set is looked for before the whole vocabulary is sorted
+
+
+def _invert(mass: torch.Tensor, uniform: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The column (B, 1) of ``mass`` (B, K) where ``uniform`` (B, 1) falls, and how far inside it."""
+    cumulative = mass.cumsum(-1)
+    total = cumulative[:, -1:]
+    # below the total, whatever rounding does: the column found has mass. A NaN must stay in range
+    target = torch.minimum(uniform * total, total.nextafter(torch.zeros_like(total)))
+    column = torch.searchsorted(cumulative, target, right=True).clamp(max=mass.shape[-1] - 1)
+    here = mass.gather(-1, column)
+    return column, ((target - (cumulative.gather(-1, column) - here)) / here).clamp(min=0)
 
 
 def sampling_policy(
@@ -73,14 +101,19 @@ def sampling_policy(
         best = logits.max(-1, keepdim=True)
         # 0 for a finite maximum; NaN and infinities stay visible
         return Policy(best.values - best.values, best.indices)
-    logits = logits / temperature
+    if temperature != 1:
+        logits = logits / temperature
     ids = None
     if 0 < top_k < logits.shape[-1]:
         logits, ids = logits.topk(top_k, dim=-1)
     if top_p < 1:
+        total = logits.logsumexp(-1, keepdim=True)
         if ids is None:
-            logits, ids = logits.sort(dim=-1, descending=True, stable=True)
-        probability = logits.softmax(-1)
+            likely, ids = logits.topk(min(_NUCLEUS, logits.shape[-1]), dim=-1)
+            if not ((likely - total).exp().sum(-1) > top_p).all():  # rare: so flat a distribution
+                likely, ids = logits.sort(dim=-1, descending=True, stable=True)
+            logits = likely
+        probability = (logits - total).exp()
         before = probability.cumsum(-1) - probability
         logits = logits.masked_fill(before >= top_p, -torch.inf)
     return Policy(logits.log_softmax(-1), ids)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
@@ -70,21 +70,17 @@ def ingest_rewards(
                 "select task, prompt_id, text, messages from prompts"
             ).fetchall()
         }
-    todo = []
-    every = 0
-    for run in chosen:
+
+    def rewards_of(run: Mapping[str, Any], number: int) -> Path:
         where = store.folder(root, "rewards", reward_model=name, run=run["run_id"])
-        store.remove_leftovers(where)
-        for number, shard in enumerate(run["shards"]):
-            rows = pq.read_metadata(shard).num_rows
-            every += rows
-            if not store.shard_path(where, number).exists():
-                todo.append((run, store.shard_path(where, number), shard, rows))
-    progress.start(every, every - sum(rows for *_, rows in todo))
-    for run, target, shard, rows in todo:
-        part = (
-            pq.ParquetFile(shard).read(["run_id", "prompt_id", "sample", "text", "n_tokens"]).to_pydict()
-        )
+        return store.shard_path(where, number)
+
+    todo, done = store.shards_to_do(chosen, rewards_of)
+    progress.start(sum(s.rows for s in (*todo, *done)), sum(s.rows for s in done))
+    for shard in todo:
+        run = shard.run
+        columns = ["run_id", "prompt_id", "sample", "text", "n_tokens"]
+        part = store.read_rows(shard.source, columns).to_pydict()
         inputs = [
             _input(tokenizer, prompts.get((run["task"], prompt_id), (None, None)), text,
                    f"run {run['run_id']}: prompt {prompt_id} sample {sample}")
@@ -100,9 +96,9 @@ def ingest_rewards(
                 "reward is NaN or infinite; the model's weights are damaged, or try --dtype float32"
             )
         keys = {key: part[key] for key in ("run_id", "prompt_id", "sample")}
-        store.write_rows(target, "rewards", {**keys, "reward": rewards})
+        store.write_rows(shard.target, "rewards", {**keys, "reward": rewards})
         progress.tokens(sum(part["n_tokens"]))
-        progress.rollouts(rows)
+        progress.rollouts(shard.rows)
     sql.write_database(root)
     return name
 

@@ -41,7 +41,8 @@ def ingest_rollouts(
     root : path of the store, made if missing
     model : local folder, GGUF file, hub id, or package:NAME
     shard : "i/n", from 1: only every n-th shard, for the i-th of n jobs on a scheduler
-    executor : local, this process; or ray, the workers of a Ray cluster
+    executor : local, this process; or ray, the workers of a Ray cluster, whose nodes see store, model
+        and prompts under the same paths
     workers : of a Ray cluster, how many; by default one a GPU, or one a node
     options : all that `prepare` takes
 
@@ -65,12 +66,13 @@ def ingest_rollouts(
     if workers is not None:
         raise UsageError("--workers: only with --executor ray")
     run = prepare(root, model, progress=progress, **options)
-    todo = run.shards_to_do(part)
-    run.announce(todo, part, progress)
-    started = time.perf_counter()
-    for number in todo:
-        run.sample_shard(number, progress)
-    run.complete(time.perf_counter() - started)
+    with store.holding(run.root, run.run_id):
+        todo = run.shards_to_do(part)
+        run.announce(todo, part, progress)
+        started = time.perf_counter()
+        for number in todo:
+            run.sample_shard(number, progress)
+        run.complete(time.perf_counter() - started)
     return run.run_id
 
 
@@ -148,8 +150,8 @@ class Run:
         for rollout in rollouts:
             row = {"run_id": self.run_id, "prompt_id": prompt_id, **vars(rollout)}
             row["text"] = next(texts) if rollout.text is None else rollout.text
-            for name in ("top_token_ids", "top_logprobs"):
-                row[name] = None if row[name] is None else row[name].tolist()
+            for name in ("top_token_ids", "top_logprobs"):  # Arrow takes no arrays of two dimensions
+                row[name] = None if row[name] is None else list(row[name])
             for name, value in row.items():
                 if value is not None:
                     columns.setdefault(name, []).append(value)
@@ -272,10 +274,10 @@ def prepare(
     }  # fmt: skip
     sampling = Sampling(temperature, top_k, top_p, max_new_tokens, ends, top_logprobs)
     if opened.width is not None:
+        shard = sorted(map(len, token_ids))[-prompts_per_shard:]  # the one that takes the most
         settings["batch_size"] = batch_size or _stored_width(root, run_id) or opened.width(
-            sampling, [len(ids) for ids in token_ids], None if memory is None else int(memory * 1e9)
+            sampling, shard, None if memory is None else int(memory * 1e9)
         )  # fmt: skip
-        sampling = replace(sampling, width=settings["batch_size"])
     elif batch_size or memory:
         raise UsageError(f"--batch-size, --memory: --engine {engine} decides the width itself")
     model_id = store.add_model(root, {
@@ -283,7 +285,9 @@ def prepare(
         "hyperparameters": store.canonical(hyperparameters) if hyperparameters else None,
         "data_sha256": data_sha256, **opened.checkpoint,
     })  # fmt: skip
-    store.plan(root, "run", run_id, settings)
+    # a job that began at the same moment may have had room for another width
+    settings = store.plan(root, "run", run_id, settings, () if batch_size else ("batch_size",))
+    sampling = replace(sampling, width=settings.get("batch_size", sampling.width))
     where = store.folder(root, "rollouts", family=family, variant=variant, task=task, run=run_id)
     store.remove_leftovers(where)
     return Run(

@@ -5,10 +5,11 @@ from __future__ import annotations
 import copy
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import psutil
 import torch
 
 from canopy_store.errors import DataError
@@ -28,12 +29,17 @@ class Sampling:
     top_logprobs: int = 0
     width: int = 32
 
+    @property
+    def is_model(self) -> bool:
+        """Whether the policy is the model's own softmax: temperature 1, all tokens kept."""
+        return self.temperature == 1 and self.top_k == 0 and self.top_p == 1
+
 
 @dataclass
 class Rollout:
     """One rollout: token ids, and per step logprob, entropy, eos_logprob (nats, float32).
 
-    What an engine does not give exactly is None.
+    What an engine does not give exactly is None, and then in every rollout of one call.
     """
 
     sample: int
@@ -42,9 +48,10 @@ class Rollout:
     entropy: np.ndarray | None
     eos_logprob: np.ndarray | None
     finish_reason: str
-    top_token_ids: np.ndarray | None = None
-    top_logprobs: np.ndarray | None = None
+    top_token_ids: np.ndarray | list[list[int]] | None = None
+    top_logprobs: np.ndarray | list[list[float]] | None = None
     text: str | None = None  # where None, token_ids are decoded
+    n_tokens: int | None = None  # where none of the lists is known
 
 
 def uniforms(run_id: str, seed: int, prompt_id: str, sample: int, steps: int) -> np.ndarray:
@@ -63,17 +70,72 @@ class Job:
     name: str = "prompt"
 
 
+def width_for(
+    model: Any, sampling: Sampling, prompt_lengths: Sequence[int], budget: int | None = None
+) -> int:
+    """The number of rollouts to sample side by side in ``budget`` bytes above the weights, at least 1.
+
+    The same for the same arguments; where the budget is not given, half of the memory now free on
+    the model's device.
+
+    Parameters
+    ----------
+    prompt_lengths : tokens of each prompt that is sampled in one call of `sample_prompts`
+    """
+    if budget is None:
+        if model.device.type == "cuda":
+            free = torch.cuda.mem_get_info(model.device)[0]
+        else:
+            free = psutil.virtual_memory().available
+        budget = free // 2
+    fixed, slot = footprint(model, sampling, prompt_lengths)
+    width = max(1, min((budget - fixed) // slot, _WIDEST.get(model.device.type, 512)))
+    return width - width % 8 if width > 8 else width
+
+
+# Wider is no quicker on a CPU (docs/performance.md). The bound elsewhere is a guess.
+_WIDEST = {"cpu": 128}
+
+
+def footprint(model: Any, sampling: Sampling, prompt_lengths: Sequence[int]) -> tuple[int, int]:
+    """Bytes above the weights that sampling will take at its peak: in all, and more for each slot."""
+    config, size = model.config.get_text_config(), model.dtype.itemsize
+    heads, hidden = config.num_attention_heads, config.hidden_size
+    per_head = getattr(config, "head_dim", None) or hidden // heads
+    shared = getattr(config, "num_key_value_heads", None) or heads
+    inner = getattr(config, "intermediate_size", None) or 4 * hidden
+    token = 2 * config.num_hidden_layers * shared * per_head * size  # keys and values of one
+    longest, steps = max(prompt_lengths), sampling.max_new_tokens
+    best = min(sampling.top_logprobs, sampling.top_k or sampling.top_logprobs)
+    # float32 arrays of the vocabulary's size that live at once in `sampling_policy` and `Policy`
+    arrays = 2 if sampling.top_k else 4 if sampling.top_p == 1 else 6
+    vocabulary = config.vocab_size * (size + 4 * arrays)
+    log = steps * (4 + 3 * 4 + 8 + 8 * best)
+    # a layer's scores, weights and their parts in float32; its states and its two inner products
+    layer = 4 * 4 * heads * (longest + steps) + size * (6 * hidden + 3 * inner)
+    reading = longest * size * (6 * hidden + 3 * inner)  # of one prompt at a time
+    if shared_prompt.prepare(model):
+        own, prompts = token * (steps + 64), token * sum(prompt_lengths)
+    else:  # the prompt's are copied for each rollout, and each layer's once more when a step adds to it
+        layers = config.num_hidden_layers
+        own, prompts = token * (longest + steps) * (layers + 1) // layers, token * longest
+    return prompts + reading, own + vocabulary + log + layer
+
+
 @torch.inference_mode()
 def sample_prompts(
     model: Any,
     jobs: Sequence[Job],
     sampling: Sampling,
     on_tokens: Callable[[int], None] | None = None,
+    say: Callable[[str], None] | None = None,
 ) -> list[list[Rollout]]:
     """For each job one rollout for each of its sample numbers, in that order.
 
     A prompt is read once however many samples it has; the batch stays full across the jobs, since a
     finished rollout's slot is taken by the next at once; only the next step's logits are ever held.
+    Out of memory, the width is halved and what is unfinished begins again, with the same random
+    numbers: another width gives other bits only where rounding tips a near-tie.
 
     Parameters
     ----------
@@ -81,109 +143,139 @@ def sample_prompts(
     jobs : prompts and samples
     sampling : the policy, the end tokens, the length limit and the batch width
     on_tokens : told how many tokens each step added
+    say : told in a line that the width was halved
 
     Raises
     ------
     DataError
-        Logits that are NaN or +inf; names the prompt, the sample and the step.
+        Logits that are NaN or +inf; names the prompt, the sample and the step. Out of memory at a
+        width of 1.
     """
-    if shared_prompt.prepare(model):
-        return _sample_shared(model, jobs, sampling, on_tokens)
-    return [_sample_repeated(model, job, sampling, on_tokens) for job in jobs]
+    loop = _sample_shared if shared_prompt.prepare(model) else _sample_repeated
+    done: list[list[Any]] = [[None] * len(job.samples) for job in jobs]
+    width = max(1, min(sampling.width, sum(len(job.samples) for job in jobs)))
+    while True:
+        try:
+            loop(model, jobs, replace(sampling, width=width), done, on_tokens)
+            return done
+        except (RuntimeError, MemoryError) as error:
+            if not _out_of_memory(error):
+                raise
+            if width == 1:
+                raise DataError(
+                    f"{jobs[0].name}: out of memory at one rollout at a time; lower --max-new-tokens, "
+                    "shorten the prompt or free memory"
+                ) from None
+        # only here have the loop that failed, and the memory that it held, gone
+        if model.device.type == "cuda":
+            torch.cuda.empty_cache()
+        if say:
+            say(f"{jobs[0].name}: out of memory at {width} rollouts side by side; trying {width // 2}")
+        width //= 2
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    words = ("out of memory", "can't allocate memory", "not enough memory", "ALLOC_FAILED", "bad_alloc")
+    return any(word in str(error) for word in words)
 
 
 def _sample_shared(
-    model: Any, jobs: Sequence[Job], sampling: Sampling, on_tokens: Callable[[int], None] | None
-) -> list[list[Rollout]]:
+    model: Any,
+    jobs: Sequence[Job],
+    sampling: Sampling,
+    done: list[list[Any]],
+    on_tokens: Callable[[int], None] | None,
+) -> None:
     """The loop for models that share a prompt's cache: slots that are refilled."""
-    queue = [(job, place) for job, todo in enumerate(jobs) for place in range(len(todo.samples))][::-1]
-    done: list[list[Any]] = [[None] * len(job.samples) for job in jobs]
+    queue = _missing(done)[::-1]
     width = min(sampling.width, len(queue))
-    slots = shared_prompt.Slots(model, width)
+    slots = shared_prompt.Slots(model)
     log = _Log(model.device, width, sampling)
     read: dict[int, shared_prompt.Prompt] = {}
-    owner: list[tuple[int, int]] = []  # (job, place) of each slot; a slot that rests keeps its last
-    logits: Any = None
+    owner = [(0, 0)] * width  # (job, place) of each slot; a slot that rests keeps its last
+    free = list(range(width))  # slots without a rollout: to refill, or to rest
 
-    def take() -> tuple[int, int]:
-        job, place = queue.pop()
-        if job not in read:
-            read[job] = slots.read(jobs[job].prompt_ids)
-        return job, place
-
-    while len(owner) < width:
-        owner.append(take())
-        log.begin(len(owner) - 1, jobs[owner[-1][0]], owner[-1][1])
-    logits = torch.stack([read[job].logits for job, _ in owner])  # (W, V)
-    slots.seat([read[job] for job, _ in owner])
-    resting = torch.zeros(width, dtype=torch.bool, device=model.device)
-    while True:
-        token, ended = log.step(logits, resting, on_tokens)
-        finished = ended.nonzero()[:, 0].tolist() if ended.any() else []
-        refilled = []
-        for slot in finished:
+    def finish(ended: list[int]) -> list[int]:
+        for slot in ended:
             job, place = owner[slot]
             done[job][place] = log.rollout(slot, jobs[job], place)
-            if queue:
-                owner[slot] = take()
-                log.begin(slot, jobs[owner[slot][0]], owner[slot][1])
-                refilled.append(slot)
-            else:
-                resting[slot] = True
-        if resting.all():
-            return done
-        if finished:
-            if int((~resting).sum()) <= 0.75 * len(owner):
-                keep = (~resting).nonzero()[:, 0]
-                owner = [owner[slot] for slot in keep.tolist()]
-                token, resting = token[keep], resting[keep]
-                place_of = {slot: i for i, slot in enumerate(keep.tolist())}
-                refilled = [place_of[slot] for slot in refilled]
-                slots.keep(keep)
-                log.keep(keep)
-            for job in set(read) - {job for job, _ in owner} - {job for job, _ in queue}:
-                del read[job]  # all its rollouts are done
-            slots.seat([read[job] for job, _ in owner])
-        # a slot just refilled has no token yet: it writes where its first one will, and is not heard
-        at = (log.length - 1).clamp(min=0)
-        logits = slots.step(token, at)
-        for slot in refilled:
-            logits[slot] = read[owner[slot][0]].logits
+        return ended
+
+    with shared_prompt.weights_first(model):
+        while True:
+            changed = bool(free)
+            while free and queue:  # a first token follows from the prompt alone, and may be the last
+                fresh, free = free[: len(queue)], free[len(queue) :]
+                for slot in fresh:
+                    owner[slot] = job, place = queue.pop()
+                    if job not in read:
+                        read[job] = slots.read(jobs[job].prompt_ids)
+                    log.begin(slot, jobs[job], place)
+                first = torch.stack([read[owner[slot][0]].logits for slot in fresh])  # (fresh, V)
+                free += finish(log.step(first, fresh, on_tokens))
+                del first
+            live = sorted(set(range(len(owner))) - set(free))
+            if not live:
+                return
+            if len(live) <= 0.75 * len(owner):
+                owner, free = [owner[slot] for slot in live], []
+                slots.keep(torch.tensor(live, device=model.device))
+                log.keep(live)
+                live = list(range(len(owner)))
+            if changed:
+                for job in set(read) - {job for job, _ in owner} - {job for job, _ in queue}:
+                    del read[job]  # all its rollouts are done
+                slots.seat([read[job] for job, _ in owner])
+            logits = slots.step(log.last, log.length - 1)
+            free += finish(log.step(logits[live] if free else logits, live, on_tokens))
+            del logits  # not to be held beside the next
 
 
 def _sample_repeated(
-    model: Any, job: Job, sampling: Sampling, on_tokens: Callable[[int], None] | None
-) -> list[Rollout]:
+    model: Any,
+    jobs: Sequence[Job],
+    sampling: Sampling,
+    done: list[list[Any]],
+    on_tokens: Callable[[int], None] | None,
+) -> None:
     """The loop for any other model: a prompt's cache repeated over the batch, finished rows dropped."""
-    prompt = torch.tensor([job.prompt_ids], device=model.device)  # (1, T)
-    first = model(input_ids=prompt, use_cache=True, logits_to_keep=1)
-    rollouts: list[Any] = [None] * len(job.samples)
-    for start in range(0, len(job.samples), sampling.width):
-        places = list(range(start, min(start + sampling.width, len(job.samples))))
-        more = start + sampling.width < len(job.samples)
-        cache = copy.deepcopy(first.past_key_values) if more else first.past_key_values
-        cache.batch_repeat_interleave(len(places))
-        logits = first.logits[:, -1].expand(len(places), -1)
-        log = _Log(model.device, len(places), sampling)
-        for row, place in enumerate(places):
-            log.begin(row, job, place)
-        while places:
-            resting = torch.zeros(len(places), dtype=torch.bool, device=model.device)
-            token, ended = log.step(logits, resting, on_tokens)
-            if ended.any():
-                for row in ended.nonzero()[:, 0].tolist():
-                    rollouts[places[row]] = log.rollout(row, job, places[row])
-                keep = (~ended).nonzero()[:, 0]
-                places = [places[row] for row in keep.tolist()]
-                if not places:
-                    break
-                token = token[keep]
-                cache.batch_select_indices(keep)
-                log.keep(keep)
-            logits = model(
-                input_ids=token[:, None], past_key_values=cache, use_cache=True, logits_to_keep=1
-            ).logits[:, -1]  # (B, V)
-    return rollouts
+    for number, job in enumerate(jobs):
+        todo = [place for j, place in _missing(done) if j == number]
+        if not todo:
+            continue
+        prompt = torch.tensor([job.prompt_ids], device=model.device)  # (1, T)
+        first = model(input_ids=prompt, use_cache=True, logits_to_keep=1)
+        while todo:
+            places, todo = todo[: sampling.width], todo[sampling.width :]
+            cache = copy.deepcopy(first.past_key_values) if todo else first.past_key_values
+            cache.batch_repeat_interleave(len(places))
+            logits = first.logits[:, -1].expand(len(places), -1)
+            log = _Log(model.device, len(places), sampling)
+            for row, place in enumerate(places):
+                log.begin(row, job, place)
+            while True:
+                ended = log.step(logits, list(range(len(places))), on_tokens)
+                for row in ended:
+                    done[number][places[row]] = log.rollout(row, job, places[row])
+                if ended:
+                    keep = sorted(set(range(len(places))) - set(ended))
+                    places = [places[row] for row in keep]
+                    if not places:
+                        break
+                    cache.batch_select_indices(torch.tensor(keep, device=model.device))
+                    log.keep(keep)
+                logits = model(
+                    input_ids=log.last[:, None], past_key_values=cache, use_cache=True, logits_to_keep=1
+                ).logits[:, -1]  # (B, V)
+
+
+def _missing(done: list[list[Any]]) -> list[tuple[int, int]]:
+    """(job, place) of every rollout that is not there yet."""
+    return [
+        (j, p) for j, rollouts in enumerate(done) for p, found in enumerate(rollouts) if found is None
+    ]
 
 
 class _Log:
@@ -193,8 +285,9 @@ class _Log:
         steps, best = sampling.max_new_tokens, sampling.top_logprobs
         if sampling.top_k > 0:
             best = min(best, sampling.top_k)
-        self.sampling, self.best = sampling, best
-        self.length = torch.zeros(width, dtype=torch.long, device=device)
+        self.sampling, self.best, self.device = sampling, best, device
+        self.length = np.zeros(width, dtype=np.int64)  # known without asking the device
+        self.last = torch.zeros(width, dtype=torch.long, device=device)
         self.tokens = torch.zeros(width, steps, dtype=torch.int32, device=device)
         self.record = torch.zeros(width, 3, steps, device=device)  # logprob, entropy, eos_logprob
         wide = torch.float32 if device.type == "mps" else torch.float64
@@ -208,36 +301,41 @@ class _Log:
         self.noise[row] = torch.from_numpy(job.draw(job.samples[place])).to(self.noise)
         self.length[row] = 0
 
-    def keep(self, rows: torch.Tensor) -> None:
+    def keep(self, rows: list[int]) -> None:
         """Drops all rows but these."""
-        for name in ("length", "tokens", "record", "noise", "top_ids", "top_logprobs"):
+        self.length = self.length[rows]
+        for name in ("last", "tokens", "record", "noise", "top_ids", "top_logprobs"):
             setattr(self, name, getattr(self, name)[rows])
 
     def step(
-        self, logits: torch.Tensor, resting: torch.Tensor, on_tokens: Callable[[int], None] | None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Samples a token (B,) for every row and logs it; and which rows (B,) end with it."""
-        rows = torch.arange(len(logits), device=logits.device)
-        at = self.length.clamp(max=self.sampling.max_new_tokens - 1)  # of a resting row: no matter
+        self, logits: torch.Tensor, rows: list[int], on_tokens: Callable[[int], None] | None
+    ) -> list[int]:
+        """Samples a token for each of ``rows`` from its ``logits`` (B, V) and logs it; rows that end."""
+        row = torch.tensor(rows, device=self.device)
+        at = torch.from_numpy(self.length[rows]).to(self.device)
         policy = sampling_policy(
             logits, self.sampling.temperature, self.sampling.top_k, self.sampling.top_p
         )
-        token, logprob = policy.sample(self.noise[rows, at])
-        self.tokens[rows, at] = token.int()
+        token, logprob = policy.sample(self.noise[row, at])
+        self.last[row] = token
+        self.tokens[row, at] = token.int()
         if self.is_end is None:
-            self.is_end = torch.zeros(logits.shape[-1], dtype=torch.bool, device=logits.device)
+            self.is_end = torch.zeros(logits.shape[-1], dtype=torch.bool, device=self.device)
             self.is_end[[i for i in self.sampling.end_ids if i < len(self.is_end)]] = True
         eos_logprob = policy.event_logprob(self.is_end)
-        self.record[rows, :, at] = torch.stack([logprob, policy.entropy(), eos_logprob], -1)
+        self.record[row, :, at] = torch.stack([logprob, policy.entropy(), eos_logprob], -1)
         if self.best:
             ids, values = policy.top(self.best)
-            self.top_ids[rows, at, : ids.shape[1]] = ids.int()
-            self.top_logprobs[rows, at, : ids.shape[1]] = values
-        self.length += ~resting
+            self.top_ids[row, at, : ids.shape[1]] = ids.int()
+            self.top_logprobs[row, at, : ids.shape[1]] = values
+        self.length[rows] += 1
         if on_tokens:
-            on_tokens(len(logits) - int(resting.sum()))
-        over = self.is_end[token] | (self.length >= self.sampling.max_new_tokens)
-        return token, over & ~resting
+            on_tokens(len(rows))
+        over = self.is_end[token].tolist()  # the one thing a step waits for
+        return [
+            r for r, stop in zip(rows, over, strict=True)
+            if stop or self.length[r] >= self.sampling.max_new_tokens
+        ]  # fmt: skip
 
     def rollout(self, row: int, job: Job, place: int) -> Rollout:
         """The finished rollout of a row."""

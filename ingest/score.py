@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 
 from canopy_store import sql, store
 from canopy_store.errors import DataError, UsageError
@@ -80,6 +79,9 @@ def ingest_scores(
     known = _read_store(root, prompts)
     same = sorted(m for m, row in known.models.items() if row["weights_sha256"] == weights)
     name = store.check_name("--name", name or (same[0] if same else models.short_name(scorer)))
+    theirs = known.models.get(name, {}).get("weights_sha256")
+    if theirs and theirs != weights:
+        raise UsageError(f"--name {name}: {name} is stored with other weights than {path} has")
     jobs = [_job(run, known, model, tokenizer, path, weights, policy, given, template) for run in chosen]
     store.plan(root, "scorer", name, {
         "scorer_id": name, "weights_sha256": weights,
@@ -87,17 +89,15 @@ def ingest_scores(
         "dtype": str(model.dtype).removeprefix("torch."), "device": model.device.type,
         "template": template, "batch_size": batch_size, "chunk_tokens": chunk_tokens,
     })  # fmt: skip
-    todo = []
+    by_run = {job.run_id: job for job in jobs}
     for job in jobs:
         job.where = store.folder(root, "scores", scorer_id=name, run=job.run_id)
-        store.remove_leftovers(job.where)
-        todo += [(job, n) for n in range(len(job.shards)) if not job.target(n).exists()]
-    rows = {(job.run_id, n): pq.read_metadata(s).num_rows for job in jobs
-            for n, s in enumerate(job.shards)}  # fmt: skip
-    progress.start(sum(rows.values()), sum(rows.values()) - sum(rows[j.run_id, n] for j, n in todo))
-    for job, number in todo:
-        _score_shard(model, tokenizer, job, number, batch_size, chunk_tokens, progress)
-        progress.rollouts(rows[job.run_id, number])
+    todo, done = store.shards_to_do(chosen, lambda run, number: by_run[run["run_id"]].target(number))
+    progress.start(sum(s.rows for s in (*todo, *done)), sum(s.rows for s in done))
+    for shard in todo:
+        job = by_run[shard.run["run_id"]]
+        _score_shard(model, tokenizer, job, shard, batch_size, chunk_tokens, progress)
+        progress.rollouts(shard.rows)
     for job in jobs:
         if job.own:
             progress.say(_compared(job, str(model.dtype).removeprefix("torch.")))
@@ -184,8 +184,7 @@ def _job(
     row = known.runs[run["run_id"]]
     sampler = known.models.get(row["model_id"], {})
     where = f"run {row['run_id']}"
-    if any(pq.ParquetFile(shard).read(["token_ids"])["token_ids"].null_count for shard in
-           run["shards"][:1]):  # fmt: skip
+    if any(store.read_rows(s, ["token_ids"])["token_ids"].null_count for s in run["shards"][:1]):
         raise DataError(_no_tokens(where))
     theirs = sampler.get("tokenizer_sha256")
     if theirs and theirs != models.tokenizer_sha256(tokenizer):
@@ -231,7 +230,7 @@ def _prompt_ids(
         )
     listed = dict.fromkeys(
         prompt for shard in run["shards"]
-        for prompt in pq.ParquetFile(shard).read(["prompt_id"])["prompt_id"].to_pylist()
+        for prompt in store.read_rows(shard, ["prompt_id"])["prompt_id"].to_pylist()
     )  # fmt: skip
     rendered = {}
     for prompt_id in listed:
@@ -262,11 +261,11 @@ def _no_tokens(where: str) -> str:
 
 
 def _score_shard(
-    model: Any, tokenizer: Any, job: _Job, number: int, batch_size: int, chunk_tokens: int,
+    model: Any, tokenizer: Any, job: _Job, shard: store.Shard, batch_size: int, chunk_tokens: int,
     progress: Progress,
 ) -> None:  # fmt: skip
     columns = ["run_id", "prompt_id", "sample", "text", "token_ids"]
-    part = pq.ParquetFile(job.shards[number]).read(columns).to_pydict()
+    part = store.read_rows(shard.source, columns).to_pydict()
     names = [
         f"run {job.run_id}: prompt {p}, sample {s}"
         for p, s in zip(part["prompt_id"], part["sample"], strict=True)
@@ -287,7 +286,7 @@ def _score_shard(
         [np.maximum(row[1], 0) for row in scores],
         [np.minimum(row[2], 0) for row in scores],
     )
-    store.write_rows(job.target(number), "scores", {
+    store.write_rows(shard.target, "scores", {
         **{key: part[key] for key in ("run_id", "prompt_id", "sample")},
         "policy": [store.canonical(job.policy)] * len(names),
         "logprob": logprob, "entropy": entropy, "eos_logprob": eos,
@@ -324,30 +323,35 @@ def _check_ids(
 
 
 def _compared(job: _Job, dtype: str) -> str:
-    """One line: how far the scores are from what the sampler logged of the same rollouts."""
-    largest = {"logprob": 0.0, "entropy": 0.0, "stop probability": 0.0}
+    """One line: how far the scores are from what was logged of the same rollouts, and what was not."""
+    measures = {"logprob": "logprob", "entropy": "entropy", "eos_logprob": "stop probability"}
+    largest: dict[str, float] = {}
     steps = outside = 0
-    for number, shard in enumerate(job.shards):
-        names = ["logprob", "entropy", "eos_logprob"]
-        logged, scored = (pq.ParquetFile(f).read(names) for f in (shard, job.target(number)))
-        for column, measure in zip(names, largest, strict=True):
-            if logged[column].null_count:
-                continue
-            a, b = (t[column].combine_chunks().flatten().to_numpy().astype(np.float64)
-                    for t in (logged, scored))  # fmt: skip
-            if column == "eos_logprob":
-                a, b = np.exp(a), np.exp(b)
+    for shard in job.shards:
+        target = job.target(store.shard_number(shard))
+        logged, scored = (store.read_rows(file, list(measures)) for file in (shard, target))
+        for column in measures:
+            b = scored[column].combine_chunks().flatten().to_numpy().astype(np.float64)
             if column == "logprob":
                 steps, outside = steps + len(b), outside + int(np.isinf(b).sum())
+            if logged[column].null_count:
+                continue
+            a = logged[column].combine_chunks().flatten().to_numpy().astype(np.float64)
+            if column == "eos_logprob":
+                a, b = np.exp(a), np.exp(b)
             # rounding may move a token across the edge of top-k or top-p: counted, not measured
             inside = np.isfinite(a) & np.isfinite(b)
-            largest[measure] = max(largest[measure], np.abs(a - b)[inside].max(initial=0))
-    told = ", ".join(
-        f"{value:.2g} {'' if 'probability' in measure else 'nats '}in {measure}"
-        for measure, value in largest.items()
-    )
-    lost = f"; {outside} of {steps} steps fell outside the policy's support" if outside else ""
-    return (
-        f"run {job.run_id}, sampled in {job.dtype}, scored by its own model in {dtype}: largest "
-        f"difference {told}{lost}"
-    )
+            largest[column] = max(largest.get(column, 0.0), np.abs(a - b)[inside].max(initial=0))
+    told = []
+    if largest:
+        told.append("largest difference " + ", ".join(
+            f"{value:.2g} {'' if column == 'eos_logprob' else 'nats '}in {measures[column]}"
+            for column, value in largest.items()
+        ))  # fmt: skip
+    missing = [word for column, word in measures.items() if column not in largest]
+    if missing:
+        told.append(f"{', '.join(missing)} not logged, and now completed")
+    if outside:
+        told.append(f"{outside} of {steps} steps fell outside the policy's support")
+    sampled = f", sampled in {job.dtype}" if job.dtype else ""
+    return f"run {job.run_id}{sampled}, scored by its own model in {dtype}: {'; '.join(told)}"

@@ -8,9 +8,13 @@ over both: exact, and the prompt is read from memory once a step instead of once
 
 from __future__ import annotations
 
+import contextlib
+import functools
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import AttentionInterface
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
@@ -18,6 +22,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 NAME = "canopy_shared_prompt"
 _GROWTH = 64  # tokens by which the slots' room grows
+_NARROW = 4  # slots below which torch's own order of a product is as quick
 
 
 @dataclass
@@ -32,15 +37,10 @@ class Prompt:
 class _Own(CacheLayerMixin):
     """Keys and values of the slots' own tokens (W, heads, room, D), each filled up to its position."""
 
-    def __init__(self, slots: Slots) -> None:
-        super().__init__()
-        self.slots = slots
-
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        heads, room = key_states.shape[1], self.slots.room
         # zeros: a row nobody has written yet must not be NaN where its weight is 0
-        self.keys = key_states.new_zeros(len(key_states), heads, room, key_states.shape[-1])
-        self.values = value_states.new_zeros(len(value_states), heads, room, value_states.shape[-1])
+        self.keys = key_states.new_zeros(*key_states.shape[:2], 0, key_states.shape[-1])
+        self.values = value_states.new_zeros(*value_states.shape[:2], 0, value_states.shape[-1])
         self.is_initialized = True
 
     def update(
@@ -50,14 +50,14 @@ class _Own(CacheLayerMixin):
             self.lazy_initialization(key_states, value_states)
         assert self.keys is not None
         assert self.values is not None
-        if self.keys.shape[2] < self.slots.room:
-            missing = self.slots.room - self.keys.shape[2]
+        assert _now is not None
+        missing = -(-_now.filled // _GROWTH) * _GROWTH - self.keys.shape[2]
+        if missing > 0:
             self.keys = torch.nn.functional.pad(self.keys, (0, 0, 0, missing))
             self.values = torch.nn.functional.pad(self.values, (0, 0, 0, missing))
-        rows = torch.arange(len(key_states), device=key_states.device)
-        self.keys[rows, :, self.slots.at] = key_states[:, :, 0]
-        self.values[rows, :, self.slots.at] = value_states[:, :, 0]
-        return self.keys[:, :, : self.slots.filled], self.values[:, :, : self.slots.filled]
+        self.keys[_now.rows, :, _now.at] = key_states[:, :, 0]
+        self.values[_now.rows, :, _now.at] = value_states[:, :, 0]
+        return self.keys[:, :, : _now.filled], self.values[:, :, : _now.filled]
 
     def keep(self, rows: torch.Tensor) -> None:
         """Drops all slots but these."""
@@ -65,10 +65,10 @@ class _Own(CacheLayerMixin):
             self.keys, self.values = self.keys[rows], self.values[rows]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.slots.filled, 0
+        return self.get_seq_length(), 0
 
     def get_seq_length(self) -> int:
-        return self.slots.filled
+        return _now.filled if _now else 0
 
     def get_max_length(self) -> int:
         return -1
@@ -77,14 +77,14 @@ class _Own(CacheLayerMixin):
 class Slots:
     """The batch: W slots, each with a prompt and a position among its own tokens."""
 
-    def __init__(self, model: Any, width: int) -> None:
+    def __init__(self, model: Any) -> None:
         self.model = model
-        self.room = self.filled = 0
-        self.at = torch.zeros(width, dtype=torch.long, device=model.device)  # where each slot writes
-        self.unused: torch.Tensor | None = None  # (W, filled) positions a slot has not reached
+        self.filled = 0  # own tokens of the longest slot
+        self.rows = self.at = self.lengths = torch.zeros(0, dtype=torch.long)  # (W,)
+        self.unused = torch.zeros(0)  # (W, filled): positions a slot has not reached
         self.groups: list[tuple[Prompt, torch.Tensor]] = []
         layers = model.config.get_text_config().num_hidden_layers
-        self.cache = Cache(layers=[_Own(self) for _ in range(layers)])
+        self.cache = Cache(layers=[_Own() for _ in range(layers)])
 
     def read(self, token_ids: list[int]) -> Prompt:
         """Reads a prompt: its keys, values and the logits of what follows."""
@@ -105,25 +105,26 @@ class Slots:
         device = self.model.device
         self.groups = [(first[key], torch.tensor(found, device=device)) for key, found in rows.items()]
         self.lengths = torch.tensor([prompt.length for prompt in prompts], device=device)
+        self.rows = torch.arange(len(prompts), device=device)
 
     def keep(self, rows: torch.Tensor) -> None:
         """Drops all slots but these; `seat` must follow."""
         for layer in self.cache.layers:
             layer.keep(rows)  # type: ignore[union-attr]
 
-    def step(self, tokens: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
+    def step(self, tokens: torch.Tensor, at: np.ndarray) -> torch.Tensor:
         """Logits (W, V) after each slot's token (W,), which is its own at position ``at`` (W,)."""
-        self.at, self.filled = at, int(at.max()) + 1
-        while self.room < self.filled:
-            self.room += _GROWTH
-        self.unused = torch.arange(self.filled, device=at.device)[None] > at[:, None]
+        self.at, self.filled = torch.from_numpy(at).to(tokens.device), int(at.max()) + 1
+        self.unused = torch.arange(self.filled, device=tokens.device)[None] > self.at[:, None]
+        # by column, as `_linear` leaves every activation: sums of both run over memory in order
+        embedded = self.model.get_input_embeddings()(tokens).t().contiguous().t()[:, None]  # (W, 1, d)
         global _now
         _now = self
         try:
             return self.model(
-                input_ids=tokens[:, None], position_ids=(self.lengths + at)[:, None],
+                inputs_embeds=embedded, position_ids=(self.lengths + self.at)[:, None],
                 past_key_values=self.cache, use_cache=True, logits_to_keep=1,
-            ).logits[:, -1]  # fmt: skip
+            ).logits[:, -1].contiguous()  # fmt: skip
         finally:
             _now = None
 
@@ -140,7 +141,6 @@ def _attend(
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, scaling=scaling, **kwargs
         )
-    assert _now.unused is not None  # step has set it
     width, heads, _, size = query.shape
     shared = key.shape[1]  # key-value heads; each serves heads / shared query heads
     q = query.reshape(width, shared, heads // shared, size) * (scaling or size**-0.5)
@@ -162,6 +162,36 @@ def _attend(
 
 
 AttentionInterface.register(NAME, _attend)
+
+
+@contextlib.contextmanager
+def weights_first(model: Any) -> Iterator[None]:
+    """Inside, a decoding step's linear layers multiply weights by activations, on the CPU.
+
+    The usual order has the batch as the product's rows: too few for every core to get a good share.
+    """
+    layers = []
+    if model.device.type == "cpu":
+        layers = [module for module in model.modules() if type(module) is torch.nn.Linear]
+    for layer in layers:
+        layer.forward = functools.partial(_linear, layer)  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward
+
+
+def _linear(layer: torch.nn.Linear, x: torch.Tensor) -> torch.Tensor:
+    """What ``layer`` gives for ``x`` (W, 1, d); for any other shape it is left to torch."""
+    if x.ndim != 3 or x.shape[1] != 1 or len(x) < _NARROW:
+        return torch.nn.functional.linear(x, layer.weight, layer.bias)
+    columns = x[:, 0].t()  # (d, W)
+    if layer.bias is None:
+        out = layer.weight @ columns
+    else:
+        out = torch.addmm(layer.bias[:, None], layer.weight, columns)
+    return out.t()[:, None]
 
 
 def prepare(model: Any) -> bool:

@@ -1,14 +1,14 @@
 -- grain: one row per rollout, embedder and selection
 -- keys: run_id, prompt_id, sample, embedder, selection
 -- source: metrics of a single rollout; arXiv 2605.30844, section on conditional entropy rate
-with distances as (
-    -- stored beside the spectrum, so that no embedding is read
+with distances as materialized (
+    -- stored beside the spectrum, so that no embedding is read; read once, for a store of many files
     select run_id, prompt_id, embedder, selection,
         unnest(samples) as sample, unnest(semantic_distances) as semantic_distance
     from embedding_spectra
 ),
 run_embedders as (
-    select distinct run_id, embedder from embedding_spectra
+    select distinct run_id, embedder from distances
 )
 select
     r.family, r.variant, r.task, r.run_id, r.prompt_id, r.sample,

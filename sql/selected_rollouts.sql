@@ -3,7 +3,11 @@
 -- source: docs/measures.md, 'Selections'; 'all' is every rollout
 with own as (
     -- where an engine gave less than the whole record: its own model's statistics, under its policy
-    select s.*
+    select s.* replace (
+        -- a token that rounding puts outside top-k or top-p has no surprisal: the rollout has none
+        case when not isinf(s.surprisal_sum) then s.logprob end as logprob,
+        case when not isinf(s.surprisal_sum) then s.surprisal_sum end as surprisal_sum
+    )
     from scores s
     join runs u using (run_id)
     where not u.logged

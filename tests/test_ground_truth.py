@@ -80,6 +80,32 @@ def test_twenty_thousand_rollouts_match_the_closed_form(tmp_path, chain, canopy,
     assert pooled["truncation_rate"] == 0
 
 
+@pytest.mark.parametrize("width", [1, 3, 32, 500])
+def test_every_width_matches_the_closed_form(chain, width):
+    from canopy_store.ingest.models import load_model
+    from canopy_store.ingest.sample import Job, Sampling, sample_prompts, uniforms
+
+    model, _, _ = load_model(str(chain), "cpu", "float32")
+    n = 150 if width == 1 else 500
+    jobs = [
+        Job([state, 1], range(n), lambda s, p=state: uniforms("w", 3, str(p), s, 500))
+        for state in (2, 5)
+    ]
+    rollouts = [r for found in sample_prompts(model, jobs, Sampling(1, 0, 1, 500, (0,), 0, width))
+                for r in found]  # fmt: skip
+    assert len(rollouts) == 2 * n
+    truth = closed_form(chain_policy(1.0, 0), start=1)
+    stop = [np.exp(r.eos_logprob.astype(float)) for r in rollouts]
+    for values, name in (
+        ([r.entropy.sum() for r in rollouts], "ce_star"),
+        ([-r.logprob.sum() for r in rollouts], "ce_star"),
+        ([len(r.token_ids) for r in rollouts], "mean_length"),
+        ([-(q * np.log(q) + (1 - q) * np.log1p(-q)).sum() for q in stop], "stop_entropy"),
+    ):
+        error = np.std(values, ddof=1) / np.sqrt(len(values))
+        assert abs(np.mean(values) - truth[name]) < 4 * error, name
+
+
 def test_a_wrong_log_is_found_out(tmp_path, chain, canopy):
     """logging_check must fail a record logged at another temperature than was sampled."""
     prompts = write_prompts(tmp_path / "p.jsonl", *PROMPTS[:2])

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -14,12 +17,8 @@ import canopy_store
 WORTH = np.array([0.0, 1.5, -2.0, 0.25, 3.0, -0.5, 0.75, 2.0])
 
 
-@pytest.fixture(scope="module")
-def reward_model(chain, tmp_path_factory):
-    """The chain's body under a head that reads a worth off the last state."""
-    import shutil
-
-    folder = tmp_path_factory.mktemp("worth")
+def save_reward_model(chain: Path, folder: Path) -> Path:
+    """Saves the chain's body under a head that reads a worth off the last state."""
     model = LlamaForSequenceClassification.from_pretrained(chain, num_labels=1, dtype=torch.float32)
     with torch.no_grad():
         scale = float(np.sqrt(1 / len(WORTH) + model.config.rms_norm_eps))
@@ -28,6 +27,12 @@ def reward_model(chain, tmp_path_factory):
     for file in chain.glob("tokenizer*"):
         shutil.copy(file, folder)
     return folder
+
+
+@pytest.fixture(scope="module")
+def reward_model(chain, tmp_path_factory):
+    """The folder of that model."""
+    return save_reward_model(chain, tmp_path_factory.mktemp("worth"))
 
 
 @pytest.fixture

@@ -1,0 +1,514 @@
+"""Tokens from a server with OpenAI's completions API: vLLM, SGLang, llama.cpp and others.
+
+A prompt goes as token ids, one request a rollout, so that the server sees what any engine would see.
+The API leaves open how token ids come back and whether the end token is among them: each server's own
+way is asked for, what comes is read, and an answer that leaves the tokens in doubt is refused.
+"""
+
+from __future__ import annotations
+
+import email.utils
+import itertools
+import os
+import random
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import anyio
+import httpx2
+import numpy as np
+from anyio.from_thread import start_blocking_portal
+
+from canopy_store.errors import CanopyError, DataError, UsageError
+from canopy_store.ingest import models
+from canopy_store.ingest.engines import Engine
+from canopy_store.ingest.progress import Progress
+from canopy_store.ingest.sample import Job, Rollout, Sampling
+from canopy_store.ingest.tokenizer import load_tokenizer
+from canopy_store.readers import get, parse
+from canopy_store.readers.openai_batch import token_table
+
+_PASSING = {408, 409, 425, 429, 500, 502, 503, 504}  # statuses that a later attempt may not meet
+_ATTEMPTS = 8
+_FIRST_WAIT, _LONGEST_WAIT = 1.0, 60.0  # seconds; doubled from attempt to attempt
+_LONGEST_ASKED = 600.0  # seconds of a Retry-After that are waited for
+_TIMEOUT = httpx2.Timeout(1800.0, connect=10.0, pool=None)  # seconds: a long rollout in a long queue
+_UNKNOWN = -9999.0  # at or below it a server's number is its word for 'no log-probability'
+
+# What servers add to the API. Their defaults may come from the model's generation_config.json or from
+# their own command line, so every sampler but the three of the policy is switched off by name.
+_ADDED = {
+    "min_p": 0.0, "repetition_penalty": 1.0,  # vLLM, SGLang
+    "samplers": ["temperature", "top_k", "top_p"],  # llama.cpp: only these, in this order
+    "return_token_ids": True, "return_tokens_as_token_ids": True,  # vLLM; SGLang the first
+}  # fmt: skip
+
+
+def open_model(
+    source: str, base_url: str | None = None, served_model: str | None = None,
+    concurrency: int | None = None,
+) -> Engine:  # fmt: skip
+    """The engine over a server's model, whose tokenizer is at ``source``.
+
+    Parameters
+    ----------
+    source : local folder, GGUF file, hub id or package:NAME; a tokenizer alone will do
+    base_url : the server's address, as in http://localhost:8000/v1
+    served_model : what the model is called there; by default the only one
+    concurrency : requests at once, by default 32
+
+    Raises
+    ------
+    UsageError
+        No address, no such model there, or several and none named.
+    CanopyError
+        The server does not answer.
+    """
+    if not base_url:
+        raise UsageError("--engine openai needs --base-url, as in http://localhost:8000/v1")
+    if concurrency is not None and concurrency < 1:
+        raise UsageError(f"--concurrency {concurrency}: needs at least 1")
+    server = _Server(base_url, concurrency or 32)
+    listed = server.models()
+    served = _served(base_url, [entry["id"] for entry in listed], served_model)
+    entry = next((e for e in listed if e["id"] == served), {})
+    path = models.resolve_model(source)
+    tokenizer, config = load_tokenizer(source), models.read_config(path)
+    ends = tuple(models.end_token_ids(config, tokenizer))
+    windows = [models.context_window(config), entry.get("max_model_len")]
+    kind = str(entry.get("owned_by"))
+    completions = _Completions(server, served, kind, tokenizer, ends)
+    return Engine(
+        tokenizer=tokenizer,
+        end_ids=ends,
+        window=min((w for w in windows if isinstance(w, int)), default=None),
+        checkpoint=models.checkpoint(source, path, tokenizer),
+        # the server's lists are those before temperature, top-k and top-p, unless it was told otherwise
+        settings={"server": kind, "served_model": served, "top_logprobs_of": "server"},
+        versions={"httpx2": httpx2.__version__},
+        width=None,
+        sample=completions.sample,
+    )
+
+
+def _served(base_url: str, names: list[str], asked: str | None) -> str:
+    """The model to ask for, of those the server lists; an empty list is a server that lists none."""
+    shown = ", ".join(names[:20])
+    if asked is not None:
+        if names and asked not in names:
+            raise UsageError(f"--served-model {asked}: {base_url} serves {shown}")
+        return asked
+    if len(names) == 1:
+        return names[0]
+    if not names:
+        raise UsageError(f"{base_url} lists no models: say which with --served-model")
+    raise UsageError(f"{base_url} serves {shown}: choose one with --served-model")
+
+
+# ---------------------------------------------------------------- the server
+
+
+class _Server:
+    """An address, the key for it, and what to do when it fails."""
+
+    def __init__(self, base_url: str, concurrency: int) -> None:
+        try:
+            url = httpx2.URL(base_url)
+        except httpx2.InvalidURL:
+            url = httpx2.URL("")
+        if url.scheme not in ("http", "https") or not url.host or url.userinfo or url.query:
+            raise UsageError("--base-url: needs an address like http://HOST:8000/v1, with no password "
+                             "in it: a key goes in the environment as OPENAI_API_KEY")  # fmt: skip
+        self.url, self.concurrency = base_url.rstrip("/"), concurrency
+        self.key = os.environ.get("OPENAI_API_KEY", "").strip()
+
+    def client(self, kind: Any) -> Any:
+        """A client (httpx2.Client or AsyncClient) with as many connections as there are requests."""
+        return kind(
+            base_url=self.url + "/", timeout=_TIMEOUT,
+            headers={"Authorization": f"Bearer {self.key}"} if self.key else {},
+            limits=httpx2.Limits(max_connections=self.concurrency,
+                                 max_keepalive_connections=self.concurrency),
+        )  # fmt: skip
+
+    def models(self) -> list[dict[str, Any]]:
+        """The models that the server lists; none where it has no such list."""
+        try:
+            with self.client(httpx2.Client) as client:
+                response = client.get("models", timeout=30.0)
+        except httpx2.TransportError as error:
+            raise CanopyError(f"{self.url}: no answer ({_reason(error)}); is the server up?") from None
+        if response.status_code == 404:
+            return []
+        entries = get(self.body(response), "data", list, f"{self.url}/models")
+        return [e for e in entries if isinstance(e, dict) and isinstance(e.get("id"), str)]
+
+    async def complete(self, client: httpx2.AsyncClient, body: dict[str, Any]) -> httpx2.Response:
+        """The answer to a request, asked for again while the server fails in ways that pass.
+
+        Raises
+        ------
+        CanopyError
+            It failed `_ATTEMPTS` times.
+        """
+        said, asked = "", 0.0  # what the server said last, and the seconds it asks to wait
+        for attempt in range(_ATTEMPTS):
+            if attempt:
+                wait = min(_LONGEST_WAIT, _FIRST_WAIT * 2 ** (attempt - 1))
+                await anyio.sleep(max(asked, random.uniform(0.5, 1) * wait))
+            try:
+                response = await client.post("completions", json=body)
+            except httpx2.TransportError as error:
+                said, asked = _reason(error), 0.0
+                continue
+            if response.status_code not in _PASSING:
+                return response
+            said, asked = self.said(response), _retry_after(response)
+        raise CanopyError(f"{self.url}: failed {_ATTEMPTS} times, last with {said}; what was stored is "
+                          "whole: run the same command again to resume")  # fmt: skip
+
+    def body(self, response: httpx2.Response) -> dict[str, Any]:
+        """The object that an answer holds.
+
+        Raises
+        ------
+        UsageError
+            The server refused; says what it said.
+        DataError
+            The answer is no JSON object.
+        """
+        if response.status_code != 200:
+            raise UsageError(f"{self.url}: {self.said(response)}{_HINTS.get(response.status_code, '')}")
+        body = parse(response.content, self.url)
+        if not isinstance(body, dict):
+            raise DataError(f"{self.url}: the answer needs to be a JSON object")
+        return body
+
+    def said(self, response: httpx2.Response) -> str:
+        """Status and message of a failure, on one line, without the key."""
+        try:
+            body = response.json()
+        except ValueError:
+            body = response.text
+        for name in ("error", "message", "detail"):
+            if isinstance(body, dict) and body.get(name):
+                body = body[name]
+        text = " ".join(str(body).split())[:300]
+        if self.key:
+            text = text.replace(self.key, "…")
+        return f"status {response.status_code}" + (f" ({text})" if text else "")
+
+
+_HINTS = {
+    401: "; put the server's key in the environment as OPENAI_API_KEY",
+    403: "; put the server's key in the environment as OPENAI_API_KEY",
+    404: "; --base-url needs the part before /completions, most often ending in /v1",
+}
+
+
+def _reason(error: Exception) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
+def _retry_after(response: httpx2.Response) -> float:
+    """Seconds that the server asks to wait: its header has seconds or a date."""
+    value = response.headers.get("retry-after", "")
+    try:
+        seconds = float(value)
+    except ValueError:
+        try:
+            seconds = email.utils.parsedate_to_datetime(value).timestamp() - time.time()
+        except (ValueError, TypeError):
+            return 0.0
+    return min(max(seconds, 0.0), _LONGEST_ASKED) if seconds == seconds else 0.0
+
+
+# ---------------------------------------------------------------- rollouts
+
+
+class _Completions:
+    """Rollouts of one served model."""
+
+    def __init__(
+        self, server: _Server, served: str, kind: str, tokenizer: Any, end_ids: tuple[int, ...]
+    ) -> None:
+        self.server, self.served, self.kind, self.tokenizer = server, served, kind, tokenizer
+        self.end_ids = end_ids  # the model's own
+        self.added = True  # whether the server takes what is not OpenAI's
+        self.told: set[str] = set()
+        self.table: dict[bytes, int] | None = None
+
+    def sample(self, jobs: Sequence[Job], sampling: Sampling, progress: Progress) -> list[list[Rollout]]:
+        """Rollouts as of `Engine`: all requests of the jobs, ``concurrency`` at a time."""
+        if self.kind == "sglang" and sampling.top_k and sampling.top_p < 1:
+            raise UsageError("--top-k with --top-p: SGLang takes both of the whole softmax, not top-p "
+                             "of what top-k left; give one of them, or use another engine")  # fmt: skip
+        asked = [
+            (f"{job.name}, sample {sample}", self._request(job, sample, sampling))
+            for job in jobs
+            for sample in job.samples
+        ]
+        # a loop in a thread of its own: it also runs where one is running already, as in a notebook,
+        # and an interrupt here ends every request at once
+        with start_blocking_portal() as portal:
+            answers = portal.call(self._ask, asked, sampling, progress)
+        samples = [sample for job in jobs for sample in job.samples]
+        rollouts = [
+            self._rollout(sample, body, sampling, name)
+            for sample, (name, _), body in zip(samples, asked, answers, strict=True)
+        ]
+        self._level(rollouts, progress)
+        rest = iter(rollouts)
+        return [list(itertools.islice(rest, len(job.samples))) for job in jobs]
+
+    def _request(self, job: Job, sample: int, sampling: Sampling) -> dict[str, Any]:
+        """A request in OpenAI's own words; its seed is the rollout's first random number."""
+        body = {
+            "model": self.served, "prompt": list(job.prompt_ids), "max_tokens": sampling.max_new_tokens,
+            "temperature": sampling.temperature, "top_p": sampling.top_p,
+            "seed": int(job.draw(sample)[0] * 2**31), "logprobs": max(1, sampling.top_logprobs),
+        }  # fmt: skip
+        if sampling.end_ids != self.end_ids:
+            if self.kind != "vllm":
+                raise UsageError("--eos-token-id, --no-eos: of the servers only vLLM's can be told what "
+                                 "ends a rollout; leave them out, or use another engine")  # fmt: skip
+            body |= {"ignore_eos": True, "stop_token_ids": list(sampling.end_ids)}
+        return body
+
+    async def _ask(
+        self, asked: list[tuple[str, dict[str, Any]]], sampling: Sampling, progress: Progress
+    ) -> list[dict[str, Any]]:
+        """The bodies of the answers, in order."""
+        bodies: list[Any] = [None] * len(asked)
+        limit = anyio.Semaphore(self.server.concurrency)
+
+        async def one(place: int) -> None:
+            async with limit:
+                bodies[place] = await self._answer(client, asked[place][1], sampling, progress)
+            progress.tokens(get(bodies[place], "usage.completion_tokens", int, self.server.url, 0))
+
+        async with self.server.client(httpx2.AsyncClient) as client:
+            try:
+                async with anyio.create_task_group() as group:
+                    for place in range(len(asked)):
+                        group.start_soon(one, place)
+            except ExceptionGroup as errors:
+                raise errors.exceptions[0] from None
+        return bodies
+
+    async def _answer(
+        self, client: httpx2.AsyncClient, body: dict[str, Any], sampling: Sampling, progress: Progress
+    ) -> dict[str, Any]:
+        """The body of one answer; once a server refuses what is not OpenAI's, it is left out."""
+        if self.added:
+            more = {"top_k": sampling.top_k or -1, **_ADDED}
+            response = await self.server.complete(client, body | more)
+            if response.status_code not in (400, 422) or sampling.top_k:
+                return self.server.body(response)
+        response = await self.server.complete(client, body)
+        found = self.server.body(response)
+        if self.added:
+            self.added = False
+            self._say(
+                progress, "the server knows none of the fields that vLLM, SGLang and llama.cpp add to "
+                "the API: whether it samples in other ways too cannot be told",
+            )  # fmt: skip
+        return found
+
+    def _rollout(self, sample: int, body: dict[str, Any], sampling: Sampling, name: str) -> Rollout:
+        """The rollout that an answer tells of.
+
+        Raises
+        ------
+        DataError
+            An answer whose tokens are in doubt.
+        """
+        where = f"{self.server.url}: {name}"
+        choices = get(body, "choices", list, where)
+        if len(choices) != 1:
+            raise DataError(f"{where}: {len(choices)} choices came, asked for 1")
+        choice = choices[0]
+        reason = get(choice, "finish_reason", str, where)
+        if reason not in ("stop", "length"):
+            raise DataError(f"{where}: the server ended it for another reason: {reason[:80]!r}")
+        logged = _logged(choice, where)
+        ids = self._token_ids(choice, logged, where)
+        counted = get(body, "usage.completion_tokens", int, where, None)
+        if ids is None:
+            return self._without_ids(sample, choice, logged, counted, sampling, where)
+        if reason == "stop":
+            ids = self._with_end(ids, choice, sampling, where)
+        _check(ids, counted, reason, sampling, where)
+        logprob, top_ids, top_logprobs = _logs(logged, ids, sampling)
+        return Rollout(
+            sample=sample, token_ids=np.array(ids, np.int32), logprob=logprob, entropy=None,
+            eos_logprob=None, finish_reason="stop" if ids[-1] in sampling.end_ids else "length",
+            top_token_ids=top_ids, top_logprobs=top_logprobs, n_tokens=len(ids),
+        )  # fmt: skip
+
+    def _token_ids(
+        self, choice: dict[str, Any], logged: list[dict[str, Any]], where: str
+    ) -> list[int] | None:
+        """The ids that an answer names, or whose texts no other token has; else None."""
+        ids = get(choice, "token_ids", list, where, None)
+        if ids is None and (logged or not get(choice, "text", str, where)):
+            ids = [entry["id"] for entry in logged]
+        if ids is not None and None in ids:
+            if self.table is None:
+                self.table = token_table(self.tokenizer) or {}
+            table = self.table
+            ids = [table.get(entry["bytes"]) for entry in logged]
+            if None in ids or get(choice, "text", str, where) not in self._texts(ids):
+                return None
+        if ids is not None and not all(type(i) is int and 0 <= i < 2**31 for i in ids):
+            raise DataError(f"{where}: token_ids needs whole numbers from 0")
+        return ids
+
+    def _texts(self, ids: list[int]) -> list[str]:
+        """What the tokens spell, and what without the last one: an end token's text is not shown."""
+        return [self.tokenizer.decode(part, skip_special_tokens=True) for part in (ids, ids[:-1])]
+
+    def _with_end(
+        self, ids: list[int], choice: dict[str, Any], sampling: Sampling, where: str
+    ) -> list[int]:
+        """The ids of a rollout that ended by itself, the end token among them."""
+        if ids and ids[-1] in sampling.end_ids:
+            return ids
+        named = [choice.get(key) for key in ("stop_reason", "matched_stop")]  # vLLM, SGLang
+        ended = next((end for end in named if end is not None), None)
+        if ended is None and ids and not self.tokenizer.decode(ids[-1:], skip_special_tokens=True):
+            ended = ids[-1]  # a special token
+        if ended is not None and ended not in sampling.end_ids:
+            raise DataError(
+                f"{where}: it ended with {str(ended)[:80]!r}, and the model's end tokens are "
+                f"{list(sampling.end_ids)}: the generation_config.json of --model needs those of the "
+                "served model"
+            )
+        if ended is None and len(sampling.end_ids) != 1:
+            raise DataError(
+                f"{where}: the server does not say which of the end tokens {list(sampling.end_ids)} "
+                "ended it; vLLM's, SGLang's and llama.cpp's do"
+            )
+        return [*ids, sampling.end_ids[0] if ended is None else ended]
+
+    def _without_ids(
+        self, sample: int, choice: dict[str, Any], logged: list[dict[str, Any]], counted: int | None,
+        sampling: Sampling, where: str,
+    ) -> Rollout:  # fmt: skip
+        """A rollout of text and what the server counts; its entropies can never be had."""
+        length = counted if counted is not None else len(logged)
+        if length < 1:
+            raise DataError(f"{where}: the server tells neither tokens nor their number")
+        logprob = _logs(logged, None, sampling)[0] if length == len(logged) else None
+        return Rollout(
+            sample=sample, token_ids=None, logprob=logprob, entropy=None, eos_logprob=None,
+            finish_reason=choice["finish_reason"], text=get(choice, "text", str, where), n_tokens=length,
+        )  # fmt: skip
+
+    def _level(self, rollouts: list[Rollout], progress: Progress) -> None:
+        """What one rollout lacks none has: a column of a shard is there whole or not at all."""
+        for name in ("token_ids", "logprob", "top_token_ids", "top_logprobs"):
+            if any(getattr(rollout, name) is None for rollout in rollouts):
+                for rollout in rollouts:
+                    if name == "token_ids" and rollout.text is None:
+                        rollout.text = self.tokenizer.decode(rollout.token_ids, skip_special_tokens=True)
+                    setattr(rollout, name, None)
+                if name == "token_ids":
+                    self._say(progress, "the server gives no token ids, and its texts do not tell them: "
+                              "entropies of these rollouts cannot be had by rescoring")  # fmt: skip
+
+    def _say(self, progress: Progress, line: str) -> None:
+        if line not in self.told:
+            self.told.add(line)
+            progress.say(line)
+
+
+# ---------------------------------------------------------------- an answer's log
+
+
+def _logged(choice: dict[str, Any], where: str) -> list[dict[str, Any]]:
+    """Per logged token its id (or None), the bytes of its text, logprob (or None) and tops (id, value).
+
+    Two forms: lists side by side (OpenAI, vLLM, SGLang), or a list of objects (llama.cpp).
+    """
+    entries = get(choice, "logprobs.content", list, where, None)
+    if entries is not None:
+        return [
+            {**_token(entry, where), "tops": [
+                (_token(top, where)["id"], _token(top, where)["logprob"])
+                for top in get(entry, "top_logprobs", list, where, [])
+            ]}
+            for entry in entries
+        ]  # fmt: skip
+    tokens = get(choice, "logprobs.tokens", list, where, [])
+    values = get(choice, "logprobs.token_logprobs", list, where, None) or [None] * len(tokens)
+    tops = get(choice, "logprobs.top_logprobs", list, where, None) or [None] * len(tokens)
+    if not len(tokens) == len(values) == len(tops):
+        raise DataError(f"{where}: logprobs.tokens, token_logprobs and top_logprobs differ in length")
+    return [
+        {**_token({"token": token, "logprob": value}, where), "tops": [
+            (_token({"token": t, "logprob": v}, where)["id"], v)
+            for t, v in (top.items() if isinstance(top, dict) else ())
+        ]}
+        for token, value, top in zip(tokens, values, tops, strict=True)
+    ]  # fmt: skip
+
+
+def _token(entry: Any, where: str) -> dict[str, Any]:
+    """Id, bytes and logprob of a token that is named by number, as ``token_id:N``, or by its text."""
+    text = get(entry, "token", str, where)
+    number = get(entry, "id", int, where, None)
+    digits = text.removeprefix("token_id:")
+    if number is None and digits != text and digits.isdecimal() and len(digits) < 10:
+        number = int(digits)
+    value = get(entry, "logprob", (int, float), where, None)
+    given = entry.get("bytes")
+    known = isinstance(given, list) and all(type(b) is int and 0 <= b < 256 for b in given)
+    return {
+        "id": number, "bytes": bytes(given) if known else text.encode(errors="replace"),
+        "logprob": None if value is None or value <= _UNKNOWN else float(value),
+    }  # fmt: skip
+
+
+def _logs(
+    logged: list[dict[str, Any]], ids: list[int] | None, sampling: Sampling
+) -> tuple[np.ndarray | None, Any, Any]:
+    """logprob, top_token_ids and top_logprobs of a rollout, each None where it is not whole.
+
+    A server's log-probabilities are the model's own: those of the policy only where it is the whole
+    softmax. Of an end token that was not logged nothing is known: its top list is empty.
+    """
+    steps = len(logged) if ids is None else len(ids)
+    logprob, values = None, [entry["logprob"] for entry in logged]
+    if sampling.is_model and len(values) == steps and None not in values:
+        logprob = np.array(values, np.float32)
+    if not sampling.top_logprobs or ids is None or len(logged) not in (steps, steps - 1):
+        return logprob, None, None
+    rows = [
+        sorted((top for top in entry["tops"] if top[1] is not None and top[1] > _UNKNOWN),
+               key=lambda top: -top[1])[: sampling.top_logprobs]
+        for entry in logged
+    ]  # fmt: skip
+    if any(token is None for row in rows for token, _ in row):
+        return logprob, None, None
+    rows += [[]] * (steps - len(rows))
+    return logprob, [[t for t, _ in row] for row in rows], [[v for _, v in row] for row in rows]
+
+
+def _check(
+    ids: list[int], counted: int | None, reason: str, sampling: Sampling, where: str
+) -> None:  # fmt: skip
+    """Refuses token ids that contradict the rest of the answer, or the request."""
+    early = next((i for i in ids[:-1] if i in sampling.end_ids), None)
+    if early is not None:
+        raise DataError(f"{where}: it goes on after token {early}, which ends a rollout of --model: the "
+                        "served model ends with other tokens")  # fmt: skip
+    # a server that leaves the end token out may or may not count it
+    if counted is not None and len(ids) - counted not in ((0, 1) if reason == "stop" else (0,)):
+        raise DataError(f"{where}: {len(ids)} tokens came and the server counts {counted}")
+    if len(ids) > sampling.max_new_tokens:
+        raise DataError(f"{where}: {len(ids)} tokens came, asked for {sampling.max_new_tokens} at most")
+    if reason == "length" and len(ids) < sampling.max_new_tokens:
+        raise DataError(f"{where}: the server cut it at {len(ids)} of {sampling.max_new_tokens} tokens: "
+                        "its context window is smaller; lower --max-new-tokens")  # fmt: skip
