@@ -146,7 +146,6 @@ def sql_command(query: str, root: str, form: str, incomplete: bool) -> None:
       canopy sql "describe prompt_metrics" --store S
     """
 
-
     def ask() -> None:
         with sql.connect(root, incomplete=incomplete) as con:
             relation = con.sql(query)
@@ -180,6 +179,11 @@ def status_command(root: str, form: str) -> None:
             click.echo(
                 f"incomplete: {row['run_id']}: {row['shards']} of {planned} shards; "
                 "run its ingest again with the same settings to finish it"
+            )
+        for run_id in frame.filter(frame["complete"] & ~frame["entropies"])["run_id"]:
+            click.echo(
+                f"no entropies: {run_id}: its engine gave none; complete them with the run's own model: "
+                f"canopy ingest score --store {root} --run {run_id} --scorer MODEL"
             )
 
 

@@ -180,19 +180,20 @@ def _keep(root: Path, name: str, rule: Mapping[str, Any], chosen: pl.DataFrame) 
     if name == "all":
         raise UsageError("--name all: that is every rollout; give another name")
     store.plan(root, "selection", name, dict(rule))
-    for (run_id,), rows in chosen.group_by(["run_id"], maintain_order=True):
-        path = store.shard_path(store.folder(root, "selections", selection=name, run=str(run_id)), 0)
-        store.remove_leftovers(path.parent)
-        rows = rows.sort("prompt_id", "sample")
-        if store.exists(path):
-            if pl.DataFrame(store.read_rows(path)).equals(rows.select(_KEYS)):
-                continue
-            pattern = f"selection={glob.escape(store.quoted(name))}/{glob.escape(path.parent.name)}"
-            for stale in store.matching(root / "embedding_spectra", f"*/{pattern}/*.parquet"):
-                stale.unlink()
-        store.write_rows(path, "selections", {key: rows[key].to_arrow() for key in _KEYS})
-    for embedder, run_id, shard in _embedded(root, chosen["run_id"].unique().to_list()):
-        add_spectra(root, embedder, run_id, shard)
+    with store.holding(root, *chosen["run_id"].unique().to_list()):
+        for (run_id,), rows in chosen.group_by(["run_id"], maintain_order=True):
+            path = store.shard_path(store.folder(root, "selections", selection=name, run=str(run_id)), 0)
+            store.remove_leftovers(path.parent)
+            rows = rows.sort("prompt_id", "sample")
+            if store.exists(path):
+                if pl.DataFrame(store.read_rows(path)).equals(rows.select(_KEYS)):
+                    continue
+                pattern = f"selection={glob.escape(store.quoted(name))}/{glob.escape(path.parent.name)}"
+                for stale in store.matching(root / "embedding_spectra", f"*/{pattern}/*.parquet"):
+                    stale.unlink()
+            store.write_rows(path, "selections", {key: rows[key].to_arrow() for key in _KEYS})
+        for embedder, run_id, shard in _embedded(root, chosen["run_id"].unique().to_list()):
+            add_spectra(root, embedder, run_id, shard)
     sql.write_database(root)
     return name
 

@@ -11,14 +11,16 @@ from canopy_store import sql, store
 _COLUMNS = {
     "run_id": pl.String, "family": pl.String, "variant": pl.String, "task": pl.String,
     "complete": pl.Boolean, "shards": pl.Int64, "shards_planned": pl.Int64,
-    "rollouts": pl.Int64, "tokens": pl.Int64, "bytes": pl.Int64, "embedders": pl.String,
+    "rollouts": pl.Int64, "tokens": pl.Int64, "bytes": pl.Int64, "entropies": pl.Boolean,
+    "embedders": pl.String,
 }  # fmt: skip
 
 
 def status(root: str | Path) -> pl.DataFrame:
     """One row per run begun: whether complete, shards, rollouts, tokens, bytes, embedders.
 
-    ``embedders`` names each embedder with the share of the run's shards it has done. Reads the
+    ``entropies`` is false where the engine gave none and no scores complete them yet. ``embedders``
+    names each embedder with the share of the run's shards it has done. Reads the
     footer of every file in the store.
 
     Raises
@@ -31,6 +33,9 @@ def status(root: str | Path) -> pl.DataFrame:
         counts = {run_id: counted for run_id, *counted in con.sql(
             "select run_id, count(*), sum(n_tokens) from rollouts group by all"
         ).fetchall()}  # fmt: skip
+        lacking = {run_id for run_id, in con.sql(
+            "select distinct run_id from selected_rollouts where entropy_sum is null"
+        ).fetchall()}  # fmt: skip
     rows = []
     for run in store.runs(root):
         shards = run["shards"]
@@ -42,6 +47,7 @@ def status(root: str | Path) -> pl.DataFrame:
             "rollouts": rollouts,
             "tokens": tokens,
             "bytes": sum(p.stat().st_size for p in shards),
+            "entropies": run["run_id"] not in lacking,
             "embedders": ", ".join(_embedders(root, run["run_id"], len(shards))),
         })  # fmt: skip
     return pl.DataFrame(rows, schema=_COLUMNS)

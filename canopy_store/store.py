@@ -10,6 +10,7 @@
     STORE/selections/selection=…/run=…/part-00000.parquet   one file a run
     STORE/plans/<name>.json                                 settings that a resumed job must repeat
     STORE/canopy.duckdb                                     views only, rebuilt at will
+    STORE/.work/                                            locks, and what replaces a run's files
 
 A shard's name follows from what it holds, so writing it again replaces it. A file is written under a
 temporary name in its own folder, flushed to disk, then renamed: readers never see half a file. On
@@ -795,6 +796,14 @@ def holding(
                     f"canopy compact --store {root} --run {run_id}"
                 )
         yield
+
+
+@contextmanager
+def using_runs(root: Path, wanted: Iterable[str] = ()) -> Iterator[list[dict[str, Any]]]:
+    """The complete runs, as `complete_runs` gives them, held until the block ends."""
+    ids = [run["run_id"] for run in complete_runs(root, wanted)]
+    with holding(root, *ids):
+        yield complete_runs(root, ids)  # as they stand now
 
 
 def _locked(path: Path, run_id: str, exclusive: bool) -> int | None:

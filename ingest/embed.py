@@ -49,50 +49,50 @@ def ingest_embeddings(
     root = store.require(root)
     path = models.resolve_model(embedder)
     name = store.check_name("--name", name or models.short_name(embedder))
-    chosen = store.complete_runs(root, runs)
-    weights = sorted(path.rglob("*.safetensors"))
-    if not weights:
-        raise StoreError(f"{path}: no *.safetensors; pickled weights are not loaded")
-    settings = {
-        "embedder": name,
-        "weights_sha256": store.content_id([store.sha256(file) for file in weights]),
-        "prompt_prefix": prompt_prefix,
-    }
-    try:
-        encoder = SentenceTransformer(
-            str(path), device=device or models.default_device(), trust_remote_code=False,
-            local_files_only=True, model_kwargs={"use_safetensors": True},
-        )  # fmt: skip
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise StoreError(f"{path}: cannot be loaded: {' '.join(str(error).split())[:300]}") from None
-    if encoder.tokenizer is not None and getattr(encoder.tokenizer, "pad_token", "") is None:
-        # texts of several lengths share a batch: any token can fill, the mask hides it
-        encoder.tokenizer.pad_token = encoder.tokenizer.eos_token or encoder.tokenizer.unk_token
-    store.plan(root, "embedder", name, settings)
+    with store.using_runs(root, runs) as chosen:
+        weights = sorted(path.rglob("*.safetensors"))
+        if not weights:
+            raise StoreError(f"{path}: no *.safetensors; pickled weights are not loaded")
+        settings = {
+            "embedder": name,
+            "weights_sha256": store.content_id([store.sha256(file) for file in weights]),
+            "prompt_prefix": prompt_prefix,
+        }
+        try:
+            encoder = SentenceTransformer(
+                str(path), device=device or models.default_device(), trust_remote_code=False,
+                local_files_only=True, model_kwargs={"use_safetensors": True},
+            )  # fmt: skip
+        except (OSError, ValueError, KeyError, ImportError) as error:
+            raise StoreError(f"{path}: cannot be loaded: {' '.join(str(error).split())[:300]}") from None
+        if encoder.tokenizer is not None and getattr(encoder.tokenizer, "pad_token", "") is None:
+            # texts of several lengths share a batch: any token can fill, the mask hides it
+            encoder.tokenizer.pad_token = encoder.tokenizer.eos_token or encoder.tokenizer.unk_token
+        store.plan(root, "embedder", name, settings)
 
-    def spectra(run: Mapping[str, Any], number: int) -> Path:
-        keys = {"embedder": name, "selection": "all", "run": run["run_id"]}
-        return store.shard_path(store.folder(root, "embedding_spectra", **keys), number)
+        def spectra(run: Mapping[str, Any], number: int) -> Path:
+            keys = {"embedder": name, "selection": "all", "run": run["run_id"]}
+            return store.shard_path(store.folder(root, "embedding_spectra", **keys), number)
 
-    todo, done = store.shards_to_do(chosen, spectra)
-    for shard in done:
-        add_spectra(root, name, shard.run["run_id"], shard.number)
-    progress.start(sum(s.rows for s in (*todo, *done)), sum(s.rows for s in done))
-    for shard in todo:
-        run_id = shard.run["run_id"]
-        part = store.read_rows(shard.source, ["prompt_id", "sample", "text", "n_tokens"]).to_pydict()
-        if None in part["text"]:
-            at = part["text"].index(None)
-            raise DataError(
-                f"run {run_id}: prompt {part['prompt_id'][at]} sample {part['sample'][at]} has no "
-                "text to embed; choose other runs with --run"
-            )
-        matrix = encoder.encode(
-            [prompt_prefix + text for text in part["text"]], batch_size=batch_size,
-            normalize_embeddings=True, convert_to_numpy=True, show_progress_bar=False,
-        )  # fmt: skip
-        write_embeddings(root, name, run_id, shard.number, part["prompt_id"], part["sample"], matrix)
-        progress.tokens(sum(part["n_tokens"]))
-        progress.rollouts(shard.rows)
-    sql.write_database(root)
-    return name
+        todo, done = store.shards_to_do(chosen, spectra)
+        for shard in done:
+            add_spectra(root, name, shard.run["run_id"], shard.number)
+        progress.start(sum(s.rows for s in (*todo, *done)), sum(s.rows for s in done))
+        for shard in todo:
+            run_id = shard.run["run_id"]
+            part = store.read_rows(shard.source, ["prompt_id", "sample", "text", "n_tokens"]).to_pydict()
+            if None in part["text"]:
+                at = part["text"].index(None)
+                raise DataError(
+                    f"run {run_id}: prompt {part['prompt_id'][at]} sample {part['sample'][at]} has no "
+                    "text to embed; choose other runs with --run"
+                )
+            matrix = encoder.encode(
+                [prompt_prefix + text for text in part["text"]], batch_size=batch_size,
+                normalize_embeddings=True, convert_to_numpy=True, show_progress_bar=False,
+            )  # fmt: skip
+            write_embeddings(root, name, run_id, shard.number, part["prompt_id"], part["sample"], matrix)
+            progress.tokens(sum(part["n_tokens"]))
+            progress.rollouts(shard.rows)
+        sql.write_database(root)
+        return name

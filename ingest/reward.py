@@ -54,53 +54,59 @@ def ingest_rewards(
     root = store.require(root)
     path = models.resolve_model(model)
     name = store.check_name("--name", name or models.short_name(model))
-    chosen = store.complete_runs(root, runs)
-    scorer, tokenizer = _load(path, device, dtype)
-    labels = scorer.config.num_labels
-    if label is None and labels > 1:
-        raise UsageError(f"{path}: it has {labels} labels; name the one that is the reward: --label I")
-    if not 0 <= (label or 0) < labels:
-        raise UsageError(f"--label {label}: needs 0 to {labels - 1}")
-    settings = {"reward_model": name, "weights_sha256": models.weights_sha256(path), "label": label or 0}
-    store.plan(root, "reward_model", name, settings)
-    with sql.connect(root) as con:
-        prompts = {
-            (task, prompt_id): (text, messages)
-            for task, prompt_id, text, messages in con.sql(
-                "select task, prompt_id, text, messages from prompts"
-            ).fetchall()
+    with store.using_runs(root, runs) as chosen:
+        scorer, tokenizer = _load(path, device, dtype)
+        labels = scorer.config.num_labels
+        if label is None and labels > 1:
+            raise UsageError(
+                f"{path}: it has {labels} labels; name the one that is the reward: --label I"
+            )
+        if not 0 <= (label or 0) < labels:
+            raise UsageError(f"--label {label}: needs 0 to {labels - 1}")
+        settings = {
+            "reward_model": name,
+            "weights_sha256": models.weights_sha256(path),
+            "label": label or 0,
         }
+        store.plan(root, "reward_model", name, settings)
+        with sql.connect(root) as con:
+            prompts = {
+                (task, prompt_id): (text, messages)
+                for task, prompt_id, text, messages in con.sql(
+                    "select task, prompt_id, text, messages from prompts"
+                ).fetchall()
+            }
 
-    def rewards_of(run: Mapping[str, Any], number: int) -> Path:
-        where = store.folder(root, "rewards", reward_model=name, run=run["run_id"])
-        return store.shard_path(where, number)
+        def rewards_of(run: Mapping[str, Any], number: int) -> Path:
+            where = store.folder(root, "rewards", reward_model=name, run=run["run_id"])
+            return store.shard_path(where, number)
 
-    todo, done = store.shards_to_do(chosen, rewards_of)
-    progress.start(sum(s.rows for s in (*todo, *done)), sum(s.rows for s in done))
-    for shard in todo:
-        run = shard.run
-        columns = ["run_id", "prompt_id", "sample", "text", "n_tokens"]
-        part = store.read_rows(shard.source, columns).to_pydict()
-        inputs = [
-            _input(tokenizer, prompts.get((run["task"], prompt_id), (None, None)), text,
-                   f"run {run['run_id']}: prompt {prompt_id} sample {sample}")
-            for prompt_id, sample, text in zip(
-                part["prompt_id"], part["sample"], part["text"], strict=True
-            )
-        ]  # fmt: skip
-        rewards = _score(scorer, tokenizer, inputs, label or 0, batch_size)
-        if not np.isfinite(rewards).all():
-            at = int(np.argmin(np.isfinite(rewards)))
-            raise DataError(
-                f"run {run['run_id']}: prompt {part['prompt_id'][at]} sample {part['sample'][at]}: the "
-                "reward is NaN or infinite; the model's weights are damaged, or try --dtype float32"
-            )
-        keys = {key: part[key] for key in ("run_id", "prompt_id", "sample")}
-        store.write_rows(shard.target, "rewards", {**keys, "reward": rewards})
-        progress.tokens(sum(part["n_tokens"]))
-        progress.rollouts(shard.rows)
-    sql.write_database(root)
-    return name
+        todo, done = store.shards_to_do(chosen, rewards_of)
+        progress.start(sum(s.rows for s in (*todo, *done)), sum(s.rows for s in done))
+        for shard in todo:
+            run = shard.run
+            columns = ["run_id", "prompt_id", "sample", "text", "n_tokens"]
+            part = store.read_rows(shard.source, columns).to_pydict()
+            inputs = [
+                _input(tokenizer, prompts.get((run["task"], prompt_id), (None, None)), text,
+                       f"run {run['run_id']}: prompt {prompt_id} sample {sample}")
+                for prompt_id, sample, text in zip(
+                    part["prompt_id"], part["sample"], part["text"], strict=True
+                )
+            ]  # fmt: skip
+            rewards = _score(scorer, tokenizer, inputs, label or 0, batch_size)
+            if not np.isfinite(rewards).all():
+                at = int(np.argmin(np.isfinite(rewards)))
+                raise DataError(
+                    f"run {run['run_id']}: prompt {part['prompt_id'][at]} sample {part['sample'][at]}: "
+                    "the reward is NaN or infinite; the weights are damaged, or try --dtype float32"
+                )
+            keys = {key: part[key] for key in ("run_id", "prompt_id", "sample")}
+            store.write_rows(shard.target, "rewards", {**keys, "reward": rewards})
+            progress.tokens(sum(part["n_tokens"]))
+            progress.rollouts(shard.rows)
+        sql.write_database(root)
+        return name
 
 
 def _load(path: Path, device: str | None, dtype: str | None) -> tuple[Any, Any]:

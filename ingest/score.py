@@ -73,36 +73,38 @@ def ingest_scores(
     given = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
     _check_settings(policy, given, template, batch_size, chunk_tokens)
     root = store.require(root)
-    chosen = store.complete_runs(root, runs)
-    model, tokenizer, path = models.load_model(scorer, device, dtype)
-    weights = models.weights_sha256(path)
-    known = _read_store(root, prompts)
-    same = sorted(m for m, row in known.models.items() if row["weights_sha256"] == weights)
-    name = store.check_name("--name", name or (same[0] if same else models.short_name(scorer)))
-    theirs = known.models.get(name, {}).get("weights_sha256")
-    if theirs and theirs != weights:
-        raise UsageError(f"--name {name}: {name} is stored with other weights than {path} has")
-    jobs = [_job(run, known, model, tokenizer, path, weights, policy, given, template) for run in chosen]
-    store.plan(root, "scorer", name, {
-        "scorer_id": name, "weights_sha256": weights,
-        "tokenizer_sha256": models.tokenizer_sha256(tokenizer),
-        "dtype": str(model.dtype).removeprefix("torch."), "device": model.device.type,
-        "template": template, "batch_size": batch_size, "chunk_tokens": chunk_tokens,
-    })  # fmt: skip
-    by_run = {job.run_id: job for job in jobs}
-    for job in jobs:
-        job.where = store.folder(root, "scores", scorer_id=name, run=job.run_id)
-    todo, done = store.shards_to_do(chosen, lambda run, number: by_run[run["run_id"]].target(number))
-    progress.start(sum(s.rows for s in (*todo, *done)), sum(s.rows for s in done))
-    for shard in todo:
-        job = by_run[shard.run["run_id"]]
-        _score_shard(model, tokenizer, job, shard, batch_size, chunk_tokens, progress)
-        progress.rollouts(shard.rows)
-    for job in jobs:
-        if job.own:
-            progress.say(_compared(job, str(model.dtype).removeprefix("torch.")))
-    sql.write_database(root)
-    return name
+    with store.using_runs(root, runs) as chosen:
+        model, tokenizer, path = models.load_model(scorer, device, dtype)
+        weights = models.weights_sha256(path)
+        known = _read_store(root, prompts)
+        same = sorted(m for m, row in known.models.items() if row["weights_sha256"] == weights)
+        name = store.check_name("--name", name or (same[0] if same else models.short_name(scorer)))
+        theirs = known.models.get(name, {}).get("weights_sha256")
+        if theirs and theirs != weights:
+            raise UsageError(f"--name {name}: {name} is stored with other weights than {path} has")
+        jobs = [
+            _job(run, known, model, tokenizer, path, weights, policy, given, template) for run in chosen
+        ]
+        store.plan(root, "scorer", name, {
+            "scorer_id": name, "weights_sha256": weights,
+            "tokenizer_sha256": models.tokenizer_sha256(tokenizer),
+            "dtype": str(model.dtype).removeprefix("torch."), "device": model.device.type,
+            "template": template, "batch_size": batch_size, "chunk_tokens": chunk_tokens,
+        })  # fmt: skip
+        by_run = {job.run_id: job for job in jobs}
+        for job in jobs:
+            job.where = store.folder(root, "scores", scorer_id=name, run=job.run_id)
+        todo, done = store.shards_to_do(chosen, lambda run, number: by_run[run["run_id"]].target(number))
+        progress.start(sum(s.rows for s in (*todo, *done)), sum(s.rows for s in done))
+        for shard in todo:
+            job = by_run[shard.run["run_id"]]
+            _score_shard(model, tokenizer, job, shard, batch_size, chunk_tokens, progress)
+            progress.rollouts(shard.rows)
+        for job in jobs:
+            if job.own:
+                progress.say(_compared(job, str(model.dtype).removeprefix("torch.")))
+        sql.write_database(root)
+        return name
 
 
 # ---------------------------------------------------------------- what is scored, and whether it may be
