@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-from pathlib import Path
 from typing import Any
 
 import click
@@ -172,7 +171,8 @@ def status_command(root: str, form: str) -> None:
     print_rows(duckdb.from_arrow(frame.to_arrow()), form)
     if form == "table":
         total = frame.select("rollouts", "tokens", "bytes").sum().row(0)
-        size = sum(p.stat().st_size for p in Path(root).rglob("*.parquet"))
+        found = store.tables(store.snapshot(store.locate(root)))
+        size = sum(path.stat().st_size for paths in found.values() for path in paths)
         click.echo(f"{len(frame)} runs, {total[0]:,} rollouts, {total[1]:,} tokens, {size:,} bytes")
         for row in frame.filter(~frame["complete"]).iter_rows(named=True):
             planned = row["shards_planned"] or "?"

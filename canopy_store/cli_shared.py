@@ -15,7 +15,7 @@ from canopy_store.errors import UsageError
 
 FORMATS = ("table", "csv", "json", "parquet")
 STORE = click.option("--store", "root", required=True, metavar="DIR", envvar="CANOPY_STORE",
-                     help="The store's folder (or set CANOPY_STORE).")  # fmt: skip
+                     help="Folder, or s3://BUCKET/PREFIX (or set CANOPY_STORE).")  # fmt: skip
 FORMAT = click.option("--format", "form", type=click.Choice(FORMATS), default="table", show_default=True,
                       help="How the rows are printed.")  # fmt: skip
 RUNS = click.option("--run", "runs", multiple=True, metavar="RUN", help="Only this run; repeatable.")

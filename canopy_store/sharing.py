@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import duckdb
-import pyarrow.parquet as pq
 
 from canopy_store import sql, store
 from canopy_store.dataset_card import describe
@@ -132,7 +131,7 @@ def _fill(
                 continue
             for key, value in keys.items():
                 values.setdefault(key.removesuffix("_id"), set()).add(value)
-            target = out / path.relative_to(root)
+            target = out / path.relative_to(root).as_posix()
             if text or table not in TEXTS:
                 store.copy_file(path, target)
             else:
@@ -146,7 +145,7 @@ def _fill(
     while needed:
         known = models.pop(needed.pop(), None)
         if known is not None:
-            store.copy_file(known[0], out / known[0].relative_to(root))
+            store.copy_file(known[0], out / known[0].relative_to(root).as_posix())
             needed |= {known[1]} - {None}  # ancestors, as far as they are known
     for path in sorted((root / "plans").glob("[!.]*.json")):
         kind, _, name = path.stem.partition("=")
@@ -163,14 +162,14 @@ def _fill_prompts(root: Path, out: Path, text: bool) -> None:
     asked: dict[str, set[str]] = {}
     for path in store.files(out, "rollouts"):
         keys = path_keys("rollouts", path.relative_to(out).as_posix()) or {}
-        ids = pq.ParquetFile(path).read(["prompt_id"])["prompt_id"].unique().to_pylist()
+        ids = store.read_rows(path, ["prompt_id"])["prompt_id"].unique().to_pylist()
         asked.setdefault(keys["task"], set()).update(ids)
     for path in store.files(root, "prompts"):
         keys = path_keys("prompts", path.relative_to(root).as_posix()) or {}
         rows = store.read_rows(path).to_pylist()
         kept = [row for row in rows if row["prompt_id"] in asked.get(keys.get("task", ""), ())]
         if text and len(kept) == len(rows) > 0:
-            store.copy_file(path, out / path.relative_to(root))
+            store.copy_file(path, out / path.relative_to(root).as_posix())
             continue
         if not text:
             kept = [{**row, **dict.fromkeys(TEXTS["prompts"])} for row in kept]

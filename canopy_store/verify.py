@@ -54,6 +54,10 @@ class _Report:
     con: duckdb.DuckDBPyConnection
     rows: list[dict[str, Any]] = field(default_factory=list)
 
+    def at(self, file: str) -> Path:
+        """The path of a file named as frames name it: relative to the store."""
+        return self.root / file
+
     def add(self, path: Path, table: str, what: str, todo: str, harmless: bool = False) -> None:
         file, what = _printable(str(path.relative_to(self.root))), _printable(" ".join(what.split()))
         self.rows.append(dict(zip(SCHEMA, (file, table, what, todo, harmless), strict=True)))
@@ -97,10 +101,12 @@ def verify(root: str | Path, deep: bool = False, *, database: bool = True) -> pl
     StoreError
         There is no store at ``root``. A damaged file is reported, never raised.
     """
-    root = Path(root)
+    root = store.snapshot(store.locate(root))
     if not (root / "canopy.json").is_file() and not (root / "runs").is_dir():
         store.require(root)
     with duckdb.connect() as con:
+        if store.remote(root):
+            con.register_filesystem(root.fs)  # type: ignore[attr-defined]
         report = _Report(root, deep, con)
         _verify(report, database)
     return pl.DataFrame(report.rows, schema=SCHEMA)
@@ -160,7 +166,7 @@ def read_manifest(folder: Path) -> dict[str, dict[str, Any]]:
     """
     path = folder / MANIFEST
     try:
-        recorded = json.loads(path.read_text(encoding="utf-8"))
+        recorded = json.loads(store.read_bytes(path))
         files = dict(recorded["files"])
         version = int(recorded["version"])
         for entry in files.values():
@@ -174,13 +180,13 @@ def read_manifest(folder: Path) -> dict[str, dict[str, Any]]:
         raise DataError(f"{path}: not a readable MANIFEST; export the folder again") from None
     if version > store.FORMAT_VERSION:
         raise DataError(f"{path}: format version {version}; upgrade: pip install -U canopy-store")
-    inside = os.path.realpath(folder)
+    inside = "" if store.remote(folder) else os.path.realpath(folder)  # object storage has no links
     for name in files:
         parts = PurePosixPath(name).parts
         plain = name == "/".join(parts) != "" and ".." not in parts and not name.startswith("/")
         if not plain or "\\" in name or any(ord(c) < 32 for c in name):
             raise DataError(f"{path}: names {name!r}, a path out of the folder; do not trust it")
-        if not os.path.realpath(folder / name).startswith(inside + os.sep):
+        if inside and not os.path.realpath(folder / name).startswith(inside + os.sep):
             raise DataError(f"{folder / name}: a link out of the folder; do not trust it")
     return files
 
@@ -302,7 +308,7 @@ def _open(
     """The row groups of a file whose schema, checksums, statistics and path all agree."""
     try:
         metadata = store.check_file(path, table)
-        file = pq.ParquetFile(path, page_checksum_verification=True)
+        file = pq.ParquetFile(store.opened(path), page_checksum_verification=True)
         found = file.schema_arrow
         dimension = None
         if table == "embeddings" and "embedding" in found.names:
@@ -380,7 +386,8 @@ def _small(report: _Report, table: str, places: list[tuple[Path, dict[str, str]]
     for path, keys in places:
         for _, _, rows in _open(report, path, table, keys):
             frame = pl.DataFrame(rows).with_columns(
-                pl.lit(str(path)).alias("file"), *(pl.lit(v).alias(k) for k, v in keys.items())
+                pl.lit(str(path.relative_to(report.root))).alias("file"),
+                *(pl.lit(v).alias(k) for k, v in keys.items()),
             )
             found.append(frame)
     return pl.concat(found, how="vertical_relaxed") if found else pl.DataFrame()
@@ -415,17 +422,19 @@ def _check_small(
         if frame.is_empty():
             continue
         for row in frame.filter(pl.col(key).is_duplicated()).iter_rows(named=True):
-            report.add(Path(row["file"]), table, f"{key} {row[key]} is there twice", "keep one of them")
+            report.add(
+                report.at(row["file"]), table, f"{key} {row[key]} is there twice", "keep one of them"
+            )
         for row in frame.iter_rows(named=True):
             stem = "--".join(store.quoted(row[name]) for name in named)
             whole = f"{row['family']}/{row['variant']}" == row["model_id"]
-            if Path(row["file"]).name != f"{stem}.parquet" or not whole:
-                report.add(Path(row["file"]), table, f"holds {row[key]}, which its name does not say",
-                           _AGAIN)  # fmt: skip
+            path = report.at(row["file"])
+            if path.name != f"{stem}.parquet" or not whole:
+                report.add(path, table, f"holds {row[key]}, which its name does not say", _AGAIN)
     if not runs.is_empty():
         known = set(models["model_id"]) if len(models) else set()
         for row in runs.iter_rows(named=True):
-            path = Path(row["file"])
+            path = report.at(row["file"])
             if row["model_id"] not in known:
                 report.add(path, "runs", f"model {row['model_id']} is not in models", _AGAIN)
             if row["run_id"] not in plans:
@@ -437,8 +446,8 @@ def _check_small(
             pl.col("text", "messages").drop_nulls().n_unique(), pl.col("file").first()
         )
         for row in said.filter((pl.col("text") > 1) | (pl.col("messages") > 1)).iter_rows(named=True):
-            report.add(Path(row["file"]), "prompts", f"prompt {row['prompt_id']} stands with two texts",
-                       "keep one of them")  # fmt: skip
+            what = f"prompt {row['prompt_id']} stands with two texts"
+            report.add(report.at(row["file"]), "prompts", what, "keep one of them")
 
 
 # ---------------------------------------------------------------- shards
@@ -469,7 +478,7 @@ def _read_shard(
         if table == "scores":
             lengths = rows["entropy"].combine_chunks().value_lengths()
             frame = frame.with_columns(pl.Series("scored", lengths.to_numpy(), pl.Int32))
-        found.append(frame.with_columns(pl.lit(str(path)).alias("file")))
+        found.append(frame.with_columns(pl.lit(str(path.relative_to(report.root))).alias("file")))
     return found
 
 
@@ -668,7 +677,9 @@ def _check_keys(report: _Report, run: _Run, table: str, rollouts: pl.DataFrame, 
     if len(twice):
         first = twice.row(0, named=True)
         said = ", ".join(f"{key} {first[key]}" for key in keys if key != "run_id")
-        report.add(Path(first["file"]), table, f"{len(twice)} rows share a key, first {said}", _AGAIN)
+        report.add(
+            report.at(first["file"]), table, f"{len(twice)} rows share a key, first {said}", _AGAIN
+        )
     if table == "rollouts":
         return
     if table == "embeddings" and frame.group_by("embedder").agg(
@@ -682,11 +693,11 @@ def _check_keys(report: _Report, run: _Run, table: str, rollouts: pl.DataFrame, 
         odd = both.filter(pl.col("scored") != pl.col("n_tokens"))
         if len(odd):
             what = f"entropy is not as long as n_tokens in {len(odd)} rows"
-            report.add(Path(odd["file"][0]), table, what, _AGAIN)
+            report.add(report.at(odd["file"][0]), table, what, _AGAIN)
     lost = frame.join(rollouts, on=pair, how="anti") if len(rollouts) else frame
     if len(lost) and (whole or len(rollouts)):
         first = lost.row(0, named=True)
-        report.add(Path(first["file"]), table, f"{len(lost)} rows have no rollout, first prompt "
+        report.add(report.at(first["file"]), table, f"{len(lost)} rows have no rollout, first prompt "
                    f"{first['prompt_id']} sample {first['sample']}", _AGAIN)  # fmt: skip
 
 
@@ -712,14 +723,14 @@ def _check_spectra_cover(report: _Report, run: _Run) -> None:
     if len(embeddings):
         done = set(spectra.filter(selection="all")["embedder"]) if len(spectra) else set()
         for embedder in sorted(set(embeddings["embedder"]) - done):
-            where = Path(embeddings.filter(embedder=embedder)["file"][0]).parent
+            where = report.at(embeddings.filter(embedder=embedder)["file"][0]).parent
             report.add(where, "embeddings", f"{embedder} has no spectra", "canopy ingest embed again")
     if spectra.is_empty() or rollouts.is_empty():
         return
     for name in spectra.select("embedder", "selection").unique().sort("embedder", "selection").rows():
         embedder, selection = name
         frame = spectra.filter(embedder=embedder, selection=selection)
-        where = Path(frame["file"][0]).parent
+        where = report.at(frame["file"][0]).parent
         covered = frame.explode("samples").select("prompt_id", pl.col("samples").alias("sample"))
         if selection == "all":
             wanted = rollouts.select(pair)
@@ -743,7 +754,7 @@ def _check_spectra_cover(report: _Report, run: _Run) -> None:
             continue
         absent = len(covered.join(mine, on=pair, how="anti"))
         if absent:
-            folder = Path(mine["file"][0]).parent
+            folder = report.at(mine["file"][0]).parent
             report.add(folder, "embeddings", f"lacks {absent} that spectra were made of", _AGAIN)
 
 
@@ -755,7 +766,7 @@ def _check_deep(report: _Report, run: _Run) -> None:
     for embedder in sorted(spectra["embedder"].unique()):
         frame = spectra.filter(embedder=embedder)
         try:
-            place, matrix = _matrix(run, embedder)
+            place, matrix = _matrix(report, run, embedder)
         except Exception:  # a file of it is damaged, which is reported where it was read
             continue
         wrong: dict[str, list[str]] = defaultdict(list)
@@ -777,15 +788,15 @@ def _check_deep(report: _Report, run: _Run) -> None:
             if not all(near):
                 wrong[row["file"]].append(row["prompt_id"])
         for file, prompts in sorted(wrong.items()):
-            report.add(Path(file), "embedding_spectra", f"{len(prompts)} spectra are not those of the "
-                       f"embeddings, first prompt {prompts[0]}", _AGAIN)  # fmt: skip
+            what = f"{len(prompts)} spectra are not those of the embeddings, first prompt {prompts[0]}"
+            report.add(report.at(file), "embedding_spectra", what, _AGAIN)
 
 
-def _matrix(run: _Run, embedder: str) -> tuple[dict[tuple[str, int], int], np.ndarray]:
+def _matrix(report: _Report, run: _Run, embedder: str) -> tuple[dict[tuple[str, int], int], np.ndarray]:
     """Where each (prompt, sample) stands in all embeddings (rows, d) of a run."""
     mine = run.frame("embeddings").filter(embedder=embedder)
-    files = [Path(file) for file in mine["file"].unique(maintain_order=True)]
-    lists = [pq.ParquetFile(file).read(["embedding"])["embedding"].combine_chunks() for file in files]
+    files = [report.at(file) for file in mine["file"].unique(maintain_order=True)]
+    lists = [store.read_rows(file, ["embedding"])["embedding"].combine_chunks() for file in files]
     matrix = np.concatenate([a.flatten().to_numpy().reshape(len(a), -1) for a in lists])
     keys = mine.select("prompt_id", "sample").iter_rows()
     return {key: at for at, key in enumerate(keys)}, matrix

@@ -110,7 +110,7 @@ class Run:
         """Numbers of the shards not yet stored that fall to the i-th of n jobs; none once complete."""
         if store.is_complete(self.root, self.run_id):
             return []  # whatever its files are now: they may have been compacted
-        there = {path.name for path in self.where.glob("part-*.parquet")}
+        there = {path.name for path in store.shards(self.where)}
         mine = range(part[0] - 1, self.settings["n_shards"], part[1])
         return [n for n in mine if store.shard_path(self.where, n).name not in there]
 
@@ -298,7 +298,7 @@ def prepare(
 def _stored_width(root: Path, run_id: str) -> int | None:
     """The width a run began with: its rollouts' bits may depend on it."""
     path = store.plan_path(root, "run", run_id)
-    return store.read_plan(path)["settings"].get("batch_size") if path.exists() else None
+    return store.read_plan(path)["settings"].get("batch_size") if store.exists(path) else None
 
 
 def _check_settings(

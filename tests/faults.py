@@ -313,7 +313,7 @@ def flips(world: Path, count: int, seed: int) -> Iterator[str]:
     shutil.copytree(world / "stores" / "whole", root)
     wanted = tables(root)
     rng = random.Random(seed)
-    files = sorted(p for p in root.rglob("*") if p.is_file())
+    files = sorted(p for p in root.rglob("*") if p.is_file() and p.stat().st_size)
     found = harmless = bad = 0
     for _ in range(count):
         path = rng.choice(files)

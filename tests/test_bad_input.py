@@ -92,6 +92,20 @@ def test_logits_that_are_not_finite(tmp_path, canopy, what):
     assert len(canopy_store.read(tmp_path / "s", "rollouts", incomplete=True)) == 0
 
 
+def test_too_little_memory_for_a_single_rollout(tmp_path, chain, canopy, monkeypatch):
+    from canopy_store.ingest import shared_prompt
+
+    def full(*_: object) -> None:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes.")
+
+    prompts = write_prompts(tmp_path / "p.jsonl", "a")
+    arguments = ingest_arguments(tmp_path / "s", chain, prompts, samples=3, batch_size=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(shared_prompt.Slots, "step", full)
+        refused(canopy(*arguments), 1, "p.jsonl: line 1: out of memory at one rollout at a time; lower")
+    assert canopy(*arguments)[0] == 0
+
+
 def test_a_model_without_an_end_token(tmp_path, canopy):
     folder = save_chain(tmp_path / "model", eos=False)
     prompts = write_prompts(tmp_path / "p.jsonl", "a")

@@ -233,8 +233,8 @@ def smollm2():
 def test_rollouts_are_those_that_generate_samples(smollm2):
     """Lengths, surprisals and first tokens of two samples, ours and transformers': no difference."""
     model, tokenizer = smollm2
-    n, steps, prompt = 192, 8, tokenizer("Once upon a time, there")["input_ids"]
-    ends = [tokenizer(text)["input_ids"][-1] for text in (".", ",", " a", " and")]
+    n, steps, prompt = 128, 6, tokenizer("My favourite thing is")["input_ids"]
+    ends = [tokenizer(text)["input_ids"][-1] for text in (".", ",", " of", " and")]
     own = model.config._attn_implementation
     torch.manual_seed(1)
     with torch.inference_mode():
@@ -251,7 +251,7 @@ def test_rollouts_are_those_that_generate_samples(smollm2):
     expected = {
         "first": theirs[:, 0].tolist(),
         "length": (before == 0).sum(1).tolist(),
-        "surprisal": -picked.masked_fill(before > 0, 0).sum(1).numpy(),
+        "surprisal": -picked.masked_fill(before > 0, 0).sum(1).numpy().round(3),
     }
 
     def ours(temperature: float) -> dict[str, list[float]]:
@@ -261,7 +261,7 @@ def test_rollouts_are_those_that_generate_samples(smollm2):
         return {
             "first": [int(r.token_ids[0]) for r in found],
             "length": [len(r.token_ids) for r in found],
-            "surprisal": [-float(r.logprob.sum()) for r in found],
+            "surprisal": [round(-float(r.logprob.sum()), 3) for r in found],  # equal texts must tie
         }
 
     def chances(found: dict[str, list[float]]) -> dict[str, float]:
