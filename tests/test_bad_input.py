@@ -99,7 +99,7 @@ def test_too_little_memory_for_a_single_rollout(tmp_path, chain, canopy, monkeyp
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes.")
 
     prompts = write_prompts(tmp_path / "p.jsonl", "a")
-    arguments = ingest_arguments(tmp_path / "s", chain, prompts, samples=3, batch_size=1)
+    arguments = ingest_arguments(tmp_path / "s", chain, prompts, samples=3, **{"batch-size": 1})
     with monkeypatch.context() as patch:
         patch.setattr(shared_prompt.Slots, "step", full)
         refused(canopy(*arguments), 1, "p.jsonl: line 1: out of memory at one rollout at a time; lower")
