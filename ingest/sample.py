@@ -115,7 +115,8 @@ def footprint(model: Any, sampling: Sampling, prompt_lengths: Sequence[int]) -> 
     layer = 4 * 4 * heads * (longest + steps) + size * (6 * hidden + 3 * inner)
     reading = longest * size * (6 * hidden + 3 * inner)  # of one prompt at a time
     if shared_prompt.prepare(model):
-        own, prompts = token * (steps + 64), token * sum(prompt_lengths)
+        room = -(-steps // shared_prompt.GROWTH) * shared_prompt.GROWTH
+        own, prompts = token * room, token * sum(prompt_lengths)
     else:  # the prompt's are copied for each rollout, and each layer's once more when a step adds to it
         layers = config.num_hidden_layers
         own, prompts = token * (longest + steps) * (layers + 1) // layers, token * longest

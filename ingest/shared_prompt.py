@@ -21,7 +21,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 NAME = "canopy_shared_prompt"
-_GROWTH = 64  # tokens by which the slots' room grows
+GROWTH = 64  # tokens by which the slots' room grows
 _NARROW = 4  # slots below which torch's own order of a product is as quick
 
 
@@ -51,7 +51,7 @@ class _Own(CacheLayerMixin):
         assert self.keys is not None
         assert self.values is not None
         assert _now is not None
-        missing = -(-_now.filled // _GROWTH) * _GROWTH - self.keys.shape[2]
+        missing = -(-_now.filled // GROWTH) * GROWTH - self.keys.shape[2]
         if missing > 0:
             self.keys = torch.nn.functional.pad(self.keys, (0, 0, 0, missing))
             self.values = torch.nn.functional.pad(self.values, (0, 0, 0, missing))

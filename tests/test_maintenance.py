@@ -66,6 +66,11 @@ def mb_for(root: Path, count: float) -> float:
 # ---------------------------------------------------------------- compact
 
 
+def without_work(found: dict[str, str]) -> dict[str, str]:
+    """Of a store's contents all but the locks."""
+    return {name: value for name, value in found.items() if ".work" not in name}
+
+
 @pytest.mark.parametrize(("fit", "names"), [(1000, ["00006"]), (2, ["00006", "00007", "00008"])])
 def test_few_shards_hold_the_same_rows_in_the_same_order(root, measured, fit, names):
     before = ordered(root)
@@ -122,7 +127,7 @@ def test_what_is_not_whole_is_refused_and_nothing_is_changed(root):
     before = contents(root)
     with pytest.raises(canopy_store.DataError, match="has 5 of 6 shards; finish its ingest"):
         compact(root)
-    assert {k: v for k, v in contents(root).items() if ".work" not in k} == before
+    assert without_work(contents(root)) == without_work(before)
     assert compact(root, target_mb=mb_for(root, 1)) == {}
     # a group that lacks all of its shards is none the worse: they are still to do
     for path in store.files(root, "embeddings") + store.files(root, "embedding_spectra"):
@@ -140,7 +145,7 @@ def test_damage_is_not_copied_under_fresh_checksums(root):
     before = contents(root)
     with pytest.raises(canopy_store.DataError, match=r"part-00003\.parquet: cannot be read"):
         compact(root)
-    assert {k: v for k, v in contents(root).items() if ".work" not in k} == before
+    assert without_work(contents(root)) == without_work(before)
 
 
 def test_a_file_system_without_the_swap_is_refused(root, monkeypatch):
@@ -151,7 +156,7 @@ def test_a_file_system_without_the_swap_is_refused(root, monkeypatch):
     before = contents(root)
     with pytest.raises(canopy_store.StoreError, match=r"cannot be swapped .* nothing is compacted"):
         compact(root)
-    assert {k: v for k, v in contents(root).items() if ".work" not in k} == before
+    assert without_work(contents(root)) == without_work(before)
     assert [path.name for path in (root / ".work").iterdir()] == [f"run={RUN}.lock"]
 
 
@@ -515,9 +520,7 @@ def test_a_compacted_run_and_the_same_run_as_it_was_are_one(root, origin, measur
     before = contents(sparse)
     with pytest.raises(canopy_store.ConflictError, match="has part of the run only"):
         merge([half], sparse)
-    assert {k: v for k, v in contents(sparse).items() if ".work" not in k} == {
-        k: v for k, v in before.items() if ".work" not in k
-    }
+    assert without_work(contents(sparse)) == without_work(before)
 
 
 def test_a_store_that_travels_keeps_every_view_to_the_last_bit(origin, measured, tmp_path):
