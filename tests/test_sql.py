@@ -152,7 +152,8 @@ def test_the_public_names_are_these():
     assert sorted(canopy_store.__all__) == [
         "CanopyError", "ConflictError", "DataError", "FitError", "StoreError", "UsageError",
         "__version__", "compact", "compare", "export", "import_rollouts", "init", "merge", "open",
-        "power", "pull", "push", "read", "remove_run", "select_lengths", "select_reward", "status", "verify",
+        "power", "pull", "push", "read", "remove_run", "select_lengths", "select_reward", "status",
+        "verify",
     ]  # fmt: skip
     assert all(hasattr(canopy_store, name) for name in canopy_store.__all__)
 
