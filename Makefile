@@ -46,9 +46,9 @@ browser:
 	@command -v chromium >/dev/null && command -v chromedriver >/dev/null || \
 	  { $(SUDO) apt-get update -qq && $(SUDO) apt-get install -qq -y --no-install-recommends chromium chromium-driver; }
 
-# a process a core, of one thread each
+# processes of one thread each, more than cores: many tests wait for others that they kill or start
 test: lint browser
-	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 # vLLM's CPU build pins its own torch and transformers; vision and audio packages that it brings do
 # not fit this torch, and nothing here needs them

@@ -2,15 +2,18 @@
 
 MODEL is a folder, as demo-real leaves one: demo-real-output/base. Each measurement is a process of its
 own: tokens/s of 32 rollouts of each prompt at top-k 100, and the peak of memory above the weights,
-beside the foretold one. Prompts go to generate one after the other, to the sampler together.
+beside the foretold one. The sampler takes several prompts together; generate, which would take them
+one after the other, is measured on one, as are the steps by which the sampler came to its speed.
 
 --cpu-time counts the seconds of one thread: for a machine where other work runs.
 --widths 4 8 16 32 instead: how many rollouts and tokens other widths than 32 change.
+--floor 32 128 instead: how long a step's products take at these widths.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
 import json
 import statistics
@@ -96,6 +99,29 @@ def leave_out_the_record() -> None:
     Policy.event_logprob = lambda self, member: self.logprobs[:, 0]  # type: ignore[method-assign]
 
 
+def repeat_the_cache() -> None:
+    """The loop that reads the prompt once, and then keeps its keys and values for every rollout."""
+    from canopy_store.ingest import sample
+
+    sample._sample_shared = sample._sample_repeated
+
+
+def multiply_as_usual() -> None:
+    """The loop with torch's own order of a linear layer's product."""
+    from canopy_store.ingest import shared_prompt
+
+    shared_prompt.weights_first = contextlib.nullcontext  # type: ignore[assignment]
+
+
+# What the sampler gained, step by step, and what its record costs.
+VARIANTS = {
+    "prompt read once": repeat_the_cache,
+    "and kept once": multiply_as_usual,
+    "and weights first: canopy": lambda: None,
+    "canopy without its record": leave_out_the_record,
+}
+
+
 def one(what: str, options: argparse.Namespace) -> dict[str, float]:
     import torch
 
@@ -107,8 +133,7 @@ def one(what: str, options: argparse.Namespace) -> dict[str, float]:
         clock = time.thread_time
     size, prompts = options.prompt_tokens[0], options.prompts[0]
     work = (*loaded(options.model, size, prompts), options.samples, options.new_tokens)
-    if what == "canopy, no record":
-        leave_out_the_record()
+    VARIANTS.get(what, lambda: None)()
     forget_peak()
     before = memory("VmRSS")
     began = clock()
@@ -141,6 +166,29 @@ def flips(options: argparse.Namespace) -> None:
               f"{tipped} of {tokens} tokens differ", flush=True)  # fmt: skip
 
 
+def floor(options: argparse.Namespace) -> None:
+    """The time of a step's products alone, over every linear layer: no sampler takes less."""
+    import torch
+
+    from canopy_store.ingest import shared_prompt
+
+    model, _, _ = loaded(options.model, 1, 1)
+    layers = [layer for layer in model.modules() if type(layer) is torch.nn.Linear]
+    with torch.inference_mode(), shared_prompt.weights_first(model):
+        for width in options.floor:
+            inputs = {d: torch.randn(d, width).t()[:, None] for d in {x.in_features for x in layers}}
+            times = []
+            for _ in range(11):
+                began = time.perf_counter()
+                for layer in layers:
+                    layer(inputs[layer.in_features])
+                times.append(time.perf_counter() - began)
+            seconds = statistics.median(times)
+            work = 2 * width * sum(x.in_features * x.out_features for x in layers)
+            print(f"width {width}: {seconds * 1e3:.0f} ms a step, {width / seconds:.0f} tokens/s, "
+                  f"{work / seconds / 1e9:.0f} GFLOP/s", flush=True)  # fmt: skip
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model")
@@ -151,6 +199,7 @@ def main() -> None:
     parser.add_argument("--repeat", type=int, default=1, help="runs of each, of which medians are shown")
     parser.add_argument("--cpu-time", action="store_true")
     parser.add_argument("--widths", type=int, nargs="*")
+    parser.add_argument("--floor", type=int, nargs="*")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:
@@ -159,13 +208,18 @@ def main() -> None:
     if options.widths:
         flips(options)
         return
+    if options.floor:
+        floor(options)
+        return
     print(f"{machine()}; {options.samples} rollouts, {options.new_tokens} new tokens, top-k 100")
     print("| prompts | tokens each | | tokens/s | to generate | MB above the weights | foretold |")
     print("|---|---|---|---|---|---|---|")
-    names = ("generate", "canopy", "canopy, no record")
-    for size, prompts in itertools.product(options.prompt_tokens, options.prompts):
-        found: dict[str, list[dict[str, float]]] = {name: [] for name in names}
-        for _, name in itertools.product(range(options.repeat), names):  # in turn
+    first, *more = options.prompts
+    cases = [("generate", first), *((name, first) for name in VARIANTS)]
+    cases += itertools.product(list(VARIANTS)[2:], more)
+    for size in options.prompt_tokens:
+        found: dict[Any, list[dict[str, float]]] = {case: [] for case in cases}
+        for _, (name, prompts) in itertools.product(range(options.repeat), cases):  # in turn
             command = [sys.executable, __file__, options.model, "--one", name, "--prompt-tokens",
                        str(size), "--prompts", str(prompts), "--samples", str(options.samples),
                        "--new-tokens", str(options.new_tokens)]  # fmt: skip
@@ -173,12 +227,13 @@ def main() -> None:
             done = subprocess.run(command, capture_output=True, text=True)
             if done.returncode:
                 sys.exit(done.stderr)
-            found[name].append(json.loads(done.stdout.splitlines()[-1]))
-        for name, runs in found.items():
-            rate, base = (statistics.median(r["rate"] for r in x) for x in (runs, found["generate"]))
+            found[name, prompts].append(json.loads(done.stdout.splitlines()[-1]))
+        base = statistics.median(run["rate"] for run in found[cases[0]])
+        for (name, prompts), runs in found.items():
+            rate, peak = (statistics.median(run[x] for run in runs) for x in ("rate", "memory"))
             foretold = "" if name == "generate" else f"{runs[0]['foretold']:.0f}"
             print(f"| {prompts} | {size} | {name} | {rate:.1f} | {rate / base:.1f} | "
-                  f"{runs[0]['memory']:.0f} | {foretold} |", flush=True)  # fmt: skip
+                  f"{peak:.0f} | {foretold} |", flush=True)  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -22,7 +22,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 NAME = "canopy_shared_prompt"
 GROWTH = 64  # tokens by which the slots' room grows
-_NARROW = 4  # slots below which torch's own order of a product is as quick
+_NARROW = 12  # slots below which a product is quicker from activations by row
+_BLOCK = 1024  # outputs of a product that are turned round while they are in the processor's cache
 
 
 @dataclass
@@ -55,8 +56,12 @@ class _Own(CacheLayerMixin):
         if missing > 0:
             self.keys = torch.nn.functional.pad(self.keys, (0, 0, 0, missing))
             self.values = torch.nn.functional.pad(self.values, (0, 0, 0, missing))
-        self.keys[_now.rows, :, _now.at] = key_states[:, :, 0]
-        self.values[_now.rows, :, _now.at] = value_states[:, :, 0]
+        if _now.lines is None:  # the same in every layer
+            width, heads, room, _ = self.keys.shape
+            first = torch.arange(width * heads, device=_now.at.device) * room
+            _now.lines = first + _now.at.repeat_interleave(heads)
+        for kept, new in ((self.keys, key_states), (self.values, value_states)):
+            kept.view(-1, kept.shape[-1]).index_copy_(0, _now.lines, new.reshape(-1, new.shape[-1]))
         return self.keys[:, :, : _now.filled], self.values[:, :, : _now.filled]
 
     def keep(self, rows: torch.Tensor) -> None:
@@ -80,9 +85,10 @@ class Slots:
     def __init__(self, model: Any) -> None:
         self.model = model
         self.filled = 0  # own tokens of the longest slot
-        self.rows = self.at = self.lengths = torch.zeros(0, dtype=torch.long)  # (W,)
+        self.at = self.lengths = torch.zeros(0, dtype=torch.long)  # (W,)
+        self.lines: torch.Tensor | None = None  # (W * heads,): where a step's keys and values go
         self.unused = torch.zeros(0)  # (W, filled): positions a slot has not reached
-        self.groups: list[tuple[Prompt, torch.Tensor]] = []
+        self.groups: list[tuple[Prompt, slice | torch.Tensor]] = []  # and the slots that have it
         layers = model.config.get_text_config().num_hidden_layers
         self.cache = Cache(layers=[_Own() for _ in range(layers)])
 
@@ -103,9 +109,14 @@ class Slots:
             rows.setdefault(id(prompt), []).append(slot)
         first = {id(prompt): prompt for prompt in prompts}
         device = self.model.device
-        self.groups = [(first[key], torch.tensor(found, device=device)) for key, found in rows.items()]
+        self.groups = []
+        for key, found in rows.items():
+            side_by_side = found[-1] - found[0] + 1 == len(found)  # read in place, not gathered
+            slots = (
+                slice(found[0], found[-1] + 1) if side_by_side else torch.tensor(found, device=device)
+            )
+            self.groups.append((first[key], slots))
         self.lengths = torch.tensor([prompt.length for prompt in prompts], device=device)
-        self.rows = torch.arange(len(prompts), device=device)
 
     def keep(self, rows: torch.Tensor) -> None:
         """Drops all slots but these; `seat` must follow."""
@@ -115,6 +126,7 @@ class Slots:
     def step(self, tokens: torch.Tensor, at: np.ndarray) -> torch.Tensor:
         """Logits (W, V) after each slot's token (W,), which is its own at position ``at`` (W,)."""
         self.at, self.filled = torch.from_numpy(at).to(tokens.device), int(at.max()) + 1
+        self.lines = None
         self.unused = torch.arange(self.filled, device=tokens.device)[None] > self.at[:, None]
         # by column, as `_linear` leaves every activation: sums of both run over memory in order
         embedded = self.model.get_input_embeddings()(tokens).t().contiguous().t()[:, None]  # (W, 1, d)
@@ -150,9 +162,10 @@ def _attend(
     weights = torch.empty_like(own)
     for prompt, rows in _now.groups:
         keys, values = prompt.layers[module.layer_idx]  # (shared, T, D)
-        n = len(rows)
-        mine = q[rows].transpose(0, 1).reshape(shared, -1, size)
-        scores = (mine @ keys.transpose(1, 2)).view(shared, n, -1, prompt.length).transpose(0, 1)
+        mine = q[rows].transpose(0, 1)  # (shared, n, heads/shared, D)
+        n = mine.shape[1]
+        scores = mine.reshape(shared, -1, size) @ keys.transpose(1, 2)
+        scores = scores.view(shared, n, -1, prompt.length).transpose(0, 1)
         both = torch.cat([scores, own[rows]], -1).softmax(-1, dtype=torch.float32).to(value.dtype)
         weights[rows] = both[..., prompt.length :]
         onto = both[..., : prompt.length].transpose(0, 1).reshape(shared, -1, prompt.length)
@@ -184,9 +197,14 @@ def weights_first(model: Any) -> Iterator[None]:
 
 def _linear(layer: torch.nn.Linear, x: torch.Tensor) -> torch.Tensor:
     """What ``layer`` gives for ``x`` (W, 1, d); for any other shape it is left to torch."""
-    if x.ndim != 3 or x.shape[1] != 1 or len(x) < _NARROW:
+    if x.ndim != 3 or x.shape[1] != 1 or len(x) < 2:
         return torch.nn.functional.linear(x, layer.weight, layer.bias)
-    columns = x[:, 0].t()  # (d, W)
+    columns = (x[:, 0].contiguous() if len(x) < _NARROW else x[:, 0]).t()  # (d, W)
+    if layer.bias is None and layer.out_features > 16 * _BLOCK:  # the vocabulary's, wanted by row
+        out = x.new_empty(len(x), layer.out_features)
+        for block, part in zip(out.split(_BLOCK, 1), layer.weight.split(_BLOCK), strict=True):
+            block.copy_((part @ columns).t())
+        return out[:, None]
     if layer.bias is None:
         out = layer.weight @ columns
     else:

@@ -26,6 +26,13 @@ CHAIN_LOGITS = np.array(
 )
 STATES = ["<eos>", "a", "b", "c", "d", "e", "f", "g"]
 
+# Files of few and slow tests, begun first so that no process is left alone with one at the end.
+SLOW = ("test_docs", "test_crash", "test_executors", "test_object_storage", "test_wheel", "test_views")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.stem not in SLOW)
+
 
 def save_chain(folder: Path, logits: np.ndarray = CHAIN_LOGITS, eos: bool = True, **config) -> Path:
     """Saves a Llama whose next-token logits depend on the last token alone: a Markov chain.

@@ -290,7 +290,7 @@ def together(world: Path, seconds: float) -> Iterator[str]:
     works += [FORKS.Process(target=read_on, args=(root, until, sizes, said)) for _ in range(10)]
     for work in works:
         work.start()
-    counts = [said.get() for _ in range(10)]
+    counts = [said.get(timeout=seconds + 300) for _ in range(10)]
     for work in works:
         work.join()
     failed = sum(work.exitcode != 0 for work in works)

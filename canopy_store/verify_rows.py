@@ -1,0 +1,178 @@
+"""What is wrong inside a file's rows: lengths, bounds (nats) and sums, by table.
+
+Sums are recomputed by the formulas that store them, not written again here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from itertools import chain
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from canopy_store.rollouts import stop_entropy
+
+SPECTRUM = 1e-9  # what summing in another order may change in a spectrum
+_SUM = 1e-10  # relative: the same of a sum
+_ABOVE = 1e-4  # nats: what float32 may leave above log |support|
+_UNIT = 1e-5
+
+
+def problems(table: str, rows: pa.Table, run: dict[str, Any] | None) -> Iterator[str]:
+    """A line for each kind of fault in ``rows`` of ``table``, of the run with this row in ``runs``."""
+    if table == "rollouts":
+        return chain(_rollout_problems(rows), _step_problems(rows, _support(run)))
+    if table == "scores":
+        return _step_problems(rows, math.inf, own=False)
+    checks = {
+        "embeddings": _embedding_problems,
+        "embedding_spectra": _spectrum_problems,
+        "rewards": _reward_problems,
+    }
+    return checks[table](rows) if table in checks else iter(())
+
+
+def _support(run: dict[str, Any] | None) -> float:
+    """log |support| of the run's policy in nats; infinite where the vocabulary is not recorded."""
+    if run is None:
+        return math.inf
+    if run["temperature"] == 0:
+        return 0.0
+    return math.log(run["top_k"]) if run["top_k"] else math.inf
+
+
+def _rows_at(rows: pa.Table, wrong: np.ndarray) -> str:
+    """Says how many rows are wrong, and which is the first."""
+    first = int(wrong[0])
+    sample = f" sample {rows['sample'][first]}" if "sample" in rows.column_names else ""
+    return f"in {len(wrong)} rows, first prompt {rows['prompt_id'][first]}{sample}"
+
+
+def _flat(column: pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """All values end to end, each row's length (-1: NULL) and where each row begins (rows + 1)."""
+    lists = column.combine_chunks()
+    lengths = lists.value_lengths().fill_null(-1).to_numpy(zero_copy_only=False).astype(np.int64)
+    starts = np.concatenate([[0], np.cumsum(np.maximum(lengths, 0))])
+    return lists.flatten().to_numpy(zero_copy_only=False), lengths, starts
+
+
+def _sums(values: np.ndarray, lengths: np.ndarray, starts: np.ndarray) -> np.ndarray:
+    """Each row's sum in float64; NaN where the list is NULL."""
+    result = np.where(lengths < 0, np.nan, 0.0)
+    full = lengths > 0  # reduceat reads one value even of an empty stretch
+    if full.any():
+        result[full] = np.add.reduceat(values.astype(np.float64), starts[:-1][full])
+    return result
+
+
+def _rollout_problems(rows: pa.Table) -> Iterator[str]:
+    wrong = np.flatnonzero(rows["n_tokens"].to_numpy() < 1)
+    if len(wrong):
+        yield f"n_tokens below 1 {_rows_at(rows, wrong)}"
+    known = pa.array(["stop", "length", None])
+    wrong = np.flatnonzero(~pc.is_in(rows["finish_reason"], known).to_numpy())
+    if len(wrong):
+        yield f"finish_reason neither stop nor length {_rows_at(rows, wrong)}"
+
+
+_SUMMED: dict[str, tuple[str, Callable[[np.ndarray], np.ndarray]]] = {
+    "entropy": ("entropy_sum", lambda h: h),
+    "logprob": ("surprisal_sum", lambda s: -s),
+    "eos_logprob": ("stop_entropy_sum", stop_entropy),
+}
+
+
+def _step_problems(rows: pa.Table, support: float, own: bool = True) -> Iterator[str]:
+    """What is wrong in lists of one value a step: lengths, bounds (nats), sums.
+
+    ``own`` is false for scores, where another policy may give a sampled token no probability.
+    """
+    wanted = rows["n_tokens"].to_numpy() if own else _flat(rows["entropy"])[1]
+    rules: dict[str, tuple[str, Callable[[np.ndarray], np.ndarray]]] = {
+        "entropy": (f"outside 0 to {support + _ABOVE:.4g} nats",
+                    lambda h: np.isfinite(h) & (h >= 0) & (h <= support + _ABOVE)),
+        "logprob": ("above 0, or not finite", lambda s: (s <= 0) & (np.isfinite(s) | (not own))),
+        "eos_logprob": ("above 0", lambda e: e <= 0),
+    }  # fmt: skip
+    for name in ("entropy", "logprob", "eos_logprob", "token_ids", "top_token_ids", "top_logprobs"):
+        if name not in rows.column_names or rows[name].null_count == len(rows) > 0:
+            if name in _SUMMED and rows[_SUMMED[name][0]].null_count < len(rows):
+                yield f"{_SUMMED[name][0]} without {name}"
+            continue
+        lists = rows[name].combine_chunks()
+        lengths = lists.value_lengths().fill_null(-1).to_numpy(zero_copy_only=False)
+        wrong = np.flatnonzero((lengths != wanted) & (lengths >= 0))
+        if len(wrong):
+            yield f"{name} is not as long as n_tokens {_rows_at(rows, wrong)}"
+        if name == "top_logprobs":
+            inner = pc.list_flatten(lists).flatten().to_numpy(zero_copy_only=False)
+            if not (inner <= 0).all():
+                yield "top_logprobs above 0, or missing"
+        if name not in rules:
+            continue
+        values, lengths, starts = _flat(rows[name])
+        rule, good = rules[name]
+        at = np.flatnonzero(~good(values))
+        if len(at):
+            owners = np.unique(np.searchsorted(starts, at, side="right") - 1)
+            yield f"{name} {rule} {_rows_at(rows, owners)}"
+            continue  # its sum says nothing more
+        column, transform = _SUMMED[name]
+        stored = rows[column].to_numpy(zero_copy_only=False).astype(np.float64)
+        summed = _sums(transform(values), lengths, starts)
+        same = np.isclose(stored, summed, rtol=_SUM, atol=_SUM, equal_nan=True)
+        wrong = np.flatnonzero(~same)
+        if len(wrong):
+            yield f"{column} is not the sum over {name} {_rows_at(rows, wrong)}"
+
+
+def _embedding_problems(rows: pa.Table) -> Iterator[str]:
+    lists = rows["embedding"].combine_chunks()
+    if not pa.types.is_fixed_size_list(lists.type):
+        yield "embedding has no fixed size"
+        return
+    matrix = lists.flatten().to_numpy(zero_copy_only=False).reshape(len(rows), -1).astype(np.float64)
+    wrong = np.flatnonzero(~(np.abs(np.linalg.norm(matrix, axis=1) - 1) <= _UNIT))
+    if len(wrong):
+        yield f"embedding is not of unit length {_rows_at(rows, wrong)}"
+
+
+def _reward_problems(rows: pa.Table) -> Iterator[str]:
+    wrong = np.flatnonzero(~np.isfinite(rows["reward"].to_numpy()))
+    if len(wrong):
+        yield f"reward is not finite {_rows_at(rows, wrong)}"
+
+
+def _spectrum_problems(rows: pa.Table) -> Iterator[str]:
+    """What in a row of spectra contradicts itself: lengths, eigenvalues, sum against distances."""
+    n = rows["n"].to_numpy().astype(np.float64)
+    samples, distances = _flat(rows["samples"]), _flat(rows["semantic_distances"])
+    wrong = np.flatnonzero((samples[1] != n) | (distances[1] != n) | (n < 1))
+    if len(wrong):
+        yield f"samples or semantic_distances are not n long {_rows_at(rows, wrong)}"
+        return
+    values, lengths, starts = _flat(rows["eigenvalues"])
+    total = _sums(values, lengths, starts)
+    fall = np.diff(values) > SPECTRUM
+    fall[starts[1:-1] - 1] = False  # from one row's last to the next row's first may rise
+    good = np.isfinite(values) & (values >= 0) & (values <= 1 + SPECTRUM)
+    at = np.concatenate([np.flatnonzero(~good), np.flatnonzero(fall)])
+    if len(at):
+        owners = np.unique(np.searchsorted(starts, at, side="right") - 1)
+        yield f"eigenvalues outside 0 to 1, or not falling {_rows_at(rows, owners)}"
+    wrong = np.flatnonzero(~(np.abs(total - 1) <= SPECTRUM))
+    if len(wrong):
+        yield f"eigenvalues do not sum to 1 {_rows_at(rows, wrong)}"
+    sums, lengths, starts = _flat(rows["embedding_sum"])
+    squared = _sums(sums**2, lengths, starts)
+    many = n > 1
+    # the mean distance is the diversity, which the sum gives too
+    diversity = 1 - (squared[many] - n[many]) / (n[many] * (n[many] - 1))
+    mean = _sums(distances[0], distances[1], distances[2])[many] / n[many]
+    wrong = np.flatnonzero(many)[~(np.abs(mean - diversity) <= SPECTRUM)]
+    if len(wrong):
+        yield f"semantic_distances do not agree with embedding_sum {_rows_at(rows, wrong)}"
