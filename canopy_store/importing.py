@@ -94,15 +94,13 @@ def import_rollouts(
         A run of this name is stored from another source.
     """
     path = Path(source)
-    if max_new_tokens is not None and max_new_tokens < 1:
-        raise UsageError(f"--max-new-tokens {max_new_tokens}: needs at least 1")
-    policy = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+    policy = {"temperature": temperature, "top_k": top_k, "top_p": top_p,
+              "max_new_tokens": max_new_tokens}  # fmt: skip
     _check_policy(policy, "--{}", UsageError)
     store.check_name("--embedder", embedder)
     store.check_name("--reward-model", reward_model)
     names = {"family": family, "variant": variant, "task": task}
-    told = {k: v for k, v in {**names, **policy, "max_new_tokens": max_new_tokens}.items()
-            if v is not None}  # fmt: skip
+    told = {k: v for k, v in {**names, **policy}.items() if v is not None}
     notes: list[str] = []  # said once all is stored: a refusal is one line
     options = readers.Told(tokenizer, Path(requests) if requests else None, notes.append)
     with as_parquet(path, format, told, processed_logprobs, options) as (file, files, found):
@@ -286,16 +284,15 @@ def _of_the_run(group: pl.DataFrame, path: Path, told: dict[str, Any]) -> dict[s
     if found["temperature"] is not None:
         found |= {k: v for k, v in PLAIN.items() if found[k] is None}
     _check_policy(found, f"{what}: {{}}", DataError)
-    if found["max_new_tokens"] is not None and found["max_new_tokens"] < 1:
-        raise DataError(f"{what}: max_new_tokens {found['max_new_tokens']}: needs at least 1")
     return {k: v for k, v in found.items() if v is not None or k == "max_new_tokens"}
 
 
 def _check_policy(policy: dict[str, Any], name: str, error: type[Exception]) -> None:
     rules: dict[str, tuple[Callable[[Any], bool], str]] = {
         "temperature": (lambda v: 0 <= v < math.inf, "0 (greedy) or more"),
-        "top_k": (lambda v: 0 <= v < 2**31, "0 (off) or more"),
+        "top_k": (lambda v: 0 <= v < 2**31, "0 (off) or more, and below 2147483648"),
         "top_p": (lambda v: 0 < v <= 1, "above 0 and at most 1"),
+        "max_new_tokens": (lambda v: 1 <= v < 2**31, "at least 1, and below 2147483648"),
     }
     for key, (good, rule) in rules.items():
         if policy[key] is not None and not good(policy[key]):

@@ -314,6 +314,8 @@ def _check_settings(
     ):  # fmt: skip
         if value < least:
             raise UsageError(f"{option} {value}: needs at least {least}")
+        if value >= 2**31:
+            raise UsageError(f"{option} {value}: needs less than 2147483648")
     if memory is not None and not 0 < memory < float("inf"):
         raise UsageError(f"--memory {memory}: needs more than 0 GB")
     if not 0 <= temperature < float("inf"):

@@ -125,6 +125,10 @@ def _finish(
                 f"{where}: tells no tokens and not how many there were; give the model's tokenizer with "
                 "--tokenizer, for those of its text"
             )
+        try:
+            row["text"].encode()
+        except (UnicodeEncodeError, AttributeError):  # half a pair of surrogates, which JSON can hold
+            raise DataError(f"{where}: text cannot be kept: it is not valid Unicode") from None
         row["token_ids"] = options.tokenizer(row["text"], add_special_tokens=False)["input_ids"]
     return row
 
