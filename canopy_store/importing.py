@@ -282,6 +282,7 @@ def _of_the_run(group: pl.DataFrame, path: Path, told: dict[str, Any]) -> dict[s
                             "apart, each with a --variant or --run of its own")  # fmt: skip
         found[name] = values[0]
     if found["temperature"] is not None:
+        found["temperature"] = float(found["temperature"])
         found |= {k: v for k, v in PLAIN.items() if found[k] is None}
     _check_policy(found, f"{what}: {{}}", DataError)
     return {k: v for k, v in found.items() if v is not None or k == "max_new_tokens"}
@@ -369,7 +370,7 @@ def _write(
             "run_id": [run_id] * int(known.sum()),
             "prompt_id": rows["prompt_id"].filter(known).to_list(),
             "sample": rows["sample"].filter(known).to_list(),
-            "reward": data["reward"].filter(pa.array(known)),
+            "reward": data["reward"].filter(pa.array(known)).cast(pa.float64(), safe=False),
         })  # fmt: skip
 
 

@@ -84,7 +84,8 @@ def finetune(
     ----------
     model : local folder, hub id, or package:NAME
     data : JSONL of {"messages": …}, {"prompt": …, "completion": …} or {"text": …}
-    out : folder to make; refused if something is in it
+    out : folder to make; refused if something is in it, unless the same call made it: then nothing is
+        trained again
     method : full, or lora (needs peft)
     steps : optimiser steps; by default what ``epochs`` (1) passes over the data take
     batch_size, max_length : sequences a step, tokens a sequence at most
@@ -112,6 +113,14 @@ def finetune(
     loaded, tokenizer, folder = models.load_model(model, device, dtype or "float32")
     if folder.is_file():
         raise UsageError(f"{folder}: a GGUF file cannot be trained; save it as safetensors first")
+    asked = {
+        "parent_sha256": models.weights_sha256(folder), "data_sha256": store.sha256(Path(data)),
+        "method": method, "steps": steps, "epochs": epochs, "batch_size": batch_size,
+        "learning_rate": learning_rate, "max_length": max_length, "seed": seed,
+        "lora_rank": lora_rank if method == "lora" else None, "dtype": dtype,
+    }  # fmt: skip
+    if not _is_free(out):
+        return _made_by(asked, out)
     saved_dtype = getattr(AutoConfig.from_pretrained(folder), "dtype", None) or loaded.dtype
     window = min(max_length, models.context_window(loaded) or max_length)
     sequences = _read_sequences(Path(data), loaded, tokenizer, window)
@@ -121,13 +130,14 @@ def finetune(
     final_loss = _train(trained, sequences, steps, batch_size, learning_rate, seed, show_progress)
     if method == "lora":
         trained = trained.merge_and_unload()
-    _save(trained.to(saved_dtype), tokenizer, out)
-    record = {
+    done = {
         "method": method, "steps": steps, "batch_size": batch_size, "learning_rate": learning_rate,
         "max_length": max_length, "seed": seed, "final_loss": final_loss,
-        "data_sha256": store.sha256(Path(data)), "wall_s": time.perf_counter() - started,
+        "data_sha256": asked["data_sha256"], "wall_s": time.perf_counter() - started,
+        **({"lora_rank": lora_rank} if method == "lora" else {}),
     }  # fmt: skip
-    return {**record, "lora_rank": lora_rank} if method == "lora" else record
+    _save(trained.to(saved_dtype), tokenizer, out, {"asked": asked, "done": done})
+    return done
 
 
 def _check_settings(
@@ -144,8 +154,31 @@ def _check_settings(
             raise UsageError(f"{option}: too small; needs at least {2 if 'length' in option else 1}")
     if not 0 < learning_rate < 1:
         raise UsageError(f"--learning-rate {learning_rate}: needs more than 0 and less than 1")
-    if out.is_file() or (out.is_dir() and any(out.iterdir())):
-        raise UsageError(f"--out {out}: exists and is not empty; choose a new folder")
+    if not _is_free(out) and not (out / _RECORD).is_file():
+        raise _in_use(out)
+
+
+# In a child's folder: what made it. A call that was killed before the store named the child finds it.
+_RECORD = "finetune.json"
+
+
+def _is_free(out: Path) -> bool:
+    return not (out.is_file() or (out.is_dir() and any(out.iterdir())))
+
+
+def _made_by(asked: dict[str, Any], out: Path) -> dict[str, Any]:
+    """What `finetune` returned for the same call, which made ``out``; refused if another one did."""
+    try:
+        found = json.loads((out / _RECORD).read_text())
+        if found["asked"] == asked:
+            return dict(found["done"])
+    except (OSError, ValueError, TypeError, KeyError):
+        pass
+    raise _in_use(out)
+
+
+def _in_use(out: Path) -> UsageError:
+    return UsageError(f"--out {out}: exists and is not empty; choose a new folder")
 
 
 # ---------------------------------------------------------------- data
@@ -330,13 +363,14 @@ def _pad(batch: list[tuple[list[int], list[int]]]) -> dict[str, torch.Tensor]:
     }
 
 
-def _save(model: Any, tokenizer: Any, out: Path) -> None:
+def _save(model: Any, tokenizer: Any, out: Path, record: dict[str, Any]) -> None:
     """Writes the child beside ``out``, then renames: ``out`` is a whole model or is not there."""
     temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     try:
         temporary.mkdir(parents=True)
         model.save_pretrained(temporary, safe_serialization=True)
         tokenizer.save_pretrained(temporary)
+        store.write_json(temporary / _RECORD, record)
         os.replace(temporary, out)
     except OSError as error:
         raise StoreError(f"{out}: cannot write: {error.strerror or error}") from None

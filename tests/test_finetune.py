@@ -224,6 +224,20 @@ def test_command_names_the_child_in_the_store(parent, tmp_path, canopy):
     assert (row["model_id"], row["parent_id"], row["treatment"]) == ("f/sft", "f/base", "sft")
     assert json.loads(row["hyperparameters"])["steps"] == 2
     assert row["data_sha256"] == store.sha256(data)
+    # killed before the store named it, the same call names what is trained; another one is refused
+    for path in store.files(tmp_path / "S", "models"):
+        path.unlink()
+    trained = (tmp_path / "child" / "model.safetensors").stat().st_mtime_ns
+    code, _, err = canopy(*call, "--out", tmp_path / "child", "--seed", 1)
+    assert code == 2
+    assert "not empty" in err
+    code, _, err = canopy(*call, "--out", tmp_path / "child")
+    assert (code, err) == (0, "")
+    assert (tmp_path / "child" / "model.safetensors").stat().st_mtime_ns == trained
+    [again] = [store.read_rows(p).to_pylist()[0] for p in store.files(tmp_path / "S", "models")]
+    assert {k: v for k, v in again.items() if k != "created_at"} == {
+        k: v for k, v in row.items() if k != "created_at"
+    }
     # the name is taken: refused before any training
     code, _, err = canopy(*call, "--out", tmp_path / "other")
     assert code == 1
