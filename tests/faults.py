@@ -167,20 +167,17 @@ def writes(world: Path) -> list[Write]:
     ]  # fmt: skip
 
 
-def kills(world: Path, each: int, seed: int) -> Iterator[str]:
+def kills(world: Path, each: int, seed: int, only: str | None = None) -> Iterator[str]:
     """A line of the table for each command: killed ``each`` times, then run again to its end."""
     rng = random.Random(seed)
     warm = FORKS.Process(target=time.time)  # the server's imports are not to count below
     warm.start()
     warm.join()
     for write in writes(world):
-        whole = world / "unbroken" / write.name
-        shutil.copytree(world / "stores" / write.before, whole / "store")
+        if only not in (None, write.name):
+            continue
         began = time.perf_counter()
-        process = start(write.arguments(whole))
-        process.join()
-        if process.exitcode != 0:
-            sys.exit(f"failed: {write.name}")
+        whole = unbroken(world, write)
         longest = time.perf_counter() - began
         wanted = tables(whole / write.result)
         before = tables(world / "stores" / write.before)
@@ -201,6 +198,18 @@ def kills(world: Path, each: int, seed: int) -> Iterator[str]:
             left = here / write.result
             bad += not (same(tables(left), wanted) and verify(left, deep=True)["harmless"].all())
         yield f"| kill -9 in `canopy {write.name}` | {hit} kills | {told(bad)} |"
+
+
+def unbroken(world: Path, write: Write) -> Path:
+    """The folder in which the command ran to its end at once."""
+    whole = world / "unbroken" / write.name
+    if not whole.exists():
+        shutil.copytree(world / "stores" / write.before, whole / "store")
+        process = start(write.arguments(whole))
+        process.join()
+        if process.exitcode != 0:
+            sys.exit(f"failed: {write.name}")
+    return whole
 
 
 def half_read(root: Path, before: dict[str, pl.DataFrame], after: dict[str, pl.DataFrame]) -> bool:
@@ -243,7 +252,7 @@ def full_disk(world: Path) -> Iterator[str]:
             finally:
                 subprocess.run(["umount", "-l", str(disk)], check=True)
             done = call(write.arguments(here)) == 0 or (here / "out").exists()
-            wanted = tables(world / "unbroken" / write.name / write.result)
+            wanted = tables(unbroken(world, write) / write.result)
             bad += not (done and same(tables(here / write.result), wanted))
         often = f"stopped {stopped} of 4 times"
         yield f"| a disk that fills in `canopy {write.name}` | {often} | {told(bad)} |"
@@ -341,10 +350,15 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=60, help="of the processes together")
     parser.add_argument("--flips", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--only", choices=["kills", "disk", "together", "flips"])
+    parser.add_argument(
+        "--only",
+        choices=["kills", "disk", "together", "flips"],
+        help="a part, whose lines of the table are written anew",
+    )
+    parser.add_argument("--command", help="of kills, those of this command alone")
     options = parser.parse_args()
     parts: dict[str, Callable[[Path], Iterator[str]]] = {
-        "kills": lambda world: kills(world, options.kills, options.seed),
+        "kills": lambda world: kills(world, options.kills, options.seed, options.command),
         "disk": full_disk,
         "together": lambda world: together(world, options.seconds),
         "flips": lambda world: flips(world, options.flips, options.seed),
@@ -358,10 +372,11 @@ def main() -> None:
                 for line in part(world):
                     print(line, flush=True)
                     lines.append(line)
-    if options.only is None:
-        before, _, rest = DOCS.read_text().partition(BEGIN)
-        table = "\n".join(["| fault | how often | outcome |", "|---|---|---|", *lines])
-        DOCS.write_text(f"{before}{BEGIN}\n{table}\n{END}{rest.partition(END)[2]}")
+    before, _, rest = DOCS.read_text().partition(BEGIN)
+    stood, _, after = rest.partition(END)
+    rows = {line.split("|")[1]: line for line in [*stood.strip().splitlines()[2:], *lines]}
+    table = "\n".join(["| fault | how often | outcome |", "|---|---|---|", *rows.values()])
+    DOCS.write_text(f"{before}{BEGIN}\n{table}\n{END}{after}")
     if any("**" in line for line in lines):
         sys.exit("some faults were not survived")
 
