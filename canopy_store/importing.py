@@ -385,8 +385,18 @@ def _check_tokens(record: dict[str, Any], names: list[str]) -> None:
                 raise DataError(f"{name}: n_tokens is {count}, needs the number of tokens")
     if "token_ids" in record:
         for name, ids in zip(names, record["token_ids"], strict=True):
-            if ids.values and (ids.values.null_count or pc.min(ids.values).as_py() < 0):
+            if ids.values and (ids.values.null_count or not _are_ids(ids.values)):
                 raise DataError(f"{name}: token_ids needs ids from 0 on, one a token")
+    if "top_token_ids" in record:
+        for name, steps in zip(names, record["top_token_ids"], strict=True):
+            if not _are_ids(pc.list_flatten(steps.values)):
+                raise DataError(f"{name}: top_token_ids needs ids from 0 on")
+
+
+def _are_ids(values: pa.Array) -> bool:
+    """Whether token ids can be these numbers, NULL left out."""
+    low, high = pc.min_max(values).as_py().values()
+    return low is None or (low >= 0 and high < 2**31)
 
 
 def _finish_reasons(

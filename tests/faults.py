@@ -268,7 +268,8 @@ def read_on(root: Path, until: float, sizes: dict[str, int], said: Any) -> None:
         try:
             frame = canopy_store.read(root, "model_metrics")
             reads += 1
-            half += any(n != sizes[run] for run, n in frame.select("run_id", "n_rollouts").iter_rows())
+            whole = frame.filter(pl.col("selection") == "all").select("run_id", "n_rollouts")
+            half += any(n != sizes[run] for run, n in whole.iter_rows())
         except CanopyError:
             errors += 1
     said.put((reads, errors, half))
