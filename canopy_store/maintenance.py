@@ -240,8 +240,8 @@ def _rewrite(root: Path, run_id: str, shards: _Shards, groups: list[list[int]]) 
             with store.replacing(work / "new" / where / name) as file:
                 store.write_parquet(rows, file)
     for place, _, _ in os.walk(work / "new"):
-        _flush(Path(place))
-    _flush(work)
+        store.flush(Path(place))
+    store.flush(work)
     store.write_json(work / "journal.json", {
         "folders": {where: sorted(names) for where, names in folders.items()},
         "shards": [sum(map(len, groups)), len(groups)],
@@ -278,24 +278,15 @@ def _finish(root: Path, run_id: str) -> tuple[int, int]:
             live, fresh = root / where, work / "new" / where
             if sorted(path.name for path in live.glob("part-*.parquet")) != names:
                 _exchange(fresh, live)
-            _flush(live.parent)
-            _flush(fresh.parent)
+            store.flush(live.parent)
+            store.flush(fresh.parent)
     path = root / "runs" / f"{store.quoted(run_id)}.parquet"
     row = store.read_rows(path).to_pylist()[0]
     store.write_rows(path, "runs", {key: [value] for key, value in {**row, "n_shards": after}.items()})
     with store.writing(root):
         journal.unlink()
-        _flush(work)
+        store.flush(work)
     return before, after
-
-
-def _flush(folder: Path) -> None:
-    """Makes the names in a folder survive a power cut."""
-    file = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(file)
-    finally:
-        os.close(file)
 
 
 def _remove_old(root: Path, run_id: str) -> None:

@@ -290,11 +290,11 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
-        _flush(path.parent)
+        flush(path.parent)
 
 
-def _flush(folder: Path) -> None:
-    """Has the names in a folder survive a power cut."""
+def flush(folder: Path) -> None:
+    """Makes the names in a folder survive a power cut."""
     directory = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(directory)
@@ -351,7 +351,7 @@ def _create_json(path: Path, value: Mapping[str, Any]) -> None:
         except OSError:  # a file system without hard links
             os.replace(mine, path)
         mine.unlink(missing_ok=True)
-        _flush(path.parent)
+        flush(path.parent)
 
 
 def write_rows(path: Path, table: str, columns: Mapping[str, Any], **schema: Any) -> None:
