@@ -16,6 +16,9 @@ from canopy_store.errors import CanopyError
 from canopy_store.importing import import_rollouts
 from canopy_store.status import status
 
+# From here on small files cost a query more than what is in them.
+MANY_SHARDS = 500
+
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(canopy_store.__version__, prog_name="canopy")
@@ -174,6 +177,12 @@ def status_command(root: str, form: str) -> None:
         found = store.tables(store.snapshot(store.locate(root)))
         size = sum(path.stat().st_size for paths in found.values() for path in paths)
         click.echo(f"{len(frame)} runs, {total[0]:,} rollouts, {total[1]:,} tokens, {size:,} bytes")
+        shards = len(found["rollouts"])
+        if shards >= MANY_SHARDS and total[2] < shards << 20 and not store.remote(store.locate(root)):
+            click.echo(
+                f"{shards:,} shards of less than a MiB: queries are quicker once they are few: "
+                f"canopy compact --store {root}"
+            )
         for row in frame.filter(~frame["complete"]).iter_rows(named=True):
             planned = row["shards_planned"] or "?"
             click.echo(

@@ -496,9 +496,9 @@ def ends_labelled(path: Path, table: str) -> bool:
     label = f"{table}:{FORMAT_VERSION}".encode()
     # how Parquet's footer (Thrift, compact) spells the pair: field, length, bytes, twice
     pair = b"\x18" + bytes([len(METADATA_KEY)]) + METADATA_KEY + b"\x18" + bytes([len(label)]) + label
-    with open(path, "rb") as file:
-        size = file.seek(0, os.SEEK_END)
-        file.seek(max(0, size - 16_384))
+    with open(path, "rb", buffering=0) as file:
+        # behind the pair stands only the schema, once more
+        file.seek(max(0, os.fstat(file.fileno()).st_size - 4096))
         tail = file.read()
     return tail[-4:] == b"PAR1" and pair in tail
 

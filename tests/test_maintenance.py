@@ -71,6 +71,14 @@ def without_work(found: dict[str, str]) -> dict[str, str]:
     return {name: value for name, value in found.items() if ".work" not in name}
 
 
+def test_status_names_the_remedy_for_many_small_shards(root, canopy, monkeypatch):
+    monkeypatch.setattr("canopy_store.cli.MANY_SHARDS", 6)
+    line = "6 shards of less than a MiB: queries are quicker once they are few: "
+    assert f"{line}canopy compact --store {root}\n" in canopy("status", "--store", root)[1]
+    assert canopy("compact", "--store", root)[0] == 0
+    assert "shards of less" not in canopy("status", "--store", root)[1]
+
+
 @pytest.mark.parametrize(("fit", "names"), [(1000, ["00006"]), (2, ["00006", "00007", "00008"])])
 def test_few_shards_hold_the_same_rows_in_the_same_order(root, measured, fit, names):
     before = ordered(root)
