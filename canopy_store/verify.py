@@ -217,15 +217,10 @@ def _check_manifest(report: _Report) -> None:
             report.add(report.root / name, table if table in TABLES else "", what,
                        "get it again; if you changed it yourself, export anew")  # fmt: skip
     for table in TABLES:
-        for path in table_files(report.root, table):
+        for path in store.files(report.root, table):
             if path.relative_to(report.root).as_posix() not in entries:
                 report.add(path, table, "not in MANIFEST",
                            "move it out; if you added it yourself, export anew")  # fmt: skip
-
-
-def table_files(root: Path, table: str) -> list[Path]:
-    """A table's Parquet files, those too whose names begin with a dot, as a run's may."""
-    return sorted((root / table).rglob("*.parquet"))
 
 
 def _places(report: _Report, table: str) -> Iterator[tuple[Path, dict[str, str]]]:

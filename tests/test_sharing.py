@@ -25,7 +25,7 @@ import canopy_store
 from canopy_store import sharing, sql, store, untrusted
 from canopy_store.schema import TABLES, arrow_schema
 from canopy_store.sharing import export, pull, push
-from canopy_store.verify import table_files, verify
+from canopy_store.verify import verify
 
 RUNS = [
     f"alpha.{variant}.{task}" for variant in ("base", "instruct") for task in ("coding", "completion")
@@ -160,7 +160,7 @@ def test_an_export_neither_replaces_nor_nests_nor_passes_on_damage(origin, tmp_p
             export(origin, place)
     broken = Path(shutil.copytree(origin, tmp_path / "broken"))
     rewrite(
-        table_files(broken, "rollouts")[0], "rollouts", lambda c: c["entropy_sum"].__setitem__(0, 9.0)
+        store.files(broken, "rollouts")[0], "rollouts", lambda c: c["entropy_sum"].__setitem__(0, 9.0)
     )
     with pytest.raises(canopy_store.DataError, match="entropy_sum is not the sum"):
         export(broken, tmp_path / "out")
@@ -210,7 +210,7 @@ def test_datasets_loads_every_table(shared, tmp_path):
     rollouts = datasets.load_dataset(str(shared), split="train", cache_dir=str(tmp_path))  # the default
     assert (
         rollouts[0]["entropy"]
-        == pl.read_parquet(table_files(shared, "rollouts")[0])["entropy"][0].to_list()
+        == pl.read_parquet(store.files(shared, "rollouts")[0])["entropy"][0].to_list()
     )
 
 
@@ -261,7 +261,7 @@ def changed(
     folder: Path, table: str, change: Callable[[dict[str, list[Any]]], Any], which: int = 0
 ) -> None:
     """Edits a file of an exported folder and enters it in the MANIFEST, as a forger would."""
-    path = table_files(folder, table)[which]
+    path = store.files(folder, table)[which]
     rewrite(path, table, change)
     enter(folder, path)
 
@@ -321,7 +321,7 @@ def test_rules_travel_and_one_that_differs_is_refused(folder, origin, shared, tm
 def test_a_run_that_is_begun_here_is_not_overwritten(shared, origin, tmp_path):
     root = Path(shutil.copytree(origin, tmp_path / "s"))
     (root / "runs" / "alpha.base.coding.parquet").unlink()
-    path = next(p for p in table_files(root, "rollouts") if "alpha.base.coding" in str(p))
+    path = next(p for p in store.files(root, "rollouts") if "alpha.base.coding" in str(p))
     rewrite(path, "rollouts", lambda c: {k: v[:5] for k, v in c.items()})
     before = contents(root)
     with pytest.raises(canopy_store.ConflictError, match="begun here and not complete"):
@@ -410,13 +410,13 @@ def test_files_that_no_export_writes_are_refused(folder, tmp_path, name):
 
 
 def test_files_that_the_manifest_does_not_name_are_refused(folder, tmp_path):
-    path = table_files(folder, "runs")[0]
+    path = store.files(folder, "runs")[0]
     shutil.copy(path, path.with_name("other.parquet"))
     refused(folder, tmp_path, "other.parquet", "not in MANIFEST")
 
 
 def test_links_out_of_the_folder_are_refused(folder, tmp_path):
-    path = table_files(folder, "rollouts")[0]
+    path = store.files(folder, "rollouts")[0]
     path.rename(tmp_path / "elsewhere.parquet")
     path.symlink_to(tmp_path / "elsewhere.parquet")
     refused(folder, tmp_path, "a link out of the folder")
@@ -491,7 +491,7 @@ def bomb_of_shared_beginnings(path: Path, schema: pa.Schema) -> None:
 )
 def test_a_small_file_that_decodes_to_far_more_is_refused(folder, tmp_path, monkeypatch, bomb):
     monkeypatch.setattr(untrusted, "_DECODED", 1 << 27)  # an eighth of the limit, to be quick
-    path = table_files(folder, "rollouts")[0]
+    path = store.files(folder, "rollouts")[0]
     bomb(path, arrow_schema("rollouts"))
     assert path.stat().st_size < 1 << 20
     enter(folder, path)
@@ -502,7 +502,7 @@ def test_a_small_file_that_decodes_to_far_more_is_refused(folder, tmp_path, monk
 
 
 def test_rows_and_columns_that_are_not_what_they_say_are_refused(folder, tmp_path, shared):
-    path = table_files(folder, "rewards")[0]
+    path = store.files(folder, "rewards")[0]
     enter(folder, path, rows=10**9)
     refused(folder, tmp_path, "MANIFEST says 1000000000 rows")
     names = ['"; drop table runs; --', "\x1b[2J\n", "../../etc"]
