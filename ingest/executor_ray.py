@@ -12,13 +12,11 @@ import logging
 import os
 import queue
 import re
-import signal
 import socket
-import threading
 import time
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, redirect_stdout
+from collections.abc import Iterable
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -87,30 +85,9 @@ def _sample(
     count, needs = share(nodes, workers, gpus=not here)
     pool = _Pool(ray, call, needs, progress)
     try:
-        with _interrupts() as pool.interrupted:
-            return pool.sample_all(count)
+        return pool.sample_all(count)
     finally:
         pool.close()
-
-
-@contextmanager
-def _interrupts() -> Iterator[threading.Event]:
-    """An event that Ctrl-C sets, beside what it raises: raised inside Ray's own code, it can be lost."""
-    pressed = threading.Event()
-    before = signal.getsignal(signal.SIGINT)
-    if threading.current_thread() is not threading.main_thread() or not callable(before):
-        yield pressed  # the signal is somebody else's
-        return
-
-    def note(number: int, frame: Any) -> None:
-        pressed.set()
-        before(number, frame)
-
-    signal.signal(signal.SIGINT, note)
-    try:
-        yield pressed
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 def _connect(ray: Any) -> None:
@@ -249,7 +226,6 @@ class _Pool:
         self.deaths: Counter[tuple[str, tuple[Any, ...]]] = Counter()
         self.prepared: tuple[str, list[int]] | None = None
         self.heard: set[tuple[str, Any]] = set()
-        self.interrupted = threading.Event()
 
     def sample_all(self, workers: int) -> str:
         """The id of the run, now complete."""
@@ -285,8 +261,6 @@ class _Pool:
 
     def listen(self) -> None:
         """Waits for answers and draws the conclusions."""
-        if self.interrupted.is_set():
-            raise KeyboardInterrupt
         answers, _ = self.ray.wait(list(self.pending), timeout=_PATIENCE)
         if not answers:  # even news come from none
             needs = " and ".join(f"{n} {name[4:-1].upper()}" for name, n in self.needs.items() if n)

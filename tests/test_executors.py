@@ -233,7 +233,15 @@ def test_a_worker_killed_while_it_samples(tmp_path, call, whole, cluster, canopy
     assert_same_run(tmp_path / "s", whole)
 
 
-def test_drivers_that_end_before_the_run(tmp_path, call, whole, cluster, canopy):
+@pytest.fixture
+def ctrl_c_is_heard() -> Iterator[None]:
+    """What a shell starts in the background is told to ignore Ctrl-C; these tests may be started so."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_drivers_that_end_before_the_run(tmp_path, call, whole, cluster, canopy, ctrl_c_is_heard):
     root = tmp_path / "s"
     command = [sys.executable, "-m", "canopy_store.cli", *call(root), "--executor", "ray"]
     driver = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
