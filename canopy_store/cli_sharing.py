@@ -44,9 +44,9 @@ def verify_command(root: str, deep: bool, form: str) -> None:
 @click.command("export")
 @STORE
 @click.option("--out", required=True, metavar="DIR", help="New folder.")
-@click.option("--table", "tables", multiple=True, metavar="NAME",
-              help="Take this table along; repeatable [default: all]. models, prompts, runs and "
-              "rollouts always go.")  # fmt: skip
+@click.option("--tables", multiple=True, metavar="NAME[,NAME]...",
+              help="Take only these tables along [default: all]; models, prompts, runs and rollouts "
+              "always go.")  # fmt: skip
 @click.option("--where", metavar="SQL", help="Only runs for which this is true: \"family = 'llama'\".")
 @click.option("--no-text", is_flag=True, help="Leave out texts and token ids; no measure is lost.")
 @click.option("--no-embeddings", is_flag=True, help="Leave out embeddings; their spectra stay.")
@@ -60,8 +60,10 @@ def export_command(
     Examples:
       canopy export --store S --out shared --license cc-by-4.0
       canopy export --store S --out math --where "task = 'math'" --no-text
+      canopy export --store S --out small --tables embedding_spectra,rewards
     """
-    out = export(root, tables=tables or None, text=not no_text, embeddings=not no_embeddings, **options)
+    named = [name.strip() for names in tables for name in names.split(",")]
+    out = export(root, tables=named or None, text=not no_text, embeddings=not no_embeddings, **options)
     size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
     click.echo(f"{out}: {size:,} bytes, described in README.md and MANIFEST")
 
@@ -87,15 +89,17 @@ def pull_command(source: str, root: str) -> None:
 
 @click.command("push")
 @click.argument("folder")
-@click.option("--repo", required=True, metavar="USER/NAME", help="Dataset on the Hugging Face hub.")
+@click.argument("repo", metavar="USER/NAME")
 @click.option("--dry-run", is_flag=True, help="Say what would be sent; send nothing.")
 @click.option("--public", is_flag=True, help="A repository made now is open to all [default: private].")
 def push_command(folder: str, repo: str, dry_run: bool, public: bool) -> None:
-    """Send an exported FOLDER to the Hugging Face hub; log in first: hf auth login.
+    """Send an exported FOLDER to the dataset USER/NAME of the Hugging Face hub.
+
+    Log in first: hf auth login.
 
     \b
     Example:
-      canopy push shared --repo user/rollouts --dry-run
+      canopy push shared user/rollouts --dry-run
     """
     sent = push(folder, repo, dry_run=dry_run, private=not public)
     for name, size in sent if dry_run else ():

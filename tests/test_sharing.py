@@ -621,6 +621,34 @@ def test_a_dry_run_lists_what_would_be_sent(shared, folder, monkeypatch):
         push(folder, "someone/rollouts", dry_run=True)
 
 
+def test_the_command_line_exports_pulls_and_lists_what_it_would_push(origin, tmp_path, canopy):
+    def said(*arguments) -> str:
+        code, out, err = canopy(*arguments)
+        assert code == 0, err
+        return out
+
+    out, where = tmp_path / "out", "task = 'coding'"
+    said("export", "--store", origin, "--out", out, "--tables", "rewards,embedding_spectra",
+         "--where", where, "--no-text", "--license", "cc-by-4.0")  # fmt: skip
+    assert {p.name for p in out.iterdir() if p.is_dir()} == {
+        "embedding_spectra", "models", "plans", "prompts", "rewards", "rollouts", "runs",
+    }  # fmt: skip
+    assert 'license: "cc-by-4.0"' in (out / "README.md").read_text()
+    files = [p for p in out.rglob("*") if p.is_file()]
+    size = sum(p.stat().st_size for p in files)
+    listed = said("push", out, "someone/rollouts", "--dry-run").splitlines()
+    assert sorted(line.split()[1] for line in listed[:-1]) == sorted(
+        p.relative_to(out).as_posix() for p in files
+    )
+    assert listed[-1] == f"would send {len(files)} files, {size:,} bytes, to someone/rollouts"
+    runs = canopy_store.read(out, "runs")["run_id"].to_list()
+    pulled = said("pull", out, "--store", tmp_path / "s")
+    assert pulled == f"{tmp_path / 's'}: {len(runs)} runs from {out}: {', '.join(runs)}\n"
+    code, _, err = canopy("push", out, "--dry-run")
+    assert code == 2
+    assert "USER/NAME" in err
+
+
 def test_no_token_is_ever_shown(folder, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_thisisnotatoken")
     with pytest.raises(canopy_store.StoreError, match="push again to resume") as error:
