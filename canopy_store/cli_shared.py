@@ -18,7 +18,8 @@ STORE = click.option("--store", "root", required=True, metavar="DIR", envvar="CA
                      help="Folder, or s3://BUCKET/PREFIX (or set CANOPY_STORE).")  # fmt: skip
 FORMAT = click.option("--format", "form", type=click.Choice(FORMATS), default="table", show_default=True,
                       help="How the rows are printed.")  # fmt: skip
-RUNS = click.option("--run", "runs", multiple=True, metavar="RUN", help="Only this run; repeatable.")
+RUNS = click.option("--run", "--runs", "runs", multiple=True, metavar="RUN",
+                    help="Only this run; repeatable.")  # fmt: skip
 
 
 def require_ingest() -> None:
