@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import datetime
 import errno
+import glob
 import hashlib
 import importlib
 import io
@@ -290,6 +291,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
+        remove_leftovers(path.parent, glob.escape(path.name))
         flush(path.parent)
 
 
@@ -302,11 +304,11 @@ def flush(folder: Path) -> None:
         os.close(directory)
 
 
-def remove_leftovers(folder: Path) -> None:
-    """Removes temporary files in ``folder`` whose writer, on this machine, is no longer alive."""
+def remove_leftovers(folder: Path, names: str = "*") -> None:
+    """Removes temporary files of these files (a pattern) whose writer, on this machine, is dead."""
     if remote(folder):
         return  # there are none
-    for path in folder.glob(f".*.{platform.node()}.*.tmp"):
+    for path in folder.glob(f".{names}.{platform.node()}.*.tmp"):
         pid = path.name.split(".")[-2]
         if pid.isdigit() and not alive(int(pid)):
             path.unlink(missing_ok=True)

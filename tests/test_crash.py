@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import shutil
 import signal
 import subprocess
@@ -181,6 +182,20 @@ def test_an_incomplete_run_is_hidden_unless_asked_for(tmp_path, chain, canopy):
     assert "incomplete: chain.base.walk: 2 of 3 shards" in out
     assert canopy(*ingest_arguments(root, chain, prompts))[0] == 0
     assert len(canopy_store.read(root, "rollouts")) == 90
+
+
+def test_who_writes_a_file_again_removes_what_a_dead_writer_left_of_it(tmp_path):
+    child = subprocess.Popen([sys.executable, "-c", ""])
+    child.wait()
+    node, path = platform.node(), tmp_path / "runs" / "a[1].parquet"
+    path.parent.mkdir()
+    writers = (f"{node}.{child.pid}", f"{node}.{os.getppid()}", f"elsewhere.{child.pid}")
+    left = [path.with_name(f".{path.name}.{writer}.tmp") for writer in writers]
+    left.append(path.with_name(f".b.parquet.{writers[0]}.tmp"))
+    for each in left:
+        each.touch()
+    store.write_json(path, {})
+    assert [each.exists() for each in left] == [False, True, True, True]
 
 
 def test_ctrl_c_says_how_to_resume(tmp_path, chain, canopy):
