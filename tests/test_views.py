@@ -318,7 +318,7 @@ def check(con: Any, runs: list[Run]) -> None:
 
 
 @settings(
-    max_examples=14, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck),
+    max_examples=10, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck),
     print_blob=False,
 )  # fmt: skip
 @given(runs=runs_of_a_store(), max_new_tokens=st.sampled_from([None, 1, 6]))
