@@ -174,11 +174,12 @@ def status_command(root: str, form: str) -> None:
     print_rows(duckdb.from_arrow(frame.to_arrow()), form)
     if form == "table":
         total = frame.select("rollouts", "tokens", "bytes").sum().row(0)
-        found = store.tables(store.snapshot(store.locate(root)))
+        there = store.locate(root)
+        found = store.tables(store.snapshot(there))
         size = sum(path.stat().st_size for paths in found.values() for path in paths)
         click.echo(f"{len(frame)} runs, {total[0]:,} rollouts, {total[1]:,} tokens, {size:,} bytes")
         shards = len(found["rollouts"])
-        if shards >= MANY_SHARDS and total[2] < shards << 20 and not store.remote(store.locate(root)):
+        if shards >= MANY_SHARDS and total[2] < shards << 20 and not store.remote(there):
             click.echo(
                 f"{shards:,} shards of less than a MiB: queries are quicker once they are few: "
                 f"canopy compact --store {root}"
