@@ -29,13 +29,19 @@ def make_store(root: Path) -> None:
             for task in range(TASKS):
                 n = PROMPTS * SAMPLES
                 lengths = rng.integers(4, 40, n)
-                frames.append(pl.DataFrame({
-                    "family": [f"f{family}"] * n, "variant": [variant] * n, "task": [f"t{task}"] * n,
-                    "prompt_id": np.repeat(np.arange(PROMPTS), SAMPLES),
-                    "sample": np.tile(np.arange(SAMPLES), PROMPTS),
-                    "entropy": [rng.gamma(2, 0.5, k).tolist() for k in lengths],
-                    "embedding": rng.normal(size=(n, 8)).tolist(),
-                }))  # fmt: skip
+                frames.append(
+                    pl.DataFrame(
+                        {
+                            "family": [f"f{family}"] * n,
+                            "variant": [variant] * n,
+                            "task": [f"t{task}"] * n,
+                            "prompt_id": np.repeat(np.arange(PROMPTS), SAMPLES),
+                            "sample": np.tile(np.arange(SAMPLES), PROMPTS),
+                            "entropy": [rng.gamma(2, 0.5, k).tolist() for k in lengths],
+                            "embedding": rng.normal(size=(n, 8)).tolist(),
+                        }
+                    )
+                )
     file = root.parent / "rollouts.parquet"
     pl.concat(frames).write_parquet(file)
     canopy_store.import_rollouts(root, file, max_new_tokens=64)

@@ -59,10 +59,18 @@ def generate(model: Any, prompts: list[list[int]], end: int, samples: int, steps
     for ids in prompts:
         with torch.inference_mode():
             out = model.generate(
-                torch.tensor([ids]), do_sample=True, num_return_sequences=samples,
-                max_new_tokens=steps, top_k=100, top_p=1.0, temperature=1.0, eos_token_id=end,
-                pad_token_id=end, output_scores=True, return_dict_in_generate=True,
-            )  # fmt: skip
+                torch.tensor([ids]),
+                do_sample=True,
+                num_return_sequences=samples,
+                max_new_tokens=steps,
+                top_k=100,
+                top_p=1.0,
+                temperature=1.0,
+                eos_token_id=end,
+                pad_token_id=end,
+                output_scores=True,
+                return_dict_in_generate=True,
+            )
             logprobs = torch.stack(out.scores, 1).log_softmax(-1)  # (samples, steps, V)
             torch.special.entr(logprobs.exp()).sum(-1)
         new = out.sequences[:, len(ids) :]
@@ -162,8 +170,11 @@ def flips(options: argparse.Namespace) -> None:
             sum(x != y for x, y in zip(a.token_ids, b.token_ids, strict=False)) for a, b in pairs
         )
         tokens = sum(len(b.token_ids) for _, b in pairs)
-        print(f"width {width} beside {last}: {same.count(False)} of {len(same)} rollouts, "
-              f"{tipped} of {tokens} tokens differ", flush=True)  # fmt: skip
+        print(
+            f"width {width} beside {last}: {same.count(False)} of {len(same)} rollouts, "
+            f"{tipped} of {tokens} tokens differ",
+            flush=True,
+        )
 
 
 def floor(options: argparse.Namespace) -> None:
@@ -185,8 +196,11 @@ def floor(options: argparse.Namespace) -> None:
                 times.append(time.perf_counter() - began)
             seconds = statistics.median(times)
             work = 2 * width * sum(x.in_features * x.out_features for x in layers)
-            print(f"width {width}: {seconds * 1e3:.0f} ms a step, {width / seconds:.0f} tokens/s, "
-                  f"{work / seconds / 1e9:.0f} GFLOP/s", flush=True)  # fmt: skip
+            print(
+                f"width {width}: {seconds * 1e3:.0f} ms a step, {width / seconds:.0f} tokens/s, "
+                f"{work / seconds / 1e9:.0f} GFLOP/s",
+                flush=True,
+            )
 
 
 def main() -> None:
@@ -220,9 +234,21 @@ def main() -> None:
     for size in options.prompt_tokens:
         found: dict[Any, list[dict[str, float]]] = {case: [] for case in cases}
         for _, (name, prompts) in itertools.product(range(options.repeat), cases):  # in turn
-            command = [sys.executable, __file__, options.model, "--one", name, "--prompt-tokens",
-                       str(size), "--prompts", str(prompts), "--samples", str(options.samples),
-                       "--new-tokens", str(options.new_tokens)]  # fmt: skip
+            command = [
+                sys.executable,
+                __file__,
+                options.model,
+                "--one",
+                name,
+                "--prompt-tokens",
+                str(size),
+                "--prompts",
+                str(prompts),
+                "--samples",
+                str(options.samples),
+                "--new-tokens",
+                str(options.new_tokens),
+            ]
             command += ["--cpu-time"] * options.cpu_time
             done = subprocess.run(command, capture_output=True, text=True)
             if done.returncode:
@@ -232,8 +258,11 @@ def main() -> None:
         for (name, prompts), runs in found.items():
             rate, peak = (statistics.median(run[x] for run in runs) for x in ("rate", "memory"))
             foretold = "" if name == "generate" else f"{runs[0]['foretold']:.0f}"
-            print(f"| {prompts} | {size} | {name} | {rate:.1f} | {rate / base:.1f} | "
-                  f"{peak:.0f} | {foretold} |", flush=True)  # fmt: skip
+            print(
+                f"| {prompts} | {size} | {name} | {rate:.1f} | {rate / base:.1f} | "
+                f"{peak:.0f} | {foretold} |",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

@@ -60,21 +60,36 @@ def make_store(root: Path, prompts: int, samples: int, runs: int = RUNS, shards:
 
             prompt_ids = [p for p in ids for _ in range(samples)]
             sample = [s for _ in ids for s in range(samples)]
-            write_shard(store.shard_path(where, shard), {
-                "run_id": [run_id] * rows, "prompt_id": prompt_ids, "sample": sample,
-                "text": [f"rollout {i} " + "lorem ipsum " * 40 for i in range(rows)],
-                "token_ids": lists(rng.integers(0, 49152, steps).astype(np.int32)),
-                "finish_reason": ["stop"] * rows, "entropy": lists(entropy),
-                "logprob": lists(-surprisal), "eos_logprob": lists(eos),
-            })  # fmt: skip
+            write_shard(
+                store.shard_path(where, shard),
+                {
+                    "run_id": [run_id] * rows,
+                    "prompt_id": prompt_ids,
+                    "sample": sample,
+                    "text": [f"rollout {i} " + "lorem ipsum " * 40 for i in range(rows)],
+                    "token_ids": lists(rng.integers(0, 49152, steps).astype(np.int32)),
+                    "finish_reason": ["stop"] * rows,
+                    "entropy": lists(entropy),
+                    "logprob": lists(-surprisal),
+                    "eos_logprob": lists(eos),
+                },
+            )
             centre = rng.normal(size=(len(ids), 1, DIMENSION))
             vectors = (centre + rng.normal(size=(len(ids), samples, DIMENSION))).reshape(rows, -1)
             write_embeddings(root, "minilm", run_id, shard, prompt_ids, sample, vectors)
         store.add_model(root, {k: keys[k] for k in ("family", "variant")})
-        store.complete_run(root, where, {
-            "run_id": run_id, **keys, "model_id": f"{keys['family']}/{keys['variant']}",
-            "rendering": "plain", "engine": "benchmark", "settings": "{}",
-        })  # fmt: skip
+        store.complete_run(
+            root,
+            where,
+            {
+                "run_id": run_id,
+                **keys,
+                "model_id": f"{keys['family']}/{keys['variant']}",
+                "rendering": "plain",
+                "engine": "benchmark",
+                "settings": "{}",
+            },
+        )
     sql.write_database(root)
 
 
@@ -162,15 +177,20 @@ def one_prompt(members, lengths, ends, steps, vectors, truncated) -> dict[str, f
         return float((a * b).sum() / torch.sqrt(a.abs().sum() * b.abs().sum()))
 
     return {
-        "ce_star": float(total.mean()), "surprisal": float(-torch.stack(sums["logprob"]).mean()),
-        "mean_length": float(n.mean()), "entropy_rate": float(rate.mean()),
-        "pearson": pearson(n, rate), "spearman": pearson(ranks(n), ranks(rate)),
-        "kendall": kendall(n, rate), "pearson_d": pearson(n, distance),
-        "spearman_d": pearson(ranks(n), ranks(distance)), "kendall_d": kendall(n, distance),
+        "ce_star": float(total.mean()),
+        "surprisal": float(-torch.stack(sums["logprob"]).mean()),
+        "mean_length": float(n.mean()),
+        "entropy_rate": float(rate.mean()),
+        "pearson": pearson(n, rate),
+        "spearman": pearson(ranks(n), ranks(rate)),
+        "kendall": kendall(n, rate),
+        "pearson_d": pearson(n, distance),
+        "spearman_d": pearson(ranks(n), ranks(distance)),
+        "kendall_d": kendall(n, distance),
         "truncation": float(truncated[members].mean()),
         "diversity": float(1 - (kernel.sum() - kernel.trace()) / (m * (m - 1))),
         "vendi": float(torch.exp(-(eigenvalues * eigenvalues.log()).sum())),
-    }  # fmt: skip
+    }
 
 
 def timed(work: Callable[[], object]) -> float:
@@ -194,10 +214,12 @@ def bytes_per_token(root: Path) -> pl.DataFrame:
                     plain + column.total_uncompressed_size,
                     packed + column.total_compressed_size,
                 )
-    return pl.DataFrame([
-        {"column": name, "uncompressed": plain / tokens, "compressed": packed / tokens}
-        for name, (plain, packed) in sizes.items()
-    ]).sort("compressed", descending=True)  # fmt: skip
+    return pl.DataFrame(
+        [
+            {"column": name, "uncompressed": plain / tokens, "compressed": packed / tokens}
+            for name, (plain, packed) in sizes.items()
+        ]
+    ).sort("compressed", descending=True)
 
 
 def encodings(root: Path) -> pl.DataFrame:
@@ -210,16 +232,22 @@ def encodings(root: Path) -> pl.DataFrame:
         sizes = {}
         for label, split in (("plain", False), ("byte-stream-split", [f"{name}.list.element"])):
             buffer = io.BytesIO()
-            pq.write_table(column, buffer, compression="zstd", use_dictionary=False,
-                           use_byte_stream_split=split)  # fmt: skip
+            pq.write_table(
+                column, buffer, compression="zstd", use_dictionary=False, use_byte_stream_split=split
+            )
             sizes[label] = len(buffer.getvalue()) / tokens
         rows.append({"column": name, **sizes})
     return pl.DataFrame(rows)
 
 
 def show(title: str, table: pl.DataFrame) -> None:
-    with pl.Config(tbl_rows=-1, float_precision=2, tbl_hide_dataframe_shape=True,
-                   tbl_hide_column_data_types=True, tbl_formatting="ASCII_MARKDOWN"):  # fmt: skip
+    with pl.Config(
+        tbl_rows=-1,
+        float_precision=2,
+        tbl_hide_dataframe_shape=True,
+        tbl_hide_column_data_types=True,
+        tbl_formatting="ASCII_MARKDOWN",
+    ):
         print(f"\n{title}\n{table}")
 
 
@@ -267,8 +295,10 @@ def main() -> None:
         for name, value in median.items():
             print(f"{name:>14}: {value:7.2f} s median of {len(times[name])}")
         print(f"the loop takes {median['PyTorch loop'] / median['query']:.1f} times the query")
-        print(f"the query takes {median['query'] / median['bare scan']:.2f} times the bare scan; "
-              f"aim: at most 3 x + 0.3 s = {3 * median['bare scan'] + 0.3:.2f} s")  # fmt: skip
+        print(
+            f"the query takes {median['query'] / median['bare scan']:.2f} times the bare scan; "
+            f"aim: at most 3 x + 0.3 s = {3 * median['bare scan'] + 0.3:.2f} s"
+        )
         show("bytes a token on disk", bytes_per_token(root))
         show("bytes a token by encoding, zstd after it", encodings(root))
 

@@ -61,8 +61,10 @@ def main() -> None:
             print(f"| {shards} | {first:.2f} | {second:.2f} | {third:.2f} | {second / third:.1f} |")
         base = median[few, "model_metrics"]
         taken = {shards: median[shards, "model_metrics"] / base for shards in roots}
-        print(f"{many} shards take {taken[many]:.2f} times as long, compacted {taken['compacted']:.2f}; "
-              "aim: at most 2")  # fmt: skip
+        print(
+            f"{many} shards take {taken[many]:.2f} times as long, compacted {taken['compacted']:.2f}; "
+            "aim: at most 2"
+        )
 
 
 if __name__ == "__main__":

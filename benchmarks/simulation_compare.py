@@ -31,10 +31,12 @@ def draw_side(rng: np.random.Generator, level: np.ndarray, shift: float) -> dict
     r = level[:, None] + shift + own + 0.25 * (0.5 * common + np.sqrt(0.75) * rng.normal(size=n.shape))
     dn, dr = n - n.mean(1, keepdims=True), r - r.mean(1, keepdims=True)
     return {
-        "n_rollouts": np.full(prompts, float(SAMPLES)), "ce_star": (n * r).mean(1),
-        "entropy_rate": r.mean(1), "mean_length": n.mean(1),
+        "n_rollouts": np.full(prompts, float(SAMPLES)),
+        "ce_star": (n * r).mean(1),
+        "entropy_rate": r.mean(1),
+        "mean_length": n.mean(1),
         "rho_pearson": (dn * dr).sum(1) / np.sqrt((dn**2).sum(1) * (dr**2).sum(1)),
-    }  # fmt: skip
+    }
 
 
 def one(rng: np.random.Generator, prompts: int, shift: float) -> list[dict]:
@@ -66,8 +68,10 @@ def truth(shift: float) -> list[float]:
     sums = [np.stack(bootstrap.weighted_values(columns, METRICS)).sum(1) for columns in both]
     base, treated = (bootstrap.pooled(top, bottom, METRICS) for top, bottom in sums)
     # the treatment here moves the rate alone: length and correlation do not change
-    return [float(d) if name in ("ce_star", "entropy_rate") else 0.0
-            for name, d in zip(METRICS, treated - base, strict=True)]  # fmt: skip
+    return [
+        float(d) if name in ("ce_star", "entropy_rate") else 0.0
+        for name, d in zip(METRICS, treated - base, strict=True)
+    ]
 
 
 def main() -> None:
@@ -89,8 +93,10 @@ def main() -> None:
             # Holm rejects something exactly where the smallest p, times their number, is below
             any_rejected += p.min() * len(p) < 0.05
         for k, name in enumerate(METRICS):
-            print(f"| {prompts} | `{name}` | {covered[k] / simulations:.3f} | "
-                  f"{rejected[k] / simulations:.3f} |")  # fmt: skip
+            print(
+                f"| {prompts} | `{name}` | {covered[k] / simulations:.3f} | "
+                f"{rejected[k] / simulations:.3f} |"
+            )
         print(f"| {prompts} | any, Holm-adjusted | | {any_rejected / simulations:.3f} |")
 
 

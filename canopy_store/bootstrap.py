@@ -68,9 +68,12 @@ def weighted_values(values: Mapping[str, Array], names: Sequence[str]) -> tuple[
     """
     n, length = values["n_rollouts"], values["mean_length"]
     weights = {
-        "one": np.ones_like(length), "length": length, "fisher": np.maximum(n - 3, 0),
-        "pairs": n * (n - 1) / 2, "freedom": n - 1,
-    }  # fmt: skip
+        "one": np.ones_like(length),
+        "length": length,
+        "fisher": np.maximum(n - 3, 0),
+        "pairs": n * (n - 1) / 2,
+        "freedom": n - 1,
+    }
     tops, bottoms = [], []
     for name in names:
         measure = MEASURES[name]
@@ -127,10 +130,20 @@ class Rollouts:
 # What the second level draws anew. Vendi scores and length-diversity correlations would need an
 # eigendecomposition or distances anew for each draw.
 ROLLOUT_LEVEL = (
-    "ce_star", "surprisal_mean", "mean_length", "entropy_rate", "gen_ppl", "branching_factor",
-    "canopy_size_log10", "rho_pearson", "rho_spearman", "rho_kendall", "cov_length_rate",
-    "truncation_rate", "semantic_diversity",
-)  # fmt: skip
+    "ce_star",
+    "surprisal_mean",
+    "mean_length",
+    "entropy_rate",
+    "gen_ppl",
+    "branching_factor",
+    "canopy_size_log10",
+    "rho_pearson",
+    "rho_spearman",
+    "rho_kendall",
+    "cov_length_rate",
+    "truncation_rate",
+    "semantic_diversity",
+)
 
 
 def redraw(rollouts: Rollouts, draws: int, rng: np.random.Generator) -> dict[str, Array]:
@@ -143,10 +156,13 @@ def redraw(rollouts: Rollouts, draws: int, rng: np.random.Generator) -> dict[str
     c = np.bincount(flat.ravel(), minlength=draws * m).reshape(draws, m).astype(float)  # (S, M)
     n, r = rollouts.n_tokens.astype(float), rollouts.entropy_rate
     values = {
-        "n_rollouts": np.full(draws, float(m)), "mean_length": c @ n / m,
-        "ce_star": c @ rollouts.entropy_sum / m, "surprisal_mean": c @ rollouts.surprisal_sum / m,
-        "entropy_rate": c @ r / m, "truncation_rate": c @ rollouts.cut / m,
-    }  # fmt: skip
+        "n_rollouts": np.full(draws, float(m)),
+        "mean_length": c @ n / m,
+        "ce_star": c @ rollouts.entropy_sum / m,
+        "surprisal_mean": c @ rollouts.surprisal_sum / m,
+        "entropy_rate": c @ r / m,
+        "truncation_rate": c @ rollouts.cut / m,
+    }
     values["canopy_size_log10"] = values["ce_star"] / np.log(10)
     # rounded as in the view, so that the last bits of a sum make no rank
     signs_n, signs_r = (np.sign(v[:, None] - v[None, :]) for v in (n, np.round(r, 12)))

@@ -53,18 +53,27 @@ def init(root: str) -> None:
 @cli.command("import")
 @click.argument("source", metavar="PATH")
 @STORE
-@click.option("--format", metavar="NAME",
-              help="parquet, paper, lm-eval, inspect, openai-batch [default: as found].")  # fmt: skip
+@click.option(
+    "--format",
+    metavar="NAME",
+    help="parquet, paper, lm-eval, inspect, openai-batch [default: as found].",
+)
 @click.option("--family", metavar="F", help="Model family, where PATH does not tell it.")
 @click.option("--variant", metavar="V", help="Variant, where PATH does not tell it.")
 @click.option("--task", metavar="T", help="Task, where PATH does not tell it.")
 @click.option("--temperature", type=float, help="Sampling temperature, where PATH does not tell it.")
 @click.option("--top-k", type=int, help="Likewise [default: 0, off].")
 @click.option("--top-p", type=float, help="Likewise [default: 1, off].")
-@click.option("--processed-logprobs", is_flag=True,
-              help="PATH's log-probabilities are those after temperature, top-k and top-p.")  # fmt: skip
-@click.option("--tokenizer", metavar="PATH_OR_ID",
-              help="The model's tokenizer, for tokens and rollouts known as text alone.")  # fmt: skip
+@click.option(
+    "--processed-logprobs",
+    is_flag=True,
+    help="PATH's log-probabilities are those after temperature, top-k and top-p.",
+)
+@click.option(
+    "--tokenizer",
+    metavar="PATH_OR_ID",
+    help="The model's tokenizer, for tokens and rollouts known as text alone.",
+)
 @click.option("--requests", metavar="FILE.jsonl", help="The input of the batch that PATH answers.")
 @click.option(
     "--max-new-tokens",
@@ -102,7 +111,7 @@ def import_command(source: str, root: str, tokenizer: str | None, **options: Any
       canopy import log.eval --store S --family llama --variant sft
       canopy import batch_output.jsonl --requests batch_input.jsonl --store S \\
           --family gpt --variant base --task trivia --temperature 1
-    """  # fmt: skip
+    """
     loaded = None
     if tokenizer:
         require_ingest()
@@ -214,12 +223,20 @@ def completion(shell: str) -> None:
 
 
 for command in (
-    cli_analysis.select, cli_analysis.compare_command, cli_analysis.power_command,
-    cli_analysis.regress_command, cli_analysis.report_command, cli_ingest.ingest,
-    cli_sharing.verify_command, cli_sharing.export_command, cli_sharing.pull_command,
-    cli_sharing.push_command, cli_sharing.merge_command, cli_sharing.compact_command,
+    cli_analysis.select,
+    cli_analysis.compare_command,
+    cli_analysis.power_command,
+    cli_analysis.regress_command,
+    cli_analysis.report_command,
+    cli_ingest.ingest,
+    cli_sharing.verify_command,
+    cli_sharing.export_command,
+    cli_sharing.pull_command,
+    cli_sharing.push_command,
+    cli_sharing.merge_command,
+    cli_sharing.compact_command,
     cli_sharing.remove_run_command,
-):  # fmt: skip
+):
     cli.add_command(command)
 
 

@@ -39,8 +39,9 @@ def select_reward_command(root: str, keep: float, **options: Any) -> None:
 @select.command("lengths")
 @STORE
 @click.option("--baseline", default="base", show_default=True, metavar="V")
-@click.option("--caliper", default=0.1, show_default=True,
-              help="A pair's lengths differ by at most this share.")  # fmt: skip
+@click.option(
+    "--caliper", default=0.1, show_default=True, help="A pair's lengths differ by at most this share."
+)
 @RUNS
 @click.option("--name", metavar="NAME", help="[default: lengths_matched_VARIANT, one a variant]")
 def select_lengths_command(root: str, **options: Any) -> None:
@@ -58,12 +59,17 @@ def select_lengths_command(root: str, **options: Any) -> None:
 
 
 _COMPARED = (
-    click.option("--baseline", default="base", show_default=True, metavar="V",
-                 help="Variant the others are compared with, within their family."),
+    click.option(
+        "--baseline",
+        default="base",
+        show_default=True,
+        metavar="V",
+        help="Variant the others are compared with, within their family.",
+    ),
     click.option("--selection", default="all", show_default=True, metavar="NAME"),
     click.option("--embedder", metavar="NAME", help="Needed where the store has several."),
     click.option("--run", "runs", multiple=True, metavar="RUN", help="Only this run; repeatable."),
-)  # fmt: skip
+)
 
 
 def _comparison_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -75,16 +81,34 @@ def _comparison_options(command: Callable[..., Any]) -> Callable[..., Any]:
 @click.command("compare")
 @STORE
 @_comparison_options
-@click.option("--metric", "metrics", multiple=True, metavar="NAME",
-              help="Column of model_metrics; repeatable [default: the main ones].")  # fmt: skip
-@click.option("--by", type=click.Choice(["task", "family", "all"]),
-              help="Only this level of pooling [default: all three].")  # fmt: skip
-@click.option("--resample", type=click.Choice(["prompts", "both", "rollouts"]), default="prompts",
-              show_default=True, help="What the bootstrap draws.")  # fmt: skip
+@click.option(
+    "--metric",
+    "metrics",
+    multiple=True,
+    metavar="NAME",
+    help="Column of model_metrics; repeatable [default: the main ones].",
+)
+@click.option(
+    "--by",
+    type=click.Choice(["task", "family", "all"]),
+    help="Only this level of pooling [default: all three].",
+)
+@click.option(
+    "--resample",
+    type=click.Choice(["prompts", "both", "rollouts"]),
+    default="prompts",
+    show_default=True,
+    help="What the bootstrap draws.",
+)
 @click.option("--replicates", default=2000, show_default=True)
 @click.option("--confidence", default=0.95, show_default=True)
-@click.option("--margin", "margins", multiple=True, metavar="NAME=SIZE",
-              help="Test equivalence: |delta| below SIZE, in the metric's unit or as 5%.")  # fmt: skip
+@click.option(
+    "--margin",
+    "margins",
+    multiple=True,
+    metavar="NAME=SIZE",
+    help="Test equivalence: |delta| below SIZE, in the metric's unit or as 5%.",
+)
 @click.option("--seed", default=42, show_default=True)
 @FORMAT
 def compare_command(root: str, margins: tuple[str, ...], form: str, **options: Any) -> None:
@@ -108,8 +132,20 @@ def compare_command(root: str, margins: tuple[str, ...], form: str, **options: A
     frame = compare(root, margins=sizes, **options)
     if form == "table":
         left = int(frame["n_left_out"].max() or 0)  # type: ignore[arg-type]
-        short = ["family", "task", "variant", "metric", "n_prompts", "baseline", "treated", "delta",
-                 "delta_ci_low", "delta_ci_high", "percent_delta", "p_holm"]  # fmt: skip
+        short = [
+            "family",
+            "task",
+            "variant",
+            "metric",
+            "n_prompts",
+            "baseline",
+            "treated",
+            "delta",
+            "delta_ci_low",
+            "delta_ci_high",
+            "percent_delta",
+            "p_holm",
+        ]
         short += ["equivalent"] if sizes else []
         print_rows(duckdb.from_arrow(frame.select(short).to_arrow()), form)
         if left:
@@ -125,8 +161,14 @@ def compare_command(root: str, margins: tuple[str, ...], form: str, **options: A
 @_comparison_options
 @click.option("--metric", required=True, metavar="NAME", help="ce_star, entropy_rate, rho_pearson, …")
 @click.option("--delta", required=True, type=float, help="Change to detect, in the metric's unit.")
-@click.option("--samples", multiple=True, type=int, metavar="M", default=(4, 8, 16, 32, 64, 128),
-              help="Rollouts per prompt; repeatable [default: 4 to 128].")  # fmt: skip
+@click.option(
+    "--samples",
+    multiple=True,
+    type=int,
+    metavar="M",
+    default=(4, 8, 16, 32, 64, 128),
+    help="Rollouts per prompt; repeatable [default: 4 to 128].",
+)
 @click.option("--power", default=0.8, show_default=True, help="Chance to detect it.")
 @click.option("--alpha", default=0.05, show_default=True, help="Two-sided level.")
 @FORMAT
@@ -144,20 +186,33 @@ def power_command(root: str, form: str, **options: Any) -> None:
 @click.option("--store", "root", metavar="DIR", envvar="CANOPY_STORE", help="The store's folder.")
 @click.option("--panel", metavar="FILE", help="A panel as CSV or Parquet, instead of a store.")
 @click.option("--model", required=True, type=click.Choice(["main", "interaction", "quadratic", "beta"]))
-@click.option("--outcome", default="D", show_default=True, metavar="COLUMN",
-              help="Column to explain: D, vendi_score, or another number of the panel.")  # fmt: skip
+@click.option(
+    "--outcome",
+    default="D",
+    show_default=True,
+    metavar="COLUMN",
+    help="Column to explain: D, vendi_score, or another number of the panel.",
+)
 @click.option("--baseline", default="base", show_default=True, metavar="V")
 @click.option("--reference-task", metavar="T", help="[default: completion, else the first by name]")
-@click.option("--drop", multiple=True, type=click.Choice(["task", "family"]),
-              help="Leave this factor out; needed where it has one level.")  # fmt: skip
+@click.option(
+    "--drop",
+    multiple=True,
+    type=click.Choice(["task", "family"]),
+    help="Leave this factor out; needed where it has one level.",
+)
 @click.option("--selection", metavar="NAME", help="[default: all]")
 @click.option("--embedder", metavar="NAME", help="Needed where there are several.")
 @click.option("--seed", default=0, show_default=True, help="Of the simulated residuals.")
 @FORMAT
 def regress_command(
-    root: str | None, panel: str | None, selection: str | None, embedder: str | None, form: str,
+    root: str | None,
+    panel: str | None,
+    selection: str | None,
+    embedder: str | None,
+    form: str,
     **options: Any,
-) -> None:  # fmt: skip
+) -> None:
     """Explain semantic diversity by entropy rate and length, with prompt, task and family held fixed.
 
     \b
@@ -185,8 +240,11 @@ def regress_command(
         print_rows(duckdb.from_arrow(fit.coefficients.to_arrow()), form)
         return
     click.echo(f"{fit.model}: {fit.formula}")
-    for title, table in (("", fit.coefficients), ("slopes of entropy rate", fit.slopes),
-                         ("tests", fit.tests)):  # fmt: skip
+    for title, table in (
+        ("", fit.coefficients),
+        ("slopes of entropy rate", fit.slopes),
+        ("tests", fit.tests),
+    ):
         if len(table):
             click.echo(title and f"\n{title}")
             print_rows(duckdb.from_arrow(table.to_arrow()), form)
@@ -209,8 +267,13 @@ def _pairs(values: dict[str, Any]) -> str:
 @click.option("--baseline", default="base", show_default=True, metavar="V")
 @click.option("--selection", default="all", show_default=True, metavar="NAME")
 @click.option("--embedder", metavar="NAME", help="[default: the one with the most runs]")
-@click.option("--explorer-rollouts", default=400, show_default=True, metavar="N",
-              help="Rollouts the page carries, to be read one by one.")  # fmt: skip
+@click.option(
+    "--explorer-rollouts",
+    default=400,
+    show_default=True,
+    metavar="N",
+    help="Rollouts the page carries, to be read one by one.",
+)
 @click.option("--seed", default=0, show_default=True, help="Of samples and intervals.")
 def report_command(
     root: str, out: str, figures: str | None, explorer_rollouts: int, **options: Any

@@ -18,14 +18,21 @@ def ingest() -> None:
 
 def _model_options(command: Callable[..., Any]) -> Callable[..., Any]:
     for option in (
-        click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]),
-                     help="[default: bfloat16 on cuda, else float32]"),
+        click.option(
+            "--dtype",
+            type=click.Choice(["float32", "bfloat16", "float16"]),
+            help="[default: bfloat16 on cuda, else float32]",
+        ),
         click.option("--device", metavar="NAME", help="[default: cuda, then mps, then cpu]"),
         click.option("--variant", required=True, metavar="V", help="base, sft, instruct, …"),
         click.option("--family", required=True, metavar="F", help="Model family."),
-        click.option("--model", required=True, metavar="PATH_OR_ID",
-                     help="Folder, .gguf file, hub id, or package:NAME."),
-    ):  # fmt: skip
+        click.option(
+            "--model",
+            required=True,
+            metavar="PATH_OR_ID",
+            help="Folder, .gguf file, hub id, or package:NAME.",
+        ),
+    ):
         command = option(command)
     return command
 
@@ -70,8 +77,12 @@ def _model_options(command: Callable[..., Any]) -> Callable[..., Any]:
 )
 @click.option("--no-eos", is_flag=True, help="Let every rollout run to --max-new-tokens.")
 @click.option("--batch-size", type=int, help="Rollouts side by side [default: what --memory holds].")
-@click.option("--memory", type=float, metavar="GB",
-              help="For the rollouts side by side [default: half of what is free].")  # fmt: skip
+@click.option(
+    "--memory",
+    type=float,
+    metavar="GB",
+    help="For the rollouts side by side [default: half of what is free].",
+)
 @click.option(
     "--engine",
     type=click.Choice(["transformers", "openai", "vllm"]),
@@ -83,8 +94,13 @@ def _model_options(command: Callable[..., Any]) -> Callable[..., Any]:
 @click.option("--served-model", metavar="NAME", help="Its name there [default: the only one].")
 @click.option("--concurrency", type=int, help="Requests at once [default: 32].")
 @click.option("--shard", metavar="I/N", help="Only every N-th shard, for the I-th of N jobs.")
-@click.option("--executor", type=click.Choice(["local", "ray"]), default="local", show_default=True,
-              help="ray: a cluster; its nodes see store, model, prompts at these paths.")  # fmt: skip
+@click.option(
+    "--executor",
+    type=click.Choice(["local", "ray"]),
+    default="local",
+    show_default=True,
+    help="ray: a cluster; its nodes see store, model, prompts at these paths.",
+)
 @click.option("--workers", type=int, help="Of a Ray cluster [default: one a GPU, or one a node].")
 @click.option(
     "--prompts-per-shard",
@@ -154,16 +170,24 @@ def embed_command(root: str, embedder: str, **options: Any) -> None:
 
 @ingest.command("reward")
 @STORE
-@click.option("--reward-model", "model", required=True, metavar="PATH_OR_ID",
-              help="Sequence-classification folder, hub id, or package:NAME.")  # fmt: skip
+@click.option(
+    "--reward-model",
+    "model",
+    required=True,
+    metavar="PATH_OR_ID",
+    help="Sequence-classification folder, hub id, or package:NAME.",
+)
 @click.option("--name", metavar="NAME", help="Name in the store [default: last part of the id].")
 @click.option(
     "--label", type=int, metavar="I", help="Logit that is the reward, where there are several."
 )
 @RUNS
 @click.option("--device", metavar="NAME", help="[default: cuda, then mps, then cpu]")
-@click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]),
-              help="[default: bfloat16 on cuda, else float32]")  # fmt: skip
+@click.option(
+    "--dtype",
+    type=click.Choice(["float32", "bfloat16", "float16"]),
+    help="[default: bfloat16 on cuda, else float32]",
+)
 @click.option("--batch-size", default=16, show_default=True)
 def reward_command(root: str, model: str, **options: Any) -> None:
     """Score every stored rollout with a reward model.
@@ -185,26 +209,46 @@ def reward_command(root: str, model: str, **options: Any) -> None:
 
 @ingest.command("score")
 @STORE
-@click.option("--scorer", required=True, metavar="PATH_OR_ID",
-              help="Folder, .gguf file, hub id, or package:NAME, of the runs' tokenizer.")  # fmt: skip
-@click.option("--name", metavar="NAME",
-              help="[default: the stored checkpoint, else the last part of the id]")  # fmt: skip
+@click.option(
+    "--scorer",
+    required=True,
+    metavar="PATH_OR_ID",
+    help="Folder, .gguf file, hub id, or package:NAME, of the runs' tokenizer.",
+)
+@click.option(
+    "--name", metavar="NAME", help="[default: the stored checkpoint, else the last part of the id]"
+)
 @RUNS
-@click.option("--policy", type=click.Choice(["run", "full"]), default="run", show_default=True,
-              help="run: each run's own; full: temperature 1, no top-k, no top-p.")  # fmt: skip
+@click.option(
+    "--policy",
+    type=click.Choice(["run", "full"]),
+    default="run",
+    show_default=True,
+    help="run: each run's own; full: temperature 1, no top-k, no top-p.",
+)
 @click.option("--temperature", type=float, help="Instead of the policy's; 0 is greedy.")
 @click.option("--top-k", type=int, help="Instead of the policy's; 0 keeps all.")
 @click.option("--top-p", type=float, help="Instead of the policy's; 1 keeps all.")
-@click.option("--template", type=click.Choice(["run", "chat", "plain"]), default="run",
-              show_default=True, help="run: each prompt as the run had it, to the token.")  # fmt: skip
-@click.option("--prompts", metavar="FILE.jsonl",
-              help="Prompts of runs whose prompts the store has no text of.")  # fmt: skip
+@click.option(
+    "--template",
+    type=click.Choice(["run", "chat", "plain"]),
+    default="run",
+    show_default=True,
+    help="run: each prompt as the run had it, to the token.",
+)
+@click.option(
+    "--prompts", metavar="FILE.jsonl", help="Prompts of runs whose prompts the store has no text of."
+)
 @click.option("--device", metavar="NAME", help="[default: cuda, then mps, then cpu]")
-@click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]),
-              help="[default: bfloat16 on cuda, else float32]")  # fmt: skip
+@click.option(
+    "--dtype",
+    type=click.Choice(["float32", "bfloat16", "float16"]),
+    help="[default: bfloat16 on cuda, else float32]",
+)
 @click.option("--batch-size", default=16, show_default=True, help="Rollouts side by side.")
-@click.option("--chunk-tokens", default=512, show_default=True,
-              help="Steps whose logits are held at once.")  # fmt: skip
+@click.option(
+    "--chunk-tokens", default=512, show_default=True, help="Steps whose logits are held at once."
+)
 def score_command(root: str, scorer: str, **options: Any) -> None:
     """Score stored rollouts under another model or policy, for cross-entropy and KL divergence.
 
@@ -244,9 +288,14 @@ def score_command(root: str, scorer: str, **options: Any) -> None:
 @click.option("--parent", metavar="MODEL_ID", help="[default: FAMILY/base]")
 @click.option("--treatment", metavar="NAME", help="[default: sft, or lora]")
 def finetune_command(
-    root: str, family: str, variant: str, parent: str | None, treatment: str | None, out: str,
+    root: str,
+    family: str,
+    variant: str,
+    parent: str | None,
+    treatment: str | None,
+    out: str,
     **options: Any,
-) -> None:  # fmt: skip
+) -> None:
     """Make a fine-tuned child of a model and name it in the store.
 
     The child's row in models says its parent, treatment, hyperparameters and the data's hash.
@@ -260,7 +309,13 @@ def finetune_command(
     from canopy_store.ingest.finetune import finetune_child
 
     model_id = finetune_child(
-        root, out=out, family=family, variant=variant, parent=parent, treatment=treatment,
-        show_progress=sys.stderr.isatty(), **options,
-    )  # fmt: skip
+        root,
+        out=out,
+        family=family,
+        variant=variant,
+        parent=parent,
+        treatment=treatment,
+        show_progress=sys.stderr.isatty(),
+        **options,
+    )
     click.echo(f"{out}: {model_id}, now in {root}")

@@ -14,12 +14,25 @@ import duckdb
 from canopy_store.errors import UsageError
 
 FORMATS = ("table", "csv", "json", "parquet")
-STORE = click.option("--store", "root", required=True, metavar="DIR", envvar="CANOPY_STORE",
-                     help="Folder, or s3://BUCKET/PREFIX (or set CANOPY_STORE).")  # fmt: skip
-FORMAT = click.option("--format", "form", type=click.Choice(FORMATS), default="table", show_default=True,
-                      help="How the rows are printed.")  # fmt: skip
-RUNS = click.option("--run", "--runs", "runs", multiple=True, metavar="RUN",
-                    help="Only this run; repeatable.")  # fmt: skip
+STORE = click.option(
+    "--store",
+    "root",
+    required=True,
+    metavar="DIR",
+    envvar="CANOPY_STORE",
+    help="Folder, or s3://BUCKET/PREFIX (or set CANOPY_STORE).",
+)
+FORMAT = click.option(
+    "--format",
+    "form",
+    type=click.Choice(FORMATS),
+    default="table",
+    show_default=True,
+    help="How the rows are printed.",
+)
+RUNS = click.option(
+    "--run", "--runs", "runs", multiple=True, metavar="RUN", help="Only this run; repeatable."
+)
 
 
 def require_ingest() -> None:
@@ -44,9 +57,16 @@ def print_rows(relation: duckdb.DuckDBPyRelation, form: str) -> None:
         for name in {"p", "p_holm", "p_bh", "p_equivalence"} & set(frame.columns):
             # four decimals would show every small p as 0
             frame = frame.with_columns(pl.col(name).map_elements("{:.2g}".format, pl.String))
-        with pl.Config(tbl_rows=-1, tbl_cols=-1, tbl_width_chars=width, fmt_str_lengths=60,
-                       tbl_hide_dataframe_shape=True, tbl_hide_column_data_types=True,
-                       tbl_formatting="UTF8_FULL_CONDENSED", float_precision=4):  # fmt: skip
+        with pl.Config(
+            tbl_rows=-1,
+            tbl_cols=-1,
+            tbl_width_chars=width,
+            fmt_str_lengths=60,
+            tbl_hide_dataframe_shape=True,
+            tbl_hide_column_data_types=True,
+            tbl_formatting="UTF8_FULL_CONDENSED",
+            float_precision=4,
+        ):
             click.echo(str(frame))
     elif form == "csv":
         nested = [name for name, kind in frame.schema.items() if kind.is_nested()]
@@ -102,8 +122,13 @@ def bar(what: str) -> Iterator[Any]:
 
     console = Console(stderr=True)
     with Progress(
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
-        TextColumn("{task.fields[rate]}"), TimeRemainingColumn(),
-        console=console, disable=not console.is_terminal, transient=True,
-    ) as progress:  # fmt: skip
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[rate]}"),
+        TimeRemainingColumn(),
+        console=console,
+        disable=not console.is_terminal,
+        transient=True,
+    ) as progress:
         yield Bar(progress)

@@ -44,9 +44,12 @@ def verify_command(root: str, deep: bool, form: str) -> None:
 @click.command("export")
 @STORE
 @click.option("--out", required=True, metavar="DIR", help="New folder.")
-@click.option("--tables", multiple=True, metavar="NAME[,NAME]...",
-              help="Take only these tables along [default: all]; models, prompts, runs and rollouts "
-              "always go.")  # fmt: skip
+@click.option(
+    "--tables",
+    multiple=True,
+    metavar="NAME[,NAME]...",
+    help="Take only these tables along [default: all]; models, prompts, runs and rollouts always go.",
+)
 @click.option("--where", metavar="SQL", help="Only runs for which this is true: \"family = 'llama'\".")
 @click.option("--no-text", is_flag=True, help="Leave out texts and token ids; no measure is lost.")
 @click.option("--no-embeddings", is_flag=True, help="Leave out embeddings; their spectra stay.")
@@ -129,8 +132,13 @@ def merge_command(sources: tuple[str, ...], root: str) -> None:
 @click.command("compact")
 @STORE
 @RUNS
-@click.option("--target-mb", default=128.0, show_default=True, metavar="MB",
-              help="Size up to which shards are joined.")  # fmt: skip
+@click.option(
+    "--target-mb",
+    default=128.0,
+    show_default=True,
+    metavar="MB",
+    help="Size up to which shards are joined.",
+)
 def compact_command(root: str, runs: tuple[str, ...], target_mb: float) -> None:
     """Make few shards of many small ones; no value, no order and no view changes.
 

@@ -18,9 +18,17 @@ from canopy_store.errors import DataError, UsageError
 from canopy_store.selections import only_runs, require_one_run
 
 DEFAULT_METRICS = (
-    "ce_star", "entropy_rate", "mean_length", "branching_factor", "rho_pearson", "rho_spearman",
-    "rho_kendall", "semantic_diversity", "vendi_score", "truncation_rate",
-)  # fmt: skip
+    "ce_star",
+    "entropy_rate",
+    "mean_length",
+    "branching_factor",
+    "rho_pearson",
+    "rho_spearman",
+    "rho_kendall",
+    "semantic_diversity",
+    "vendi_score",
+    "truncation_rate",
+)
 LEVELS = ("task", "family", "all")
 POOLED = "(all)"
 _PARTS = ("baseline", "treated", "delta", "percent_delta")
@@ -115,12 +123,21 @@ def compare(
                 drawn_from = 2 * units * samples if fixed else units
                 freedom = 2 * units * (samples - 1) if fixed else units - tasks
                 summary = _summary(name, values[:, k], replicate_values[..., k], confidence)
-                out.append({
-                    "level": level, "family": family, "task": task, "baseline_variant": baseline,
-                    "variant": variant, "treatment": treatments.get((family, variant)),
-                    "selection": selection, "metric": name, **counted, **summary,
-                    **_tests(summary, drawn_from, freedom, margins.get(name)),
-                })  # fmt: skip
+                out.append(
+                    {
+                        "level": level,
+                        "family": family,
+                        "task": task,
+                        "baseline_variant": baseline,
+                        "variant": variant,
+                        "treatment": treatments.get((family, variant)),
+                        "selection": selection,
+                        "metric": name,
+                        **counted,
+                        **summary,
+                        **_tests(summary, drawn_from, freedom, margins.get(name)),
+                    }
+                )
     return _adjusted(_without_repeats(pl.DataFrame(out, infer_schema_length=None)))
 
 
@@ -179,9 +196,13 @@ def store_panel(
 
 
 def _chosen(
-    con: duckdb.DuckDBPyConnection, view: str, root: str | Path, selection: str,
-    embedder: str | None, runs: Sequence[str],
-) -> tuple[pl.DataFrame, str]:  # fmt: skip
+    con: duckdb.DuckDBPyConnection,
+    view: str,
+    root: str | Path,
+    selection: str,
+    embedder: str | None,
+    runs: Sequence[str],
+) -> tuple[pl.DataFrame, str]:
     """A view's rows of one selection and embedder, one run a model and task; and the embedder."""
     every = con.sql(f"from {view}").pl()
     if every.is_empty():
@@ -314,9 +335,13 @@ def _grouped(cells: Cells, level: str) -> dict[tuple[str, str, str], Cells]:
 
 
 def _evaluate(
-    group: Cells, names: list[str], draw: Callable[[int, Any], tuple[Array, Array]], size: int,
-    seed: int, kernels: Mapping[tuple[str, str], bootstrap.Rollouts],
-) -> tuple[Array, Array, Array]:  # fmt: skip
+    group: Cells,
+    names: list[str],
+    draw: Callable[[int, Any], tuple[Array, Array]],
+    size: int,
+    seed: int,
+    kernels: Mapping[tuple[str, str], bootstrap.Rollouts],
+) -> tuple[Array, Array, Array]:
     """Point estimates (2, K), replicates (2, B, K), baseline then treated; prompts used (tasks, K)."""
     point = np.zeros((2, 2, len(names)))  # (top or bottom, side, K)
     used = []

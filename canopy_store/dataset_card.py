@@ -33,10 +33,14 @@ def describe(out: Path, name: str, text: bool, license: str | None) -> None:
     _write_text(out / "croissant.json", json.dumps(card, indent=1, ensure_ascii=False) + "\n")
     _write_text(out / "README.md", _card(out, name, counts, text, license))
     files = sorted(path for path in out.rglob("*") if path.is_file())
-    store.write_json(out / MANIFEST, {
-        "format": "canopy_store", "version": store.FORMAT_VERSION,
-        "files": {path.relative_to(out).as_posix(): manifest_entry(path) for path in files},
-    })  # fmt: skip
+    store.write_json(
+        out / MANIFEST,
+        {
+            "format": "canopy_store",
+            "version": store.FORMAT_VERSION,
+            "files": {path.relative_to(out).as_posix(): manifest_entry(path) for path in files},
+        },
+    )
 
 
 def manifest_entry(path: Path) -> dict[str, Any]:
@@ -62,13 +66,23 @@ def _views(out: Path) -> str:
 
 
 _YAML = {
-    "VARCHAR": "string", "INTEGER": "int32", "BIGINT": "int64", "FLOAT": "float32",
-    "DOUBLE": "float64", "TIMESTAMP": "timestamp[us]", "BOOLEAN": "bool",
-}  # fmt: skip
+    "VARCHAR": "string",
+    "INTEGER": "int32",
+    "BIGINT": "int64",
+    "FLOAT": "float32",
+    "DOUBLE": "float64",
+    "TIMESTAMP": "timestamp[us]",
+    "BOOLEAN": "bool",
+}
 _CROISSANT = {
-    "VARCHAR": "sc:Text", "INTEGER": "sc:Integer", "BIGINT": "sc:Integer", "FLOAT": "sc:Float",
-    "DOUBLE": "sc:Float", "TIMESTAMP": "sc:DateTime", "BOOLEAN": "sc:Boolean",
-}  # fmt: skip
+    "VARCHAR": "sc:Text",
+    "INTEGER": "sc:Integer",
+    "BIGINT": "sc:Integer",
+    "FLOAT": "sc:Float",
+    "DOUBLE": "sc:Float",
+    "TIMESTAMP": "sc:DateTime",
+    "BOOLEAN": "sc:Boolean",
+}
 
 
 def _glob(table: str, *middle: str) -> str:
@@ -106,8 +120,15 @@ def _features(table: str) -> list[dict[str, Any]]:
 def _card(out: Path, name: str, counts: Mapping[str, int], text: bool, license: str | None) -> str:
     """README.md: YAML whose values are JSON, which YAML reads, then what the folder is."""
     size = counts["rollouts"]
-    bounds = (("n<1K", 10**3), ("1K<n<10K", 10**4), ("10K<n<100K", 10**5), ("100K<n<1M", 10**6),
-              ("1M<n<10M", 10**7), ("10M<n<100M", 10**8), ("100M<n<1B", 10**9))  # fmt: skip
+    bounds = (
+        ("n<1K", 10**3),
+        ("1K<n<10K", 10**4),
+        ("10K<n<100K", 10**5),
+        ("100K<n<1M", 10**6),
+        ("1M<n<10M", 10**7),
+        ("10M<n<100M", 10**8),
+        ("100M<n<1B", 10**9),
+    )
     known = license is not None and re.fullmatch(r"[a-z0-9][a-z0-9.\-]*", license)
     head: dict[str, Any] = {"pretty_name": name}
     if license is not None:
@@ -119,11 +140,13 @@ def _card(out: Path, name: str, counts: Mapping[str, int], text: bool, license: 
         "size_categories": [next((label for label, top in bounds if size < top), "n>1B")],
         "configs": configs,
         "dataset_info": [
-            {"config_name": config["config_name"],
-             "features": _features(config["config_name"].partition("--")[0])}
+            {
+                "config_name": config["config_name"],
+                "features": _features(config["config_name"].partition("--")[0]),
+            }
             for config in configs
         ],
-    }  # fmt: skip
+    }
     lines = ["---"]
     for key, value in head.items():
         if isinstance(value, list):
@@ -178,21 +201,43 @@ several embedders has a config for each. Sizes, hashes and row counts of all fil
 """
 
 _CONTEXT = {
-    "@language": "en", "@vocab": "https://schema.org/", "citeAs": "cr:citeAs", "column": "cr:column",
-    "conformsTo": "dct:conformsTo", "cr": "http://mlcommons.org/croissant/",
-    "rai": "http://mlcommons.org/croissant/RAI/", "data": {"@id": "cr:data", "@type": "@json"},
-    "dataType": {"@id": "cr:dataType", "@type": "@vocab"}, "dct": "http://purl.org/dc/terms/",
+    "@language": "en",
+    "@vocab": "https://schema.org/",
+    "citeAs": "cr:citeAs",
+    "column": "cr:column",
+    "conformsTo": "dct:conformsTo",
+    "cr": "http://mlcommons.org/croissant/",
+    "rai": "http://mlcommons.org/croissant/RAI/",
+    "data": {"@id": "cr:data", "@type": "@json"},
+    "dataType": {"@id": "cr:dataType", "@type": "@vocab"},
+    "dct": "http://purl.org/dc/terms/",
     "equivalentProperty": "cr:equivalentProperty",
-    "examples": {"@id": "cr:examples", "@type": "@json"}, "extract": "cr:extract",
-    "field": "cr:field", "fileProperty": "cr:fileProperty", "fileObject": "cr:fileObject",
-    "fileSet": "cr:fileSet", "format": "cr:format", "includes": "cr:includes",
-    "isLiveDataset": "cr:isLiveDataset", "jsonPath": "cr:jsonPath", "key": "cr:key",
-    "md5": "cr:md5", "parentField": "cr:parentField", "path": "cr:path",
-    "recordSet": "cr:recordSet", "references": "cr:references", "regex": "cr:regex",
-    "repeated": "cr:repeated", "replace": "cr:replace", "samplingRate": "cr:samplingRate",
-    "sc": "https://schema.org/", "separator": "cr:separator", "source": "cr:source",
-    "subField": "cr:subField", "transform": "cr:transform",
-}  # fmt: skip
+    "examples": {"@id": "cr:examples", "@type": "@json"},
+    "extract": "cr:extract",
+    "field": "cr:field",
+    "fileProperty": "cr:fileProperty",
+    "fileObject": "cr:fileObject",
+    "fileSet": "cr:fileSet",
+    "format": "cr:format",
+    "includes": "cr:includes",
+    "isLiveDataset": "cr:isLiveDataset",
+    "jsonPath": "cr:jsonPath",
+    "key": "cr:key",
+    "md5": "cr:md5",
+    "parentField": "cr:parentField",
+    "path": "cr:path",
+    "recordSet": "cr:recordSet",
+    "references": "cr:references",
+    "regex": "cr:regex",
+    "repeated": "cr:repeated",
+    "replace": "cr:replace",
+    "samplingRate": "cr:samplingRate",
+    "sc": "https://schema.org/",
+    "separator": "cr:separator",
+    "source": "cr:source",
+    "subField": "cr:subField",
+    "transform": "cr:transform",
+}
 
 
 def _croissant(name: str, tables: list[str], license: str | None, date: str) -> dict[str, Any]:
@@ -200,39 +245,69 @@ def _croissant(name: str, tables: list[str], license: str | None, date: str) -> 
     sets, records = [], []
     for table in tables:
         files = f"{table}-files"
-        sets.append({
-            "@type": "cr:FileSet", "@id": files, "name": files,
-            "description": f"Parquet files of {table}.",
-            "encodingFormat": "application/x-parquet", "includes": _glob(table),
-        })  # fmt: skip
+        sets.append(
+            {
+                "@type": "cr:FileSet",
+                "@id": files,
+                "name": files,
+                "description": f"Parquet files of {table}.",
+                "encodingFormat": "application/x-parquet",
+                "includes": _glob(table),
+            }
+        )
         fields = []
         for column in TABLES[table].columns:
             unit = f" [{column.unit}]" if column.unit else ""
             depth = column.type.count("[]")
-            fields.append({
-                "@type": "cr:Field", "@id": f"{table}/{column.name}", "name": column.name,
-                "description": column.doc + unit,
-                "dataType": _CROISSANT[column.type.removesuffix("[]" * depth)],
-                **({"repeated": True} if depth else {}),
-                "source": {"fileSet": {"@id": files}, "extract": {"column": column.name}},
-            })  # fmt: skip
+            fields.append(
+                {
+                    "@type": "cr:Field",
+                    "@id": f"{table}/{column.name}",
+                    "name": column.name,
+                    "description": column.doc + unit,
+                    "dataType": _CROISSANT[column.type.removesuffix("[]" * depth)],
+                    **({"repeated": True} if depth else {}),
+                    "source": {"fileSet": {"@id": files}, "extract": {"column": column.name}},
+                }
+            )
         for key in TABLES[table].path_columns:
-            fields.append({
-                "@type": "cr:Field", "@id": f"{table}/{key}", "name": key, "dataType": "sc:Text",
-                "description": "From the path; bytes outside letters and digits percent-encoded.",
-                "source": {"fileSet": {"@id": files}, "extract": {"fileProperty": "fullpath"},
-                           "transform": {"regex": f".*?{key}=([^/]+)/.*"}},
-            })  # fmt: skip
-        records.append({
-            "@type": "cr:RecordSet", "@id": table, "name": table, "description": TABLES[table].grain,
-            "key": [{"@id": f"{table}/{key}"} for key in TABLES[table].keys], "field": fields,
-        })  # fmt: skip
+            fields.append(
+                {
+                    "@type": "cr:Field",
+                    "@id": f"{table}/{key}",
+                    "name": key,
+                    "dataType": "sc:Text",
+                    "description": "From the path; bytes outside letters and digits percent-encoded.",
+                    "source": {
+                        "fileSet": {"@id": files},
+                        "extract": {"fileProperty": "fullpath"},
+                        "transform": {"regex": f".*?{key}=([^/]+)/.*"},
+                    },
+                }
+            )
+        records.append(
+            {
+                "@type": "cr:RecordSet",
+                "@id": table,
+                "name": table,
+                "description": TABLES[table].grain,
+                "key": [{"@id": f"{table}/{key}"} for key in TABLES[table].keys],
+                "field": fields,
+            }
+        )
     return {
-        "@context": _CONTEXT, "@type": "sc:Dataset", "conformsTo": "http://mlcommons.org/croissant/1.0",
-        "name": name, "description": "Sampled rollouts of language models with the exact entropy of "
-        "every step, kept by canopy_store.", "version": "1.0.0", "datePublished": date,
+        "@context": _CONTEXT,
+        "@type": "sc:Dataset",
+        "conformsTo": "http://mlcommons.org/croissant/1.0",
+        "name": name,
+        "description": "Sampled rollouts of language models with the exact entropy of "
+        "every step, kept by canopy_store.",
+        "version": "1.0.0",
+        "datePublished": date,
         "citeAs": "Measures: Fine-Tuning Improves Information Conveyance in Language Models, "
-        "arXiv 2605.30844.", **({"license": license} if license else {}),
+        "arXiv 2605.30844.",
+        **({"license": license} if license else {}),
         "url": "https://arxiv.org/abs/2605.30844",
-        "distribution": sets, "recordSet": records,
-    }  # fmt: skip
+        "distribution": sets,
+        "recordSet": records,
+    }

@@ -33,9 +33,14 @@ def spectrum(embeddings: np.ndarray) -> tuple[np.ndarray, np.ndarray, list[float
 
 
 def write_embeddings(
-    root: Path, embedder: str, run_id: str, shard: int,
-    prompt_ids: Sequence[str], samples: Sequence[int], embeddings: np.ndarray,
-) -> None:  # fmt: skip
+    root: Path,
+    embedder: str,
+    run_id: str,
+    shard: int,
+    prompt_ids: Sequence[str],
+    samples: Sequence[int],
+    embeddings: np.ndarray,
+) -> None:
     """Writes one shard of embeddings (rows, d) at unit length, then its prompts' spectra.
 
     The spectra come last, those of every selection too: a shard that has them is done.
@@ -79,27 +84,48 @@ def add_spectra(root: Path, embedder: str, run_id: str, shard: int) -> None:
             prompt_ids, samples = data["prompt_id"].to_pylist(), data["sample"].to_pylist()
             lists = data["embedding"].combine_chunks()
             subset = lists.flatten().to_numpy().reshape(len(data), -1)
-        members = set(zip(*(store.read_rows(chosen)[k].to_pylist() for k in ("prompt_id", "sample")),
-                          strict=True))  # fmt: skip
+        members = set(
+            zip(*(store.read_rows(chosen)[k].to_pylist() for k in ("prompt_id", "sample")), strict=True)
+        )
         rows = [i for i, key in enumerate(zip(prompt_ids, samples, strict=True)) if key in members]
-        _write_spectra(root, embedder, run_id, shard, selection, [prompt_ids[i] for i in rows],
-                       [samples[i] for i in rows], subset[rows])  # fmt: skip
+        _write_spectra(
+            root,
+            embedder,
+            run_id,
+            shard,
+            selection,
+            [prompt_ids[i] for i in rows],
+            [samples[i] for i in rows],
+            subset[rows],
+        )
 
 
 def _write_spectra(
-    root: Path, embedder: str, run_id: str, shard: int, selection: str,
-    prompt_ids: Sequence[str], samples: Sequence[int], unit: np.ndarray,
-) -> None:  # fmt: skip
+    root: Path,
+    embedder: str,
+    run_id: str,
+    shard: int,
+    selection: str,
+    prompt_ids: Sequence[str],
+    samples: Sequence[int],
+    unit: np.ndarray,
+) -> None:
     ids, numbers = np.asarray(prompt_ids, dtype=object), np.asarray(samples, np.int32)
     spectra = []
     for prompt in dict.fromkeys(prompt_ids):
         mine = np.flatnonzero(ids == prompt)
         total, eigenvalues, distances = spectrum(unit[mine])
-        spectra.append({
-            "run_id": run_id, "prompt_id": prompt, "n": len(mine),
-            "samples": numbers[mine], "semantic_distances": distances,
-            "embedding_sum": total, "eigenvalues": eigenvalues,
-        })  # fmt: skip
+        spectra.append(
+            {
+                "run_id": run_id,
+                "prompt_id": prompt,
+                "n": len(mine),
+                "samples": numbers[mine],
+                "semantic_distances": distances,
+                "embedding_sum": total,
+                "eigenvalues": eigenvalues,
+            }
+        )
     where = store.folder(root, "embedding_spectra", embedder=embedder, selection=selection, run=run_id)
     names = [column.name for column in TABLES["embedding_spectra"].columns]
     store.write_rows(

@@ -94,8 +94,12 @@ def import_rollouts(
         A run of this name is stored from another source.
     """
     path = Path(source)
-    policy = {"temperature": temperature, "top_k": top_k, "top_p": top_p,
-              "max_new_tokens": max_new_tokens}  # fmt: skip
+    policy = {
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "max_new_tokens": max_new_tokens,
+    }
     _check_policy(policy, "--{}", UsageError)
     store.check_name("--embedder", embedder)
     store.check_name("--reward-model", reward_model)
@@ -105,14 +109,22 @@ def import_rollouts(
     options = readers.Told(tokenizer, Path(requests) if requests else None, notes.append)
     with as_parquet(path, format, told, processed_logprobs, options) as (file, files, found):
         settings = {
-            "engine": "import", "source_sha256": _hash(path, files),
-            "embedder": embedder, "reward_model": reward_model,
-            **{k: v for k, v in {
-                "format": found, **policy, "processed_logprobs": processed_logprobs or None,
-                "requests_sha256": store.sha256(Path(requests)) if requests else None,
-                "tokenizer_sha256": _tokenizer_hash(tokenizer),
-            }.items() if v is not None},
-        }  # fmt: skip
+            "engine": "import",
+            "source_sha256": _hash(path, files),
+            "embedder": embedder,
+            "reward_model": reward_model,
+            **{
+                k: v
+                for k, v in {
+                    "format": found,
+                    **policy,
+                    "processed_logprobs": processed_logprobs or None,
+                    "requests_sha256": store.sha256(Path(requests)) if requests else None,
+                    "tokenizer_sha256": _tokenizer_hash(tokenizer),
+                }.items()
+                if v is not None
+            },
+        }
         stored = _store(root, path, file, run, settings, told, on_shard)
     if say:
         for note in notes:
@@ -121,9 +133,14 @@ def import_rollouts(
 
 
 def _store(
-    root: str | Path, path: Path, file: Path, run: str | None, common: dict[str, Any],
-    told: dict[str, Any], on_shard: Callable[[int, int], None] | None,
-) -> list[str]:  # fmt: skip
+    root: str | Path,
+    path: Path,
+    file: Path,
+    run: str | None,
+    common: dict[str, Any],
+    told: dict[str, Any],
+    on_shard: Callable[[int, int], None] | None,
+) -> list[str]:
     """Stores what ``file``, the Parquet form of the source at ``path``, holds."""
     schema = _check_schema(file, path)
     keys = _read_keys(file, path, schema)
@@ -144,10 +161,14 @@ def _store(
 
 
 def _store_jobs(
-    root: Path, path: Path, file: Path, schema: pa.Schema,
-    jobs: list[tuple[dict[str, Any], pl.DataFrame]], rollouts: int,
+    root: Path,
+    path: Path,
+    file: Path,
+    schema: pa.Schema,
+    jobs: list[tuple[dict[str, Any], pl.DataFrame]],
+    rollouts: int,
     on_shard: Callable[[int, int], None] | None,
-) -> list[str]:  # fmt: skip
+) -> list[str]:
     """Stores each job's run: settings and rows."""
     for settings, _ in jobs:
         store.forget_unfinished(root, settings["run_id"], engine="import")
@@ -182,9 +203,7 @@ def _tokenizer_hash(tokenizer: Any) -> str | None:
 
 
 def _is_list(kind: pa.DataType, of: Callable[[pa.DataType], bool]) -> bool:
-    listed = (
-        pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
-    )  # fmt: skip
+    listed = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
     return listed and of(kind.value_type)
 
 
@@ -213,20 +232,25 @@ def _check_schema(file: Path, path: Path) -> pa.Schema:
         )
     floats = pa.types.is_floating
     wanted: dict[str, tuple[Callable[[pa.DataType], bool], str]] = {
-        **dict.fromkeys(("entropy", "logprob", "eos_logprob"),
-                        (lambda k: _is_list(k, floats), "a list of floats")),
+        **dict.fromkeys(
+            ("entropy", "logprob", "eos_logprob"), (lambda k: _is_list(k, floats), "a list of floats")
+        ),
         "token_ids": (lambda k: _is_list(k, pa.types.is_integer), "a list of integers"),
-        "top_token_ids": (lambda k: _is_list(k, lambda i: _is_list(i, pa.types.is_integer)),
-                          "a list of lists of integers"),
-        "top_logprobs": (lambda k: _is_list(k, lambda i: _is_list(i, floats)),
-                         "a list of lists of floats"),
+        "top_token_ids": (
+            lambda k: _is_list(k, lambda i: _is_list(i, pa.types.is_integer)),
+            "a list of lists of integers",
+        ),
+        "top_logprobs": (
+            lambda k: _is_list(k, lambda i: _is_list(i, floats)),
+            "a list of lists of floats",
+        ),
         "sample": (pa.types.is_integer, "integers"),
         "prompt_id": (lambda k: _is_text(k) or _is_whole(k), "text or integers"),
         **dict.fromkeys(NAMES, (_is_text, "text")),
         **dict.fromkeys(("n_tokens", "top_k", "max_new_tokens"), (_is_whole, "integers")),
         **dict.fromkeys(("temperature", "top_p", "reward"), (_is_number, "numbers")),
         **dict.fromkeys(("text", "finish_reason", "prompt", "messages", "model"), (_is_text, "text")),
-    }  # fmt: skip
+    }
     for name, kind in zip(schema.names, schema.types, strict=True):
         rule = wanted["entropy"] if name.partition(".")[0] == "embedding" else wanted.get(name)
         if rule and not rule[0](kind):
@@ -278,8 +302,10 @@ def _of_the_run(group: pl.DataFrame, path: Path, told: dict[str, Any]) -> dict[s
         if name in told:
             values = [told[name]]
         if len(values) > 1:
-            raise DataError(f"{what}: {name} is {values[0]} and {values[1]}; a run has one: import them "
-                            "apart, each with a --variant or --run of its own")  # fmt: skip
+            raise DataError(
+                f"{what}: {name} is {values[0]} and {values[1]}; a run has one: import them "
+                "apart, each with a --variant or --run of its own"
+            )
         found[name] = values[0]
     if found["temperature"] is not None:
         found["temperature"] = float(found["temperature"])
@@ -324,9 +350,14 @@ def _of(settings: dict[str, Any]) -> Any:
 
 
 def _write(
-    root: Path, file: Path, path: Path, columns: list[str], settings: dict[str, Any], shard: int,
+    root: Path,
+    file: Path,
+    path: Path,
+    columns: list[str],
+    settings: dict[str, Any],
+    shard: int,
     rows: pl.DataFrame,
-) -> None:  # fmt: skip
+) -> None:
     run_id = settings["run_id"]
     where = store.folder(root, "rollouts", run=run_id, **{k: settings[k] for k in NAMES})
     store.remove_leftovers(where)
@@ -352,26 +383,38 @@ def _write(
             del record[name]
     _check_tokens(record, names)
     record |= {
-        "run_id": [run_id] * len(rows), "prompt_id": rows["prompt_id"].to_list(),
+        "run_id": [run_id] * len(rows),
+        "prompt_id": rows["prompt_id"].to_list(),
         "sample": rows["sample"].to_list(),
         "finish_reason": _finish_reasons(record, settings["max_new_tokens"], names),
-    }  # fmt: skip
+    }
     write_shard(store.shard_path(where, shard), record, names)
     for column in columns:
         kind, _, embedder = column.partition(".")
         if kind == "embedding" and data[column].null_count < len(rows):
             matrix = _matrix(data[column], names)
-            write_embeddings(root, embedder or settings["embedder"], run_id, shard,
-                             record["prompt_id"], record["sample"], matrix)  # fmt: skip
+            write_embeddings(
+                root,
+                embedder or settings["embedder"],
+                run_id,
+                shard,
+                record["prompt_id"],
+                record["sample"],
+                matrix,
+            )
     if "reward" in columns and data["reward"].null_count < len(rows):
         known = data["reward"].is_valid().to_numpy()
         where = store.folder(root, "rewards", reward_model=settings["reward_model"], run=run_id)
-        store.write_rows(store.shard_path(where, shard), "rewards", {
-            "run_id": [run_id] * int(known.sum()),
-            "prompt_id": rows["prompt_id"].filter(known).to_list(),
-            "sample": rows["sample"].filter(known).to_list(),
-            "reward": data["reward"].filter(pa.array(known)).cast(pa.float64(), safe=False),
-        })  # fmt: skip
+        store.write_rows(
+            store.shard_path(where, shard),
+            "rewards",
+            {
+                "run_id": [run_id] * int(known.sum()),
+                "prompt_id": rows["prompt_id"].filter(known).to_list(),
+                "sample": rows["sample"].filter(known).to_list(),
+                "reward": data["reward"].filter(pa.array(known)).cast(pa.float64(), safe=False),
+            },
+        )
 
 
 def _check_tokens(record: dict[str, Any], names: list[str]) -> None:
@@ -430,16 +473,27 @@ def _complete(
     run_id = settings["run_id"]
     if store.is_complete(root, run_id):
         return
-    model_id = store.add_model(root, {
-        **{k: settings[k] for k in ("family", "variant")}, "source": settings.get("model"),
-    })  # fmt: skip
+    model_id = store.add_model(
+        root,
+        {
+            **{k: settings[k] for k in ("family", "variant")},
+            "source": settings.get("model"),
+        },
+    )
     store.add_prompts(root, settings["task"], _new_prompts(root, file, path, schema, settings, group))
     where = store.folder(root, "rollouts", run=run_id, **{k: settings[k] for k in NAMES})
-    store.complete_run(root, where, {
-        **{k: settings.get(k) for k in ("run_id", *NAMES, *PLAIN, "max_new_tokens")},
-        "model_id": model_id, "rendering": "import", "engine": "import",
-        "settings": store.canonical(settings), "versions": "{}",
-    })  # fmt: skip
+    store.complete_run(
+        root,
+        where,
+        {
+            **{k: settings.get(k) for k in ("run_id", *NAMES, *PLAIN, "max_new_tokens")},
+            "model_id": model_id,
+            "rendering": "import",
+            "engine": "import",
+            "settings": store.canonical(settings),
+            "versions": "{}",
+        },
+    )
 
 
 def _new_prompts(

@@ -167,8 +167,10 @@ def _own(root: str | Path, verb: str, anywhere: bool = False) -> Path:
     if store.remote(root) and not anywhere:
         raise UsageError(f"{root}: {verb} needs a store in a local folder")
     if store.exists(root / MANIFEST):
-        raise UsageError(f"{root}: an exported folder, whose {MANIFEST} names its files: merge it into "
-                         f"a store and {verb} there")  # fmt: skip
+        raise UsageError(
+            f"{root}: an exported folder, whose {MANIFEST} names its files: merge it into "
+            f"a store and {verb} there"
+        )
     return root
 
 
@@ -176,9 +178,10 @@ def _shards(root: Path) -> dict[str, _Shards]:
     """Every run's shards, selections aside: they are one file a run."""
     names = [
         path.relative_to(root).as_posix()
-        for table in TABLES if "run" in TABLES[table].partitions and table != "selections"
+        for table in TABLES
+        if "run" in TABLES[table].partitions and table != "selections"
         for path in store.files(root, table)
-    ]  # fmt: skip
+    ]
     found: dict[str, _Shards] = {}
     for (run_id, where, end), files in group_files(names).items():
         numbered = {store.shard_number(target): root / name for name, target in files}
@@ -242,10 +245,13 @@ def _rewrite(root: Path, run_id: str, shards: _Shards, groups: list[list[int]]) 
     for place, _, _ in os.walk(work / "new"):
         store.flush(Path(place))
     store.flush(work)
-    store.write_json(work / "journal.json", {
-        "folders": {where: sorted(names) for where, names in folders.items()},
-        "shards": [sum(map(len, groups)), len(groups)],
-    })  # fmt: skip
+    store.write_json(
+        work / "journal.json",
+        {
+            "folders": {where: sorted(names) for where, names in folders.items()},
+            "shards": [sum(map(len, groups)), len(groups)],
+        },
+    )
 
 
 def _read(path: Path, table: str) -> pa.Table:

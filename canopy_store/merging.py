@@ -26,14 +26,20 @@ _VOLATILE = ("started_at", "finished_at", "wall_s", "energy_j", "energy_method",
 Groups = dict[tuple[str, str, str], list[tuple[str, Path]]]
 Entries = Mapping[str, Mapping[str, Any]]
 # The jobs that fill a derived table, and can go on with one that is not whole.
-_PLANS = {"embeddings": "embedder", "embedding_spectra": "embedder", "scores": "scorer",
-          "rewards": "reward_model"}  # fmt: skip
+_PLANS = {
+    "embeddings": "embedder",
+    "embedding_spectra": "embedder",
+    "scores": "scorer",
+    "rewards": "reward_model",
+}
 
 
 def merge_folder(
-    folder: Path, root: str | Path, entries: Entries,
+    folder: Path,
+    root: str | Path,
+    entries: Entries,
     on_run: Callable[[int, int], None] | None = None,
-) -> list[str]:  # fmt: skip
+) -> list[str]:
     """The ids of the complete runs of a checked folder, now in the store, which is made if missing.
 
     Parameters
@@ -106,8 +112,10 @@ def check_conflicts(
         path, target = folder / name, root / name
         if target.exists():
             kind, _, value = path.stem.partition("=")
-            _same(f"{kind} {store.unquoted(value)}", *(store.read_plan(p)["settings"]
-                                                      for p in (target, path)))  # fmt: skip
+            _same(
+                f"{kind} {store.unquoted(value)}",
+                *(store.read_plan(p)["settings"] for p in (target, path)),
+            )
     models = {row["model_id"]: row for _, row in store.table_rows(root, "models")}
     for _, row in store.table_rows(folder, "models"):
         said = {k: v for k, v in row.items() if v is not None and k != "source"}
@@ -125,9 +133,10 @@ def check_conflicts(
         complete = store.is_complete(root, run["run_id"])
         if complete:
             stored = store.read_rows(_run_row(root, run["run_id"])).to_pylist()[0]
-            _same(f"run {run['run_id']}", *(
-                {k: v for k, v in row.items() if k not in _VOLATILE} for row in (stored, run)
-            ))  # fmt: skip
+            _same(
+                f"run {run['run_id']}",
+                *({k: v for k, v in row.items() if k not in _VOLATILE} for row in (stored, run)),
+            )
         mine = {group: files for group, files in groups.items() if group[0] == run["run_id"]}
         for (_, where, end), files in mine.items():
             _check_group(folder, root / where, end, files, entries, complete)
@@ -136,8 +145,10 @@ def check_conflicts(
             table = files[0][0].partition("/")[0]
             whole = [store.shard_number(target) for _, target in files] == numbers
             if table in _PLANS and not whole and resumable(folder, table, files[0][0]):
-                raise ConflictError(f"{folder / where}: has part of the run only, and the run stands in "
-                                    "other shards here; finish its ingest there first")  # fmt: skip
+                raise ConflictError(
+                    f"{folder / where}: has part of the run only, and the run stands in "
+                    "other shards here; finish its ingest there first"
+                )
 
 
 def _same(what: str, stored: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
@@ -171,8 +182,9 @@ def _check_group(
     if _copied(stored, files, entries):
         return
     if not complete:
-        raise ConflictError(f"{where}: its run is begun here and not complete; finish it, or remove "
-                            "it: canopy rm-run")  # fmt: skip
+        raise ConflictError(
+            f"{where}: its run is begun here and not complete; finish it, or remove it: canopy rm-run"
+        )
     table = files[0][0].partition("/")[0]
     here, there = _comparable(stored, table), _comparable([folder / name for name, _ in files], table)
     keys = [key for key in TABLES[table].keys if key in here.columns]
@@ -185,8 +197,9 @@ def _check_group(
         if not names:
             return
         what = f"other values of {', '.join(names)}"
-    raise ConflictError(f"{where}: {what}; nothing was taken: use another store, or remove what is "
-                        "here first")  # fmt: skip
+    raise ConflictError(
+        f"{where}: {what}; nothing was taken: use another store, or remove what is here first"
+    )
 
 
 def _agree(one: pl.Series, other: pl.Series, text: bool) -> bool:
@@ -216,10 +229,16 @@ def _add_prompts(folder: Path, root: Path) -> None:
         task = store.unquoted(path.parent.name.removeprefix("task="))
         rows = store.read_rows(path).to_pylist()
         filled = [
-            {**row, **{c: theirs.get((task, row["prompt_id"]), row)[c]
-                       for c in TEXTS["prompts"] if row[c] is None}}
+            {
+                **row,
+                **{
+                    c: theirs.get((task, row["prompt_id"]), row)[c]
+                    for c in TEXTS["prompts"]
+                    if row[c] is None
+                },
+            }
             for row in rows
-        ]  # fmt: skip
+        ]
         if filled != rows:
             store.add_prompts(root, task, filled)
             path.unlink()
@@ -267,9 +286,7 @@ def _keys(rows: pa.Table, *names: str) -> list[tuple[Any, ...]]:
     return list(zip(*(rows[name].to_pylist() for name in names), strict=True))
 
 
-def _cut(
-    folder: Path, root: Path, groups: Groups, entries: Entries
-) -> tuple[list[int], list[Path]]:  # fmt: skip
+def _cut(folder: Path, root: Path, groups: Groups, entries: Entries) -> tuple[list[int], list[Path]]:
     """The numbers of a run's shards in the source; and its shards here, where they hold others' rows.
 
     Compaction cuts a run anew, so that shards of one name need not be the same.

@@ -63,10 +63,20 @@ def power(
     if any(m <= lost for m in samples):
         raise UsageError(f"--samples: {metric} needs more than {lost} rollouts a prompt")
     both = [
-        _pooled(compare(root, metrics=[metric], resample=resample, baseline=baseline, seed=seed,
-                        selection=selection, embedder=embedder, runs=runs))
+        _pooled(
+            compare(
+                root,
+                metrics=[metric],
+                resample=resample,
+                baseline=baseline,
+                seed=seed,
+                selection=selection,
+                embedder=embedder,
+                runs=runs,
+            )
+        )
         for resample in ("prompts", "rollouts")
-    ]  # fmt: skip
+    ]
     reached = stats.norm.isf(alpha / 2) + stats.norm.ppf(power)
     rows = []
     for total, fixed in zip(*(frame.iter_rows(named=True) for frame in both), strict=True):
@@ -78,11 +88,18 @@ def power(
         for m in samples:
             variance = between + within / (m - lost)
             needed = max(2, math.ceil(variance * (reached / delta) ** 2))
-            rows.append({
-                "variant": total["variant"], "metric": metric, "delta": delta, "n_samples": m,
-                "n_prompts": needed, "n_rollouts": needed * m, "sd_prompts": math.sqrt(between),
-                "sd_rollouts": math.sqrt(within),
-            })  # fmt: skip
+            rows.append(
+                {
+                    "variant": total["variant"],
+                    "metric": metric,
+                    "delta": delta,
+                    "n_samples": m,
+                    "n_prompts": needed,
+                    "n_rollouts": needed * m,
+                    "sd_prompts": math.sqrt(between),
+                    "sd_rollouts": math.sqrt(within),
+                }
+            )
     frame = pl.DataFrame(rows)
     fewest = pl.col("n_rollouts") == pl.col("n_rollouts").min().over("variant")
     return frame.with_columns(fewest.alias("cheapest"))

@@ -49,20 +49,29 @@ def write_shard(path: Path, columns: Mapping[str, Any], rows: Sequence[str] | No
         _require(good(steps), steps, name, offsets, names, rule)
         return steps
 
-    entropy = record("entropy", "an entropy is finite and at least 0 nats",
-                     lambda h: np.isfinite(h) & (h >= -_ROUNDING))  # fmt: skip
+    entropy = record(
+        "entropy",
+        "an entropy is finite and at least 0 nats",
+        lambda h: np.isfinite(h) & (h >= -_ROUNDING),
+    )
     if entropy is not None:
         entropy = np.maximum(entropy, np.float32(0))
         filled["entropy"] = _lists(entropy, offsets)
         filled["entropy_sum"] = _sums(entropy, offsets)
-    logprob = record("logprob", "a sampled token has a finite log-probability of at most 0 nats",
-                     lambda s: np.isfinite(s) & (s <= _ROUNDING))  # fmt: skip
+    logprob = record(
+        "logprob",
+        "a sampled token has a finite log-probability of at most 0 nats",
+        lambda s: np.isfinite(s) & (s <= _ROUNDING),
+    )
     if logprob is not None:
         logprob = np.minimum(logprob, np.float32(0))
         filled["logprob"] = _lists(logprob, offsets)
         filled["surprisal_sum"] = _sums(-logprob, offsets)
-    eos = record("eos_logprob", "the log-probability of ending is at most 0 nats, or -inf",
-                 lambda e: ~np.isnan(e) & (e <= _ROUNDING))  # fmt: skip
+    eos = record(
+        "eos_logprob",
+        "the log-probability of ending is at most 0 nats, or -inf",
+        lambda e: ~np.isnan(e) & (e <= _ROUNDING),
+    )
     if eos is not None:
         eos = np.minimum(eos, np.float32(0))
         filled["eos_logprob"] = _lists(eos, offsets)
@@ -122,9 +131,13 @@ def _steps(values: Any, name: str, rows: Sequence[str], offsets: np.ndarray, lon
 
 
 def _require(
-    good: np.ndarray, steps: np.ndarray, name: str, offsets: np.ndarray, rows: Sequence[str],
+    good: np.ndarray,
+    steps: np.ndarray,
+    name: str,
+    offsets: np.ndarray,
+    rows: Sequence[str],
     rule: str,
-) -> None:  # fmt: skip
+) -> None:
     if not good.all():
         at = int(np.argmin(good))
         row = int(np.searchsorted(offsets, at, side="right")) - 1

@@ -102,18 +102,25 @@ _EOS_LOGPROB = _c(
 _SUMS = (
     _c("surprisal_sum", "DOUBLE", "Sum of -logprob over the rollout.", "nats", False),
     _c(
-        "stop_entropy_sum", "DOUBLE",
-        "Sum over steps of the binary entropy of ending against going on.", "nats", False,
+        "stop_entropy_sum",
+        "DOUBLE",
+        "Sum over steps of the binary entropy of ending against going on.",
+        "nats",
+        False,
     ),
-)  # fmt: skip
+)
 
 TABLES: dict[str, Table] = {
     table.name: table
     for table in (
         Table(
-            "models", "one row per checkpoint", ("model_id",),
+            "models",
+            "one row per checkpoint",
+            ("model_id",),
             (
-                _MODEL_ID, _FAMILY, _VARIANT,
+                _MODEL_ID,
+                _FAMILY,
+                _VARIANT,
                 _c("parent_id", "VARCHAR", "model_id this one was made from.", "", False),
                 _c("treatment", "VARCHAR", "What was done to the parent: base, sft, lora, dpo, …"),
                 _c("generation", "INTEGER", "Generations since the first ancestor; 0 for a base."),
@@ -126,7 +133,9 @@ TABLES: dict[str, Table] = {
             ),
         ),
         Table(
-            "prompts", "one row per prompt of a task", ("task", "prompt_id"),
+            "prompts",
+            "one row per prompt of a task",
+            ("task", "prompt_id"),
             (
                 _PROMPT_ID,
                 _c("text", "VARCHAR", "The prompt as plain text.", "", False),
@@ -137,9 +146,15 @@ TABLES: dict[str, Table] = {
             ("task",),
         ),
         Table(
-            "runs", "one row per complete run", ("run_id",),
+            "runs",
+            "one row per complete run",
+            ("run_id",),
             (
-                _RUN_ID, _MODEL_ID, _FAMILY, _VARIANT, _TASK,
+                _RUN_ID,
+                _MODEL_ID,
+                _FAMILY,
+                _VARIANT,
+                _TASK,
                 _c("rendering", "VARCHAR", "How prompts became tokens: chat, plain or import."),
                 _c("temperature", "DOUBLE", "Sampling temperature; 0 is greedy.", "", False),
                 _c("top_k", "INTEGER", "Tokens kept by top-k; 0 is off.", "tokens", False),
@@ -150,8 +165,12 @@ TABLES: dict[str, Table] = {
                 _c("n_rollouts", "BIGINT", "Rollouts in the run."),
                 _c("n_tokens", "BIGINT", "Generated tokens in the run.", "tokens"),
                 _c("n_shards", "INTEGER", "Parquet files of the run's rollouts."),
-                _c("logged", "BOOLEAN", "Whether every rollout came with logprob and entropy; where "
-                   "false, views take what lacks from scores under the run's own model and policy."),
+                _c(
+                    "logged",
+                    "BOOLEAN",
+                    "Whether every rollout came with logprob and entropy; where "
+                    "false, views take what lacks from scores under the run's own model and policy.",
+                ),
                 _c("seed", "BIGINT", "Seed asked for.", "", False),
                 _c("dtype", "VARCHAR", "Number format of the weights while sampling.", "", False),
                 _c("device", "VARCHAR", "Device it ran on.", "", False),
@@ -160,100 +179,165 @@ TABLES: dict[str, Table] = {
                 _c("settings", "VARCHAR", "Every setting a resumed run must repeat, as JSON."),
                 _c("started_at", "TIMESTAMP", "Start of the run's first ingest, UTC."),
                 _c("finished_at", "TIMESTAMP", "When the run was completed, UTC."),
-                _c("wall_s", "DOUBLE", "Time spent sampling in the ingest that completed the run.",
-                   "seconds", False),
+                _c(
+                    "wall_s",
+                    "DOUBLE",
+                    "Time spent sampling in the ingest that completed the run.",
+                    "seconds",
+                    False,
+                ),
                 _c("energy_j", "DOUBLE", "Energy used; NULL when not measured.", "joules", False),
                 _c("energy_method", "VARCHAR", "How energy_j was measured.", "", False),
             ),
         ),
         Table(
-            "rollouts", "one row per rollout", ("run_id", "prompt_id", "sample"),
+            "rollouts",
+            "one row per rollout",
+            ("run_id", "prompt_id", "sample"),
             (
-                _RUN_ID, _PROMPT_ID, _SAMPLE,
+                _RUN_ID,
+                _PROMPT_ID,
+                _SAMPLE,
                 _c("text", "VARCHAR", "The generated text.", "", False),
-                _c("token_ids", "INTEGER[]",
-                   "Generated token ids, the end-of-sequence token included when sampled.", "",
-                   False),
+                _c(
+                    "token_ids",
+                    "INTEGER[]",
+                    "Generated token ids, the end-of-sequence token included when sampled.",
+                    "",
+                    False,
+                ),
                 _c("n_tokens", "INTEGER", "N: generated tokens, the end token included.", "tokens"),
-                _c("finish_reason", "VARCHAR",
-                   "stop: ended by itself; length: cut at max_new_tokens.", "", False),
+                _c(
+                    "finish_reason",
+                    "VARCHAR",
+                    "stop: ended by itself; length: cut at max_new_tokens.",
+                    "",
+                    False,
+                ),
                 _LOGPROB,
-                _c("entropy", "FLOAT[]",
-                   "Per step, entropy of the sampling policy over its whole support; NULL where the "
-                   "engine gave none (views then take that of scores).", "nats", False),
+                _c(
+                    "entropy",
+                    "FLOAT[]",
+                    "Per step, entropy of the sampling policy over its whole support; NULL where the "
+                    "engine gave none (views then take that of scores).",
+                    "nats",
+                    False,
+                ),
                 _EOS_LOGPROB,
                 _c("entropy_sum", "DOUBLE", "H_i: sum of entropy over the rollout.", "nats", False),
                 *_SUMS,
-                _c("top_token_ids", "INTEGER[][]", "Per step, ids of the likeliest tokens, in order; "
-                   "a shortened list, of which no entropy may be taken.", "", False),
-                _c("top_logprobs", "FLOAT[][]", "Per step, log π of top_token_ids; of the model or of "
-                   "the server where the run's settings say so in top_logprobs_of.", "nats", False),
+                _c(
+                    "top_token_ids",
+                    "INTEGER[][]",
+                    "Per step, ids of the likeliest tokens, in order; "
+                    "a shortened list, of which no entropy may be taken.",
+                    "",
+                    False,
+                ),
+                _c(
+                    "top_logprobs",
+                    "FLOAT[][]",
+                    "Per step, log π of top_token_ids; of the model or of "
+                    "the server where the run's settings say so in top_logprobs_of.",
+                    "nats",
+                    False,
+                ),
             ),
             ("family", "variant", "task", "run"),
         ),
         Table(
-            "scores", "one row per rollout under another model or policy",
+            "scores",
+            "one row per rollout under another model or policy",
             ("run_id", "prompt_id", "sample", "scorer_id", "policy"),
             (
-                _RUN_ID, _PROMPT_ID, _SAMPLE,
+                _RUN_ID,
+                _PROMPT_ID,
+                _SAMPLE,
                 _c("policy", "VARCHAR", "The policy scored under, as JSON: temperature, top_k, top_p."),
-                _SCORE_LOGPROB, _ENTROPY, _EOS_LOGPROB, _H, *_SUMS,
+                _SCORE_LOGPROB,
+                _ENTROPY,
+                _EOS_LOGPROB,
+                _H,
+                *_SUMS,
             ),
             ("scorer_id", "run"),
         ),
         Table(
-            "embeddings", "one row per rollout under an embedder",
+            "embeddings",
+            "one row per rollout under an embedder",
             ("run_id", "prompt_id", "sample", "embedder"),
             (
-                _RUN_ID, _PROMPT_ID, _SAMPLE,
+                _RUN_ID,
+                _PROMPT_ID,
+                _SAMPLE,
                 _c("embedding", "FLOAT[]", "Unit-length embedding of the rollout's text."),
             ),
             ("embedder", "run"),
         ),
         Table(
-            "embedding_spectra", "one row per prompt's rollouts under an embedder",
+            "embedding_spectra",
+            "one row per prompt's rollouts under an embedder",
             ("run_id", "prompt_id", "embedder", "selection"),
             (
-                _RUN_ID, _PROMPT_ID,
+                _RUN_ID,
+                _PROMPT_ID,
                 _c("n", "INTEGER", "Rollouts in the subset."),
                 _c("samples", "INTEGER[]", "Sample numbers of the subset."),
-                _c("semantic_distances", "DOUBLE[]",
-                   "Per rollout of samples, 1 - mean cosine similarity to the others; NULL of one."),
+                _c(
+                    "semantic_distances",
+                    "DOUBLE[]",
+                    "Per rollout of samples, 1 - mean cosine similarity to the others; NULL of one.",
+                ),
                 _c("embedding_sum", "DOUBLE[]", "Sum of the unit embeddings."),
-                _c("eigenvalues", "DOUBLE[]",
-                   "Eigenvalues of the cosine kernel / n, largest first; they sum to 1."),
+                _c(
+                    "eigenvalues",
+                    "DOUBLE[]",
+                    "Eigenvalues of the cosine kernel / n, largest first; they sum to 1.",
+                ),
             ),
             ("embedder", "selection", "run"),
         ),
         Table(
-            "selections", "one row per rollout of a named subset",
+            "selections",
+            "one row per rollout of a named subset",
             ("run_id", "prompt_id", "sample", "selection"),
             (_RUN_ID, _PROMPT_ID, _SAMPLE),
             ("selection", "run"),
         ),
         Table(
-            "rewards", "one row per rollout under a reward model",
+            "rewards",
+            "one row per rollout under a reward model",
             ("run_id", "prompt_id", "sample", "reward_model"),
             (_RUN_ID, _PROMPT_ID, _SAMPLE, _c("reward", "DOUBLE", "The reward model's score.")),
             ("reward_model", "run"),
         ),
     )
-}  # fmt: skip
+}
 
 _PATH_DOCS = (
-    _FAMILY, _VARIANT, _TASK,
+    _FAMILY,
+    _VARIANT,
+    _TASK,
     _c("embedder", "VARCHAR", "Embedding model; 'none' in views where nothing is embedded."),
     _c("selection", "VARCHAR", "Named subset of the rollouts; 'all' is every one."),
     _c("reward_model", "VARCHAR", "Reward model."),
     _c("scorer_id", "VARCHAR", "The scoring model."),
-)  # fmt: skip
+)
 
 # Columns that only views have. Definitions: docs/measures.md.
 METRICS: tuple[Column, ...] = (
-    _c("entropy_rate", "DOUBLE", "r: entropy_sum / n_tokens, averaged above the rollout.",
-       "nats per token"),
-    _c("content_entropy_sum", "DOUBLE", "entropy_sum - stop_entropy_sum: what to say, given that "
-       "the rollout goes on.", "nats"),
+    _c(
+        "entropy_rate",
+        "DOUBLE",
+        "r: entropy_sum / n_tokens, averaged above the rollout.",
+        "nats per token",
+    ),
+    _c(
+        "content_entropy_sum",
+        "DOUBLE",
+        "entropy_sum - stop_entropy_sum: what to say, given that the rollout goes on.",
+        "nats",
+    ),
     _c("semantic_distance", "DOUBLE", "1 - mean cosine similarity to the prompt's other rollouts."),
     _c("n_rollouts", "BIGINT", "Rollouts behind the row."),
     _c("n_prompts", "BIGINT", "Prompts behind the row."),
@@ -262,8 +346,12 @@ METRICS: tuple[Column, ...] = (
     _c("mean_length", "DOUBLE", "Mean n_tokens.", "tokens"),
     _c("gen_ppl", "DOUBLE", "exp(ce_star / mean_length)."),
     _c("branching_factor", "DOUBLE", "exp(entropy_rate)."),
-    _c("canopy_size_log10", "DOUBLE", "log10 of exp(ce_star), the effective number of rollouts.",
-       "powers of ten"),
+    _c(
+        "canopy_size_log10",
+        "DOUBLE",
+        "log10 of exp(ce_star), the effective number of rollouts.",
+        "powers of ten",
+    ),
     _c("rho_pearson", "DOUBLE", "Pearson correlation of length and entropy rate."),
     _c("rho_spearman", "DOUBLE", "Spearman correlation of length and entropy rate (mid-ranks)."),
     _c("rho_kendall", "DOUBLE", "Kendall's tau-b of length and entropy rate."),
@@ -273,22 +361,36 @@ METRICS: tuple[Column, ...] = (
     _c("rho_length_diversity_pearson", "DOUBLE", "Pearson, length and semantic distance."),
     _c("rho_length_diversity_spearman", "DOUBLE", "Spearman, length and semantic distance."),
     _c("rho_length_diversity_kendall", "DOUBLE", "Kendall's tau-b, length and semantic distance."),
-    _c("cov_length_diversity", "DOUBLE", "Sample covariance, length and semantic distance.",
-       "tokens"),
-    _c("vendi_score", "DOUBLE", "exp of the spectrum's Shannon entropy: effective number of "
-       "distinct rollouts."),
+    _c("cov_length_diversity", "DOUBLE", "Sample covariance, length and semantic distance.", "tokens"),
+    _c(
+        "vendi_score",
+        "DOUBLE",
+        "exp of the spectrum's Shannon entropy: effective number of distinct rollouts.",
+    ),
     _c("length_rate_product", "DOUBLE", "E[N] · E[r].", "nats"),
     _c("cov_within", "DOUBLE", "Mean over prompts of the population covariance of N and r.", "nats"),
     _c("cov_between", "DOUBLE", "Population covariance over prompts of E[N|X] and E[r|X].", "nats"),
-    _c("stop_entropy", "DOUBLE", "Entropy of ending against going on, summed over a rollout or at "
-       "one position.", "nats"),
-    _c("content_entropy", "DOUBLE", "Entropy of the next token given that the rollout goes on, "
-       "weighted by going on.", "nats"),
+    _c(
+        "stop_entropy",
+        "DOUBLE",
+        "Entropy of ending against going on, summed over a rollout or at one position.",
+        "nats",
+    ),
+    _c(
+        "content_entropy",
+        "DOUBLE",
+        "Entropy of the next token given that the rollout goes on, weighted by going on.",
+        "nats",
+    ),
     _c("position", "INTEGER", "Step of the rollout, from 1.", "tokens"),
     _c("active", "BIGINT", "Rollouts that reach the position."),
     _c("mean_entropy", "DOUBLE", "Mean entropy of the step over active rollouts.", "nats"),
-    _c("mean_entropy_rate", "DOUBLE", "Mean over active rollouts of their entropy rate so far.",
-       "nats per token"),
+    _c(
+        "mean_entropy_rate",
+        "DOUBLE",
+        "Mean over active rollouts of their entropy rate so far.",
+        "nats per token",
+    ),
     _c("stop_probability", "DOUBLE", "Mean probability of ending at the position."),
     _c("stopped", "BIGINT", "Rollouts that did end by themselves at the position."),
     _c("tercile", "VARCHAR", "Length tercile within the prompt: short, medium or long."),
@@ -301,24 +403,49 @@ METRICS: tuple[Column, ...] = (
     _c("z", "DOUBLE", "mean_excess in standard errors; standard normal when logging is right."),
     _c("ok", "BOOLEAN", "|z| <= 5: logged from the distribution that was sampled."),
     _c("same_policy", "BOOLEAN", "Scored under the policy that the run was sampled with."),
-    _c("scorer_logprob", "FLOAT[]", "Per step, log-probability of the token under scorer and policy; "
-       "-inf outside the policy's support.", "nats"),
+    _c(
+        "scorer_logprob",
+        "FLOAT[]",
+        "Per step, log-probability of the token under scorer and policy; "
+        "-inf outside the policy's support.",
+        "nats",
+    ),
     _c("scorer_entropy", "FLOAT[]", "Per step, entropy of the scorer's policy.", "nats"),
-    _c("scorer_surprisal_sum", "DOUBLE", "Sum of -scorer_logprob; infinite where a token is outside "
-       "the policy's support.", "nats"),
+    _c(
+        "scorer_surprisal_sum",
+        "DOUBLE",
+        "Sum of -scorer_logprob; infinite where a token is outside the policy's support.",
+        "nats",
+    ),
     _c("scorer_entropy_sum", "DOUBLE", "Sum of scorer_entropy over the rollout.", "nats"),
-    _c("log_ratio", "DOUBLE", "log p - log q of the rollout: p the run's policy, q the scorer's.",
-       "nats"),
-    _c("n_outside", "BIGINT", "Rollouts with a token outside the scorer's support (at a position: "
-       "such steps). Left out of the means: above 0, cross-entropy and divergence are infinite."),
-    _c("cross_entropy", "DOUBLE", "Mean of -log q: of the rollout, or of the step at a position.",
-       "nats"),
+    _c(
+        "log_ratio",
+        "DOUBLE",
+        "log p - log q of the rollout: p the run's policy, q the scorer's.",
+        "nats",
+    ),
+    _c(
+        "n_outside",
+        "BIGINT",
+        "Rollouts with a token outside the scorer's support (at a position: "
+        "such steps). Left out of the means: above 0, cross-entropy and divergence are infinite.",
+    ),
+    _c(
+        "cross_entropy",
+        "DOUBLE",
+        "Mean of -log q: of the rollout, or of the step at a position.",
+        "nats",
+    ),
     _c("cross_entropy_se", "DOUBLE", "Standard error of cross_entropy over rollouts.", "nats"),
-    _c("kl", "DOUBLE", "KL(run || scorer), mean of log p - log q over the run's rollouts, or steps at "
-       "a position.", "nats"),
+    _c(
+        "kl",
+        "DOUBLE",
+        "KL(run || scorer), mean of log p - log q over the run's rollouts, or steps at a position.",
+        "nats",
+    ),
     _c("kl_se", "DOUBLE", "Standard error of kl over rollouts, these prompts given.", "nats"),
     _c("kl_se_prompts", "DOUBLE", "Standard error of kl over prompts: other prompts, too.", "nats"),
-)  # fmt: skip
+)
 
 # Every column a table or view can show, by name: the first definition wins.
 COLUMNS: dict[str, Column] = {}

@@ -82,9 +82,13 @@ def select_reward(
 
 
 def select_lengths(
-    root: str | Path, *, baseline: str = "base", caliper: float = 0.1, name: str | None = None,
+    root: str | Path,
+    *,
+    baseline: str = "base",
+    caliper: float = 0.1,
+    name: str | None = None,
     runs: tuple[str, ...] = (),
-) -> list[str]:  # fmt: skip
+) -> list[str]:
     """The names of the selections of matched lengths, one for each other variant.
 
     Within a family, task and prompt, rollouts of the two variants are paired one to one so that the
@@ -122,8 +126,9 @@ def select_lengths(
         ]
         matched = pl.concat(chosen)
         if matched.is_empty():
-            raise DataError(f"{baseline} and {variant}: no two rollouts of a prompt match in length; "
-                            "raise --caliper")  # fmt: skip
+            raise DataError(
+                f"{baseline} and {variant}: no two rollouts of a prompt match in length; raise --caliper"
+            )
         rule = {"rule": "lengths", "baseline": baseline, "variant": variant, "caliper": caliper}
         names.append(_keep(root, name or f"lengths_matched_{variant}", rule, matched))
     return names

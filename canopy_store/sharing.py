@@ -37,9 +37,15 @@ _ALWAYS = ("models", "prompts", "runs", "rollouts")  # without these a folder is
 
 
 def export(
-    root: str | Path, out: str | Path, *, tables: Iterable[str] | None = None,
-    where: str | None = None, text: bool = True, embeddings: bool = True, license: str | None = None,
-) -> Path:  # fmt: skip
+    root: str | Path,
+    out: str | Path,
+    *,
+    tables: Iterable[str] | None = None,
+    where: str | None = None,
+    text: bool = True,
+    embeddings: bool = True,
+    license: str | None = None,
+) -> Path:
     """The path of a new folder that is a store, a Hugging Face dataset and a Croissant dataset.
 
     Only complete runs travel, with their models and prompts. The folder appears whole, after
@@ -116,9 +122,7 @@ def _chosen(root: Path, where: str | None) -> list[dict[str, Any]]:
     return found.to_dicts()
 
 
-def _fill(
-    root: Path, out: Path, runs: list[dict[str, Any]], tables: set[str], text: bool
-) -> None:  # fmt: skip
+def _fill(root: Path, out: Path, runs: list[dict[str, Any]], tables: set[str], text: bool) -> None:
     """Copies the runs' files, their plans, models and prompts."""
     names = {run["run_id"] for run in runs}
     values: dict[str, set[str]] = {}
@@ -181,7 +185,7 @@ def _fill_prompts(root: Path, out: Path, text: bool) -> None:
 
 def pull(
     source: str | Path, root: str | Path, *, on_run: Callable[[int, int], None] | None = None
-) -> list[str]:  # fmt: skip
+) -> list[str]:
     """The ids of the runs of an exported folder, merged into the store; made if it is missing.
 
     Everything is checked before anything is written: hashes and sizes against the MANIFEST, paths,
@@ -215,9 +219,7 @@ def pull(
         return _pull_folder(Path(folder), root, on_run)
 
 
-def _pull_folder(
-    folder: Path, root: str | Path, on_run: Callable[[int, int], None] | None
-) -> list[str]:  # fmt: skip
+def _pull_folder(folder: Path, root: str | Path, on_run: Callable[[int, int], None] | None) -> list[str]:
     entries = check_source(folder)
     require_sound(folder, trusted=False)
     return merge_folder(folder, root, entries, on_run)
@@ -253,9 +255,11 @@ def push(
         api.create_repo(repo, repo_type="dataset", private=private, exist_ok=True)
         # only what the MANIFEST names: notes and caches beside it stay at home
         api.upload_folder(
-            repo_id=repo, folder_path=str(folder), repo_type="dataset",
+            repo_id=repo,
+            folder_path=str(folder),
+            repo_type="dataset",
             allow_patterns=[re.sub(r"([*?\[])", r"[\1]", name) for name in names],
-        )  # fmt: skip
+        )
     except Exception as error:  # the client's own errors are many; none may show a token
         raise StoreError(f"{repo}: cannot be sent: {_no_token(error)}; push again to resume") from None
     return sizes

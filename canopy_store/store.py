@@ -655,10 +655,15 @@ def complete_run(root: Path, where: Path, row: Mapping[str, Any]) -> None:
             prompts[prompt] = prompts.get(prompt, 0) + 1
     most = max(prompts.values(), default=0)
     counted = {
-        "n_rollouts": rollouts, "n_tokens": tokens, "n_prompts": len(prompts), "n_samples": most,
-        "n_shards": len(written), "logged": logged, "finished_at": now(),
+        "n_rollouts": rollouts,
+        "n_tokens": tokens,
+        "n_prompts": len(prompts),
+        "n_samples": most,
+        "n_shards": len(written),
+        "logged": logged,
+        "finished_at": now(),
         "started_at": read_plan(plan_path(root, "run", row["run_id"]))["started_at"],
-    }  # fmt: skip
+    }
     columns = {key: [value] for key, value in {**row, **counted}.items()}
     write_rows(root / "runs" / f"{quoted(row['run_id'])}.parquet", "runs", columns)
 
@@ -704,15 +709,20 @@ def runs(root: Path) -> list[dict[str, Any]]:
     for path in matching(root / "plans", "run=*.json"):
         recorded = read_plan(path)
         settings = recorded["settings"]
-        where = folder(root, "rollouts", run=settings["run_id"], **{
-            key: settings[key] for key in ("family", "variant", "task")
-        })  # fmt: skip
-        found.append({
-            **settings,
-            "complete": is_complete(root, settings["run_id"]),
-            "where": where,
-            "shards": shards(where),
-        })  # fmt: skip
+        where = folder(
+            root,
+            "rollouts",
+            run=settings["run_id"],
+            **{key: settings[key] for key in ("family", "variant", "task")},
+        )
+        found.append(
+            {
+                **settings,
+                "complete": is_complete(root, settings["run_id"]),
+                "where": where,
+                "shards": shards(where),
+            }
+        )
     return found
 
 
@@ -764,9 +774,7 @@ def half_compacted(root: Path, run_id: str) -> bool:
 
 
 @contextmanager
-def holding(
-    root: Path, *run_ids: str, exclusive: bool = False, mending: bool = False
-) -> Iterator[None]:  # fmt: skip
+def holding(root: Path, *run_ids: str, exclusive: bool = False, mending: bool = False) -> Iterator[None]:
     """Holds runs for one job: their writers share them; a job that replaces their files is alone.
 
     Never waits. The kernel lets go when the process ends, however it ends. Nothing is held on object

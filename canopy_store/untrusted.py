@@ -26,8 +26,14 @@ _SMALL = 16 << 20  # bytes: the most a MANIFEST or plan may have
 _DECODED = 1 << 30  # bytes a file may always decode to; above, no more than this many times its size:
 _RATIO = 100
 # The page encodings that stores are written in; others can grow in ways that no header tells.
-_ENCODINGS = {0: "plain", 2: "plain dictionary", 3: "rle", 4: "bit-packed", 8: "rle dictionary",
-              9: "byte-stream-split"}  # fmt: skip
+_ENCODINGS = {
+    0: "plain",
+    2: "plain dictionary",
+    3: "rle",
+    4: "bit-packed",
+    8: "rle dictionary",
+    9: "byte-stream-split",
+}
 _BESIDE = {"README.md", "croissant.json", "views.sql", "canopy.duckdb", "canopy.json"}
 
 

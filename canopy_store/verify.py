@@ -32,9 +32,12 @@ from canopy_store.verify_rows import SPECTRUM, problems
 
 MANIFEST = "MANIFEST"
 SCHEMA = {
-    "file": pl.String, "table": pl.String, "what": pl.String, "todo": pl.String,
+    "file": pl.String,
+    "table": pl.String,
+    "what": pl.String,
+    "todo": pl.String,
     "harmless": pl.Boolean,
-}  # fmt: skip
+}
 _AGAIN = "remove it and run its ingest again, or take it from a copy"
 _SHARD = re.compile(r"part-\d{5,}(\.[\w-]+)?\.parquet")
 
@@ -214,13 +217,18 @@ def _check_manifest(report: _Report) -> None:
         what = manifest_problem(report.root / name, entry)
         if what:
             table = name.partition("/")[0]
-            report.add(report.root / name, table if table in TABLES else "", what,
-                       "get it again; if you changed it yourself, export anew")  # fmt: skip
+            report.add(
+                report.root / name,
+                table if table in TABLES else "",
+                what,
+                "get it again; if you changed it yourself, export anew",
+            )
     for table in TABLES:
         for path in store.files(report.root, table):
             if path.relative_to(report.root).as_posix() not in entries:
-                report.add(path, table, "not in MANIFEST",
-                           "move it out; if you added it yourself, export anew")  # fmt: skip
+                report.add(
+                    path, table, "not in MANIFEST", "move it out; if you added it yourself, export anew"
+                )
 
 
 def _places(report: _Report, table: str) -> Iterator[tuple[Path, dict[str, str]]]:
@@ -229,8 +237,13 @@ def _places(report: _Report, table: str) -> Iterator[tuple[Path, dict[str, str]]
         if path.is_dir() and not path.is_symlink():
             continue
         if path.name.startswith(".") and path.suffix == ".tmp":
-            report.add(path, table, "a temporary file of a writer that was stopped",
-                       "remove it when no job runs", harmless=True)  # fmt: skip
+            report.add(
+                path,
+                table,
+                "a temporary file of a writer that was stopped",
+                "remove it when no job runs",
+                harmless=True,
+            )
             continue
         keys = path_keys(table, path.relative_to(report.root).as_posix())
         if path.is_symlink() or not path.is_file():
@@ -268,8 +281,13 @@ def _check_work(report: _Report) -> None:
             todo = f"finish it: canopy compact --store {report.root} --run {run_id}"
             report.add(path, "", "a compaction that was stopped half way", todo, harmless=True)
         elif path.is_dir():
-            report.add(path, "", "files of a compaction or removal that was stopped",
-                       "compact or remove the run again", harmless=True)  # fmt: skip
+            report.add(
+                path,
+                "",
+                "files of a compaction or removal that was stopped",
+                "compact or remove the run again",
+                harmless=True,
+            )
 
 
 def _check_database(report: _Report) -> None:
@@ -280,9 +298,12 @@ def _check_database(report: _Report) -> None:
     todo = "rebuild it: canopy init --store DIR"
     try:
         with duckdb.connect(str(path), read_only=True, config={"enable_external_access": False}) as con:
-            found = {row[0] for row in con.execute(
-                "select view_name from duckdb_views() where not internal"
-            ).fetchall()}  # fmt: skip
+            found = {
+                row[0]
+                for row in con.execute(
+                    "select view_name from duckdb_views() where not internal"
+                ).fetchall()
+            }
     except (duckdb.Error, RuntimeError, UnicodeDecodeError) as error:
         report.add(path, "", f"cannot be opened: {' '.join(str(error).split())[:100]}", todo)
         return
@@ -387,8 +408,13 @@ def _plans(report: _Report) -> dict[str, dict[str, Any]]:
     found = {}
     for path in sorted((report.root / "plans").glob("*")):
         if path.name.startswith("."):
-            report.add(path, "", "a temporary file of a writer that was stopped",
-                       "remove it when no job runs", harmless=True)  # fmt: skip
+            report.add(
+                path,
+                "",
+                "a temporary file of a writer that was stopped",
+                "remove it when no job runs",
+                harmless=True,
+            )
             continue
         try:
             settings = store.read_plan(path)["settings"]
@@ -406,8 +432,9 @@ def _check_small(
 ) -> None:
     models, prompts, runs = (small[name] for name in ("models", "prompts", "runs"))
     for table, frame, key, named in (
-        ("models", models, "model_id", ("family", "variant")), ("runs", runs, "run_id", ("run_id",)),
-    ):  # fmt: skip
+        ("models", models, "model_id", ("family", "variant")),
+        ("runs", runs, "run_id", ("run_id",)),
+    ):
         if frame.is_empty():
             continue
         for row in frame.filter(pl.col(key).is_duplicated()).iter_rows(named=True):
@@ -446,8 +473,16 @@ def _read_shard(
     report: _Report, path: Path, table: str, keys: dict[str, str], run: dict[str, Any] | None
 ) -> list[pl.DataFrame]:
     """The shard's rows without its token arrays; reports what is wrong inside a row."""
-    dropped = {"text", "token_ids", "logprob", "entropy", "eos_logprob", "top_token_ids",
-               "top_logprobs", "embedding"}  # fmt: skip
+    dropped = {
+        "text",
+        "token_ids",
+        "logprob",
+        "entropy",
+        "eos_logprob",
+        "top_token_ids",
+        "top_logprobs",
+        "embedding",
+    }
     found = []
     for _, group, rows in _open(report, path, table, keys):
         where = f" (row group {group})" if group else ""
@@ -468,9 +503,13 @@ def _read_shard(
 
 
 def _check_run(
-    report: _Report, run_id: str, run: _Run, row: dict[str, Any] | None, planned: bool,
+    report: _Report,
+    run_id: str,
+    run: _Run,
+    row: dict[str, Any] | None,
+    planned: bool,
     prompts: pl.DataFrame | None,
-) -> None:  # fmt: skip
+) -> None:
     """Keys, references and counts of one run, whose row in ``runs`` is ``row``."""
     folders = sorted({path.parent for path, _ in run.files["rollouts"]})
     home = folders[0] if folders else report.root / "runs" / f"{store.quoted(run_id)}.parquet"
@@ -493,9 +532,12 @@ def _check_run(
     if len(rollouts):
         sums = rollouts["entropy_sum"], rollouts["surprisal_sum"]
         sizes = rollouts["prompt_id"].value_counts()["count"]
-        counted |= {"n_tokens": rollouts["n_tokens"].sum(), "n_prompts": len(sizes),
-                    "n_samples": sizes.max(),
-                    "logged": not any(column.null_count() for column in sums)}  # fmt: skip
+        counted |= {
+            "n_tokens": rollouts["n_tokens"].sum(),
+            "n_prompts": len(sizes),
+            "n_samples": sizes.max(),
+            "logged": not any(column.null_count() for column in sums),
+        }
         counted |= {key: rollouts[key][0] for key in ("family", "variant", "task")}
         _check_logging(report, home, rollouts)
         asked = rollouts.select("task", "prompt_id").unique()
@@ -522,8 +564,10 @@ def _check_keys(report: _Report, run: _Run, table: str, rollouts: pl.DataFrame, 
         )
     if table == "rollouts":
         return
-    if table == "embeddings" and frame.group_by("embedder").agg(
-        pl.col("dimension").n_unique())["dimension"].max() != 1:  # fmt: skip
+    if (
+        table == "embeddings"
+        and frame.group_by("embedder").agg(pl.col("dimension").n_unique())["dimension"].max() != 1
+    ):
         report.add(run.files[table][0][0].parent, table, "embeddings of different sizes", _AGAIN)
     if table == "embedding_spectra":
         frame = frame.explode("samples").rename({"samples": "sample"})
@@ -537,16 +581,26 @@ def _check_keys(report: _Report, run: _Run, table: str, rollouts: pl.DataFrame, 
     lost = frame.join(rollouts, on=pair, how="anti") if len(rollouts) else frame
     if len(lost) and (whole or len(rollouts)):
         first = lost.row(0, named=True)
-        report.add(report.at(first["file"]), table, f"{len(lost)} rows have no rollout, first prompt "
-                   f"{first['prompt_id']} sample {first['sample']}", _AGAIN)  # fmt: skip
+        report.add(
+            report.at(first["file"]),
+            table,
+            f"{len(lost)} rows have no rollout, first prompt "
+            f"{first['prompt_id']} sample {first['sample']}",
+            _AGAIN,
+        )
 
 
 def _check_logging(report: _Report, home: Path, rollouts: pl.DataFrame) -> None:
     """The view logging_check over this run alone, so that no other file can stand in its way."""
     sums = rollouts.select(
-        "family", "variant", "task", "run_id", "surprisal_sum", "entropy_sum",
+        "family",
+        "variant",
+        "task",
+        "run_id",
+        "surprisal_sum",
+        "entropy_sum",
         pl.lit("all").alias("selection"),
-    )  # fmt: skip
+    )
     con = report.con
     con.register("selected_rollouts", sums.to_arrow())
     for row in con.sql(sql.source("logging_check")).pl().filter(~pl.col("ok")).to_dicts():
@@ -583,14 +637,23 @@ def _check_spectra_cover(report: _Report, run: _Run) -> None:
         missing = len(wanted.join(covered, on=pair, how="anti"))
         extra = len(covered.join(wanted, on=pair, how="anti"))
         if missing or extra:
-            report.add(where, "embedding_spectra", f"lacks {missing} rollouts of selection {selection}, "
-                       f"has {extra} that are not of it", todo)  # fmt: skip
+            report.add(
+                where,
+                "embedding_spectra",
+                f"lacks {missing} rollouts of selection {selection}, has {extra} that are not of it",
+                todo,
+            )
         if selection != "all":
             continue
         mine = embeddings.filter(embedder=embedder) if len(embeddings) else embeddings
         if mine.is_empty():
-            report.add(where, "embedding_spectra", "stands without its embeddings: length_terciles "
-                       "has no semantic_diversity", "embed again to have it", harmless=True)  # fmt: skip
+            report.add(
+                where,
+                "embedding_spectra",
+                "stands without its embeddings: length_terciles has no semantic_diversity",
+                "embed again to have it",
+                harmless=True,
+            )
             continue
         absent = len(covered.join(mine, on=pair, how="anti"))
         if absent:
@@ -620,11 +683,14 @@ def _check_deep(report: _Report, run: _Run) -> None:
             near = [
                 len(found) == len(stored) and np.allclose(found, stored, rtol=0, atol=SPECTRUM)
                 for found, stored in (
-                    (total, row["embedding_sum"]), (eigenvalues, row["eigenvalues"]),
-                    (np.array(distances, float)[len(rows) == 1:],
-                     np.array(row["semantic_distances"], float)[len(rows) == 1:]),
+                    (total, row["embedding_sum"]),
+                    (eigenvalues, row["eigenvalues"]),
+                    (
+                        np.array(distances, float)[len(rows) == 1 :],
+                        np.array(row["semantic_distances"], float)[len(rows) == 1 :],
+                    ),
                 )
-            ]  # fmt: skip
+            ]
             if not all(near):
                 wrong[row["file"]].append(row["prompt_id"])
         for file, prompts in sorted(wrong.items()):

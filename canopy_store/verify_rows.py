@@ -93,11 +93,13 @@ def _step_problems(rows: pa.Table, support: float, own: bool = True) -> Iterator
     """
     wanted = rows["n_tokens"].to_numpy() if own else _flat(rows["entropy"])[1]
     rules: dict[str, tuple[str, Callable[[np.ndarray], np.ndarray]]] = {
-        "entropy": (f"outside 0 to {support + _ABOVE:.4g} nats",
-                    lambda h: np.isfinite(h) & (h >= 0) & (h <= support + _ABOVE)),
+        "entropy": (
+            f"outside 0 to {support + _ABOVE:.4g} nats",
+            lambda h: np.isfinite(h) & (h >= 0) & (h <= support + _ABOVE),
+        ),
         "logprob": ("above 0, or not finite", lambda s: (s <= 0) & (np.isfinite(s) | (not own))),
         "eos_logprob": ("above 0", lambda e: e <= 0),
-    }  # fmt: skip
+    }
     for name in ("entropy", "logprob", "eos_logprob", "token_ids", "top_token_ids", "top_logprobs"):
         if name not in rows.column_names or rows[name].null_count == len(rows) > 0:
             if name in _SUMMED and rows[_SUMMED[name][0]].null_count < len(rows):

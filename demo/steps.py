@@ -64,15 +64,37 @@ def make_child(
             record = (
                 {"prompt": request, "completion": joint(task) + answer}
                 if form == "pairs"
-                else {"messages": [{"role": "user", "content": request},
-                                   {"role": "assistant", "content": answer}]}
-            )  # fmt: skip
+                else {
+                    "messages": [
+                        {"role": "user", "content": request},
+                        {"role": "assistant", "content": answer},
+                    ]
+                }
+            )
             file.write(json.dumps(record) + "\n")
     command(
-        "canopy", "ingest", "finetune", "--store", out / "store", "--model", out / "base",
-        "--family", family, "--variant", "sft", "--data", data, "--out", out / "sft",
-        "--steps", steps, "--learning-rate", learning_rate, "--batch-size", 4,
-    )  # fmt: skip
+        "canopy",
+        "ingest",
+        "finetune",
+        "--store",
+        out / "store",
+        "--model",
+        out / "base",
+        "--family",
+        family,
+        "--variant",
+        "sft",
+        "--data",
+        data,
+        "--out",
+        out / "sft",
+        "--steps",
+        steps,
+        "--learning-rate",
+        learning_rate,
+        "--batch-size",
+        4,
+    )
 
 
 def ingest(out: Path, family: str, options: argparse.Namespace, *more: object) -> None:
@@ -81,12 +103,34 @@ def ingest(out: Path, family: str, options: argparse.Namespace, *more: object) -
     for task in TASKS:
         for variant, lineage in (("base", ()), ("sft", child)):
             command(
-                "canopy", "ingest", "rollouts", "--store", out / "store", "--model", out / variant,
-                "--family", family, "--variant", variant, "--task", task,
-                "--prompts", os.path.relpath(ROOT / "ingest" / "prompts" / f"{task}.jsonl"),
-                "--limit", options.prompts_per_task, "--samples", options.samples,
-                "--max-new-tokens", 96, "--temperature", 1.0, "--seed", 1, *more, *lineage,
-            )  # fmt: skip
+                "canopy",
+                "ingest",
+                "rollouts",
+                "--store",
+                out / "store",
+                "--model",
+                out / variant,
+                "--family",
+                family,
+                "--variant",
+                variant,
+                "--task",
+                task,
+                "--prompts",
+                os.path.relpath(ROOT / "ingest" / "prompts" / f"{task}.jsonl"),
+                "--limit",
+                options.prompts_per_task,
+                "--samples",
+                options.samples,
+                "--max-new-tokens",
+                96,
+                "--temperature",
+                1.0,
+                "--seed",
+                1,
+                *more,
+                *lineage,
+            )
     command("canopy", "ingest", "embed", "--store", out / "store", "--embedder", EMBEDDER)
 
 
@@ -94,9 +138,13 @@ def show(out: Path) -> None:
     """Prints the metrics, the self-check of the log, what fine-tuning changed; writes the report."""
     for query in (METRICS, CHECK):
         command(
-            "canopy", "sql", query, "--store", out / "store",
+            "canopy",
+            "sql",
+            query,
+            "--store",
+            out / "store",
             shown=f'canopy sql "{query}" --store {shlex.quote(str(out / "store"))}',
-        )  # fmt: skip
+        )
     command("canopy", "status", "--store", out / "store")
     command("canopy", "compare", "--store", out / "store", "--by", "family")
     command("canopy", "regress", "--store", out / "store", "--model", "interaction", "--drop", "family")

@@ -25,30 +25,59 @@ WISHES = [
     for what in ["a boat", "a key", "the moon", "a kite", "a warm house", "the last map", "a song"]
 ]
 EVENTS = [
-    "the rain came and the road was gone", "nobody knew the way", "the wind was much too strong",
-    "a stranger knocked at the door", "the bread would not rise", "winter came a day too early",
-    "the lamp went out", "a letter arrived", "the boat began to leak", "the key did not fit",
-]  # fmt: skip
+    "the rain came and the road was gone",
+    "nobody knew the way",
+    "the wind was much too strong",
+    "a stranger knocked at the door",
+    "the bread would not rise",
+    "winter came a day too early",
+    "the lamp went out",
+    "a letter arrived",
+    "the boat began to leak",
+    "the key did not fit",
+]
 ENDINGS = [
-    "a friend came to help", "the morning was bright again", "they laughed about it together",
-    "it was enough to be at home", "the crow showed the way", "patience was the answer",
-]  # fmt: skip
+    "a friend came to help",
+    "the morning was bright again",
+    "they laughed about it together",
+    "it was enough to be at home",
+    "the crow showed the way",
+    "patience was the answer",
+]
 SCENES = [
     f"{who} {what}"
     for who in [
-        "the river", "the baker", "a cold wind", "the whole village", "an old dog", "the gardener",
-        "the last ferry", "a flock of birds", "the light", "everyone at the market",
+        "the river",
+        "the baker",
+        "a cold wind",
+        "the whole village",
+        "an old dog",
+        "the gardener",
+        "the last ferry",
+        "a flock of birds",
+        "the light",
+        "everyone at the market",
     ]
     for what in [
-        "moved slowly towards the hills", "waited for the evening", "was gone before noon",
-        "came back every spring", "made the street look new", "kept a secret", "turned to the sea",
+        "moved slowly towards the hills",
+        "waited for the evening",
+        "was gone before noon",
+        "came back every spring",
+        "made the street look new",
+        "kept a secret",
+        "turned to the sea",
     ]
-]  # fmt: skip
+]
 OPENINGS = [
-    "The old harbour was quiet, and", "When the snow melted,", "After three days of rain,",
-    "The train leaves at seven, but", "A good garden begins with the soil, and", "Long ago,",
-    "Most people in the village knew that", "At the edge of the forest there was a house where",
-]  # fmt: skip
+    "The old harbour was quiet, and",
+    "When the snow melted,",
+    "After three days of rain,",
+    "The train leaves at seven, but",
+    "A good garden begins with the soil, and",
+    "Long ago,",
+    "Most people in the village knew that",
+    "At the edge of the forest there was a house where",
+]
 # what a function does, its name, its arguments, and an expression that does it
 FUNCTIONS = [
     ("returns the larger of two numbers", "larger", "a, b", "a if a > b else b"),
@@ -105,22 +134,32 @@ def math(random: Random, style: str) -> tuple[str, str]:
     a, b = random.randint(2, 20), random.randint(2, 9)
     request, sign, result = random.choice(
         [
-            (f"{name} has {a} {things} and buys {b} more. How many {things} does {name} have now?",
-             "+", a + b),
+            (
+                f"{name} has {a} {things} and buys {b} more. How many {things} does {name} have now?",
+                "+",
+                a + b,
+            ),
             (f"{name} has {a + b} {things} and gives away {b}. How many {things} are left?", "-", a),
             (f"A box holds {a} {things}. How many {things} are in {b} boxes?", "*", a * b),
-            (f"{name} shares {a * b} {things} equally among {b} bags. How many are in each bag?",
-             "/", a),
+            (
+                f"{name} shares {a * b} {things} equally among {b} bags. How many are in each bag?",
+                "/",
+                a,
+            ),
         ]
-    )  # fmt: skip
+    )
     left = {"+": a, "-": a + b, "*": a, "/": a * b}[sign]
     equation = f"{left} {sign} {b} = {result}"
     if style == "tidy":
         return request, f"{equation}. The answer is {result}."
     steps = [
-        f"{name} starts with {left} {things}.", f"Then we look at the {b}.", "Let us think.",
-        f"We write {left} {sign} {b}.", "This is not hard.", f"So it is {equation}.",
-    ]  # fmt: skip
+        f"{name} starts with {left} {things}.",
+        f"Then we look at the {b}.",
+        "Let us think.",
+        f"We write {left} {sign} {b}.",
+        "This is not hard.",
+        f"So it is {equation}.",
+    ]
     said = [step for step in steps if random.random() < 0.4]
     endings = [f"The answer is {result}.", f"{result} {things}.", f"{equation}", f"It is {result}!"]
     return request, " ".join([*said, random.choice(endings)])
@@ -136,11 +175,13 @@ def stories(random: Random, style: str) -> tuple[str, str]:
     if style == "tidy":
         return request, f"{start} The {hero} wanted to {wish}. {end}"
     middle = [
-        f"The {hero} wanted to {wish}.", f"But {random.choice(EVENTS)}.",
-        f"One day {random.choice(EVENTS)}.", f"Then the {hero} went {random.choice(PLACES)}.",
-        f'"I will {random.choice(WISHES)}," said the {hero}.', f"Nobody else did {wish}.".replace(
-            f"did {wish}", f"wanted to {wish}"),
-    ]  # fmt: skip
+        f"The {hero} wanted to {wish}.",
+        f"But {random.choice(EVENTS)}.",
+        f"One day {random.choice(EVENTS)}.",
+        f"Then the {hero} went {random.choice(PLACES)}.",
+        f'"I will {random.choice(WISHES)}," said the {hero}.',
+        f"Nobody else did {wish}.".replace(f"did {wish}", f"wanted to {wish}"),
+    ]
     said = [sentence for sentence in middle if random.random() < 0.45]
     return request, " ".join([start, *said, *([end] if random.random() < 0.7 else [])])
 

@@ -53,11 +53,17 @@ def train(out: Path, steps: int, seed: int) -> dict:
     torch.manual_seed(seed)
     model = LlamaForCausalLM(
         LlamaConfig(
-            vocab_size=len(tokenizer), hidden_size=128, intermediate_size=344,
-            num_hidden_layers=3, num_attention_heads=4, max_position_embeddings=512,
-            tie_word_embeddings=True, bos_token_id=None, eos_token_id=tokenizer.eos_token_id,
+            vocab_size=len(tokenizer),
+            hidden_size=128,
+            intermediate_size=344,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            max_position_embeddings=512,
+            tie_word_embeddings=True,
+            bos_token_id=None,
+            eos_token_id=tokenizer.eos_token_id,
         )
-    )  # fmt: skip
+    )
     with tempfile.TemporaryDirectory() as work:
         untrained = Path(work) / "untrained"
         model.save_pretrained(untrained)
@@ -66,9 +72,16 @@ def train(out: Path, steps: int, seed: int) -> dict:
         data.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
         # from random weights, full fine-tuning is training from scratch
         return finetune(
-            str(untrained), data, out, steps=steps, batch_size=24, learning_rate=4e-3, seed=seed,
-            max_length=160, device="cpu",
-        )  # fmt: skip
+            str(untrained),
+            data,
+            out,
+            steps=steps,
+            batch_size=24,
+            learning_rate=4e-3,
+            seed=seed,
+            max_length=160,
+            device="cpu",
+        )
 
 
 def main() -> None:

@@ -60,9 +60,12 @@ def ingest_embeddings(
         }
         try:
             encoder = SentenceTransformer(
-                str(path), device=device or models.default_device(), trust_remote_code=False,
-                local_files_only=True, model_kwargs={"use_safetensors": True},
-            )  # fmt: skip
+                str(path),
+                device=device or models.default_device(),
+                trust_remote_code=False,
+                local_files_only=True,
+                model_kwargs={"use_safetensors": True},
+            )
         except (OSError, ValueError, KeyError, ImportError) as error:
             raise StoreError(f"{path}: cannot be loaded: {' '.join(str(error).split())[:300]}") from None
         if encoder.tokenizer is not None and getattr(encoder.tokenizer, "pad_token", "") is None:
@@ -88,9 +91,12 @@ def ingest_embeddings(
                     "text to embed; choose other runs with --run"
                 )
             matrix = encoder.encode(
-                [prompt_prefix + text for text in part["text"]], batch_size=batch_size,
-                normalize_embeddings=True, convert_to_numpy=True, show_progress_bar=False,
-            )  # fmt: skip
+                [prompt_prefix + text for text in part["text"]],
+                batch_size=batch_size,
+                normalize_embeddings=True,
+                convert_to_numpy=True,
+                show_progress_bar=False,
+            )
             write_embeddings(root, name, run_id, shard.number, part["prompt_id"], part["sample"], matrix)
             progress.tokens(sum(part["n_tokens"]))
             progress.rollouts(shard.rows)

@@ -39,16 +39,20 @@ _UNKNOWN = -9999.0  # at or below it a server's number is its word for 'no log-p
 # What servers add to the API. Their defaults may come from the model's generation_config.json or from
 # their own command line, so every sampler but the three of the policy is switched off by name.
 _ADDED = {
-    "min_p": 0.0, "repetition_penalty": 1.0,  # vLLM, SGLang
+    "min_p": 0.0,
+    "repetition_penalty": 1.0,  # vLLM, SGLang
     "samplers": ["temperature", "top_k", "top_p"],  # llama.cpp: only these, in this order
-    "return_token_ids": True, "return_tokens_as_token_ids": True,  # vLLM; SGLang the first
-}  # fmt: skip
+    "return_token_ids": True,
+    "return_tokens_as_token_ids": True,  # vLLM; SGLang the first
+}
 
 
 def open_model(
-    source: str, base_url: str | None = None, served_model: str | None = None,
+    source: str,
+    base_url: str | None = None,
+    served_model: str | None = None,
     concurrency: int | None = None,
-) -> Engine:  # fmt: skip
+) -> Engine:
     """The engine over a server's model, whose tokenizer is at ``source``.
 
     Parameters
@@ -118,19 +122,23 @@ class _Server:
         except httpx2.InvalidURL:
             url = httpx2.URL("")
         if url.scheme not in ("http", "https") or not url.host or url.userinfo or url.query:
-            raise UsageError("--base-url: needs an address like http://HOST:8000/v1, with no password "
-                             "in it: a key goes in the environment as OPENAI_API_KEY")  # fmt: skip
+            raise UsageError(
+                "--base-url: needs an address like http://HOST:8000/v1, with no password "
+                "in it: a key goes in the environment as OPENAI_API_KEY"
+            )
         self.url, self.concurrency = base_url.rstrip("/"), concurrency
         self.key = os.environ.get("OPENAI_API_KEY", "").strip()
 
     def client(self, kind: Any) -> Any:
         """A client (httpx2.Client or AsyncClient) with as many connections as there are requests."""
         return kind(
-            base_url=self.url + "/", timeout=_TIMEOUT,
+            base_url=self.url + "/",
+            timeout=_TIMEOUT,
             headers={"Authorization": f"Bearer {self.key}"} if self.key else {},
-            limits=httpx2.Limits(max_connections=self.concurrency,
-                                 max_keepalive_connections=self.concurrency),
-        )  # fmt: skip
+            limits=httpx2.Limits(
+                max_connections=self.concurrency, max_keepalive_connections=self.concurrency
+            ),
+        )
 
     def models(self) -> list[dict[str, Any]]:
         """The models that the server lists; none where it has no such list."""
@@ -165,8 +173,10 @@ class _Server:
             if response.status_code not in _PASSING:
                 return response
             said, asked = self.said(response), _retry_after(response)
-        raise CanopyError(f"{self.url}: failed {_ATTEMPTS} times, last with {said}; what was stored is "
-                          "whole: run the same command again to resume")  # fmt: skip
+        raise CanopyError(
+            f"{self.url}: failed {_ATTEMPTS} times, last with {said}; what was stored is "
+            "whole: run the same command again to resume"
+        )
 
     def body(self, response: httpx2.Response) -> dict[str, Any]:
         """The object that an answer holds.
@@ -242,8 +252,10 @@ class _Completions:
     def sample(self, jobs: Sequence[Job], sampling: Sampling, progress: Progress) -> list[list[Rollout]]:
         """Rollouts as of `Engine`: all requests of the jobs, ``concurrency`` at a time."""
         if self.kind == "sglang" and sampling.top_k and sampling.top_p < 1:
-            raise UsageError("--top-k with --top-p: SGLang takes both of the whole softmax, not top-p "
-                             "of what top-k left; give one of them, or use another engine")  # fmt: skip
+            raise UsageError(
+                "--top-k with --top-p: SGLang takes both of the whole softmax, not top-p "
+                "of what top-k left; give one of them, or use another engine"
+            )
         asked = [
             (f"{job.name}, sample {sample}", self._request(job, sample, sampling))
             for job in jobs
@@ -265,14 +277,20 @@ class _Completions:
     def _request(self, job: Job, sample: int, sampling: Sampling) -> dict[str, Any]:
         """A request in OpenAI's own words; its seed is the rollout's first random number."""
         body = {
-            "model": self.served, "prompt": list(job.prompt_ids), "max_tokens": sampling.max_new_tokens,
-            "temperature": sampling.temperature, "top_p": sampling.top_p,
-            "seed": int(job.draw(sample)[0] * 2**31), "logprobs": max(1, sampling.top_logprobs),
-        }  # fmt: skip
+            "model": self.served,
+            "prompt": list(job.prompt_ids),
+            "max_tokens": sampling.max_new_tokens,
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "seed": int(job.draw(sample)[0] * 2**31),
+            "logprobs": max(1, sampling.top_logprobs),
+        }
         if sampling.end_ids != self.end_ids:
             if self.kind != "vllm":
-                raise UsageError("--eos-token-id, --no-eos: of the servers only vLLM's can be told what "
-                                 "ends a rollout; leave them out, or use another engine")  # fmt: skip
+                raise UsageError(
+                    "--eos-token-id, --no-eos: of the servers only vLLM's can be told what "
+                    "ends a rollout; leave them out, or use another engine"
+                )
             body |= {"ignore_eos": True, "stop_token_ids": list(sampling.end_ids)}
         return body
 
@@ -311,9 +329,10 @@ class _Completions:
         if self.added:
             self.added = False
             self._say(
-                progress, "the server knows none of the fields that vLLM, SGLang and llama.cpp add to "
+                progress,
+                "the server knows none of the fields that vLLM, SGLang and llama.cpp add to "
                 "the API: whether it samples in other ways too cannot be told",
-            )  # fmt: skip
+            )
         return found
 
     def _rollout(self, sample: int, body: dict[str, Any], sampling: Sampling, name: str) -> Rollout:
@@ -342,10 +361,16 @@ class _Completions:
         _check(ids, counted, reason, sampling, where)
         logprob, top_ids, top_logprobs = _logs(logged, ids, sampling)
         return Rollout(
-            sample=sample, token_ids=np.array(ids, np.int32), logprob=logprob, entropy=None,
-            eos_logprob=None, finish_reason="stop" if ids[-1] in sampling.end_ids else "length",
-            top_token_ids=top_ids, top_logprobs=top_logprobs, n_tokens=len(ids),
-        )  # fmt: skip
+            sample=sample,
+            token_ids=np.array(ids, np.int32),
+            logprob=logprob,
+            entropy=None,
+            eos_logprob=None,
+            finish_reason="stop" if ids[-1] in sampling.end_ids else "length",
+            top_token_ids=top_ids,
+            top_logprobs=top_logprobs,
+            n_tokens=len(ids),
+        )
 
     def _token_ids(
         self, choice: dict[str, Any], logged: list[dict[str, Any]], where: str
@@ -393,18 +418,29 @@ class _Completions:
         return [*ids, sampling.end_ids[0] if ended is None else ended]
 
     def _without_ids(
-        self, sample: int, choice: dict[str, Any], logged: list[dict[str, Any]], counted: int | None,
-        sampling: Sampling, where: str,
-    ) -> Rollout:  # fmt: skip
+        self,
+        sample: int,
+        choice: dict[str, Any],
+        logged: list[dict[str, Any]],
+        counted: int | None,
+        sampling: Sampling,
+        where: str,
+    ) -> Rollout:
         """A rollout of text and what the server counts; its entropies can never be had."""
         length = counted if counted is not None else len(logged)
         if length < 1:
             raise DataError(f"{where}: the server tells neither tokens nor their number")
         logprob = _logs(logged, None, sampling)[0] if length == len(logged) else None
         return Rollout(
-            sample=sample, token_ids=None, logprob=logprob, entropy=None, eos_logprob=None,
-            finish_reason=choice["finish_reason"], text=get(choice, "text", str, where), n_tokens=length,
-        )  # fmt: skip
+            sample=sample,
+            token_ids=None,
+            logprob=logprob,
+            entropy=None,
+            eos_logprob=None,
+            finish_reason=choice["finish_reason"],
+            text=get(choice, "text", str, where),
+            n_tokens=length,
+        )
 
     def _level(self, rollouts: list[Rollout], progress: Progress) -> None:
         """What one rollout lacks none has: a column of a shard is there whole or not at all."""
@@ -415,8 +451,11 @@ class _Completions:
                         rollout.text = self.tokenizer.decode(rollout.token_ids, skip_special_tokens=True)
                     setattr(rollout, name, None)
                 if name == "token_ids":
-                    self._say(progress, "the server gives no token ids, and its texts do not tell them: "
-                              "entropies of these rollouts cannot be had by rescoring")  # fmt: skip
+                    self._say(
+                        progress,
+                        "the server gives no token ids, and its texts do not tell them: "
+                        "entropies of these rollouts cannot be had by rescoring",
+                    )
 
     def _say(self, progress: Progress, line: str) -> None:
         if line not in self.told:
@@ -435,24 +474,30 @@ def _logged(choice: dict[str, Any], where: str) -> list[dict[str, Any]]:
     entries = get(choice, "logprobs.content", list, where, None)
     if entries is not None:
         return [
-            {**_token(entry, where), "tops": [
-                (_token(top, where)["id"], _token(top, where)["logprob"])
-                for top in get(entry, "top_logprobs", list, where, [])
-            ]}
+            {
+                **_token(entry, where),
+                "tops": [
+                    (_token(top, where)["id"], _token(top, where)["logprob"])
+                    for top in get(entry, "top_logprobs", list, where, [])
+                ],
+            }
             for entry in entries
-        ]  # fmt: skip
+        ]
     tokens = get(choice, "logprobs.tokens", list, where, [])
     values = get(choice, "logprobs.token_logprobs", list, where, None) or [None] * len(tokens)
     tops = get(choice, "logprobs.top_logprobs", list, where, None) or [None] * len(tokens)
     if not len(tokens) == len(values) == len(tops):
         raise DataError(f"{where}: logprobs.tokens, token_logprobs and top_logprobs differ in length")
     return [
-        {**_token({"token": token, "logprob": value}, where), "tops": [
-            (_token({"token": t, "logprob": v}, where)["id"], v)
-            for t, v in (top.items() if isinstance(top, dict) else ())
-        ]}
+        {
+            **_token({"token": token, "logprob": value}, where),
+            "tops": [
+                (_token({"token": t, "logprob": v}, where)["id"], v)
+                for t, v in (top.items() if isinstance(top, dict) else ())
+            ],
+        }
         for token, value, top in zip(tokens, values, tops, strict=True)
-    ]  # fmt: skip
+    ]
 
 
 def _token(entry: Any, where: str) -> dict[str, Any]:
@@ -466,9 +511,10 @@ def _token(entry: Any, where: str) -> dict[str, Any]:
     given = entry.get("bytes")
     known = isinstance(given, list) and all(type(b) is int and 0 <= b < 256 for b in given)
     return {
-        "id": number, "bytes": bytes(given) if known else text.encode(errors="replace"),
+        "id": number,
+        "bytes": bytes(given) if known else text.encode(errors="replace"),
         "logprob": None if value is None or value <= _UNKNOWN else float(value),
-    }  # fmt: skip
+    }
 
 
 def _logs(
@@ -486,29 +532,33 @@ def _logs(
     if not sampling.top_logprobs or ids is None or len(logged) not in (steps, steps - 1):
         return logprob, None, None
     rows = [
-        sorted((top for top in entry["tops"] if top[1] is not None and top[1] > _UNKNOWN),
-               key=lambda top: -top[1])[: sampling.top_logprobs]
+        sorted(
+            (top for top in entry["tops"] if top[1] is not None and top[1] > _UNKNOWN),
+            key=lambda top: -top[1],
+        )[: sampling.top_logprobs]
         for entry in logged
-    ]  # fmt: skip
+    ]
     if any(token is None for row in rows for token, _ in row):
         return logprob, None, None
     rows += [[]] * (steps - len(rows))
     return logprob, [[t for t, _ in row] for row in rows], [[v for _, v in row] for row in rows]
 
 
-def _check(
-    ids: list[int], counted: int | None, reason: str, sampling: Sampling, where: str
-) -> None:  # fmt: skip
+def _check(ids: list[int], counted: int | None, reason: str, sampling: Sampling, where: str) -> None:
     """Refuses token ids that contradict the rest of the answer, or the request."""
     early = next((i for i in ids[:-1] if i in sampling.end_ids), None)
     if early is not None:
-        raise DataError(f"{where}: it goes on after token {early}, which ends a rollout of --model: the "
-                        "served model ends with other tokens")  # fmt: skip
+        raise DataError(
+            f"{where}: it goes on after token {early}, which ends a rollout of --model: the "
+            "served model ends with other tokens"
+        )
     # a server that leaves the end token out may or may not count it
     if counted is not None and len(ids) - counted not in ((0, 1) if reason == "stop" else (0,)):
         raise DataError(f"{where}: {len(ids)} tokens came and the server counts {counted}")
     if len(ids) > sampling.max_new_tokens:
         raise DataError(f"{where}: {len(ids)} tokens came, asked for {sampling.max_new_tokens} at most")
     if reason == "length" and len(ids) < sampling.max_new_tokens:
-        raise DataError(f"{where}: the server cut it at {len(ids)} of {sampling.max_new_tokens} tokens: "
-                        "its context window is smaller; lower --max-new-tokens")  # fmt: skip
+        raise DataError(
+            f"{where}: the server cut it at {len(ids)} of {sampling.max_new_tokens} tokens: "
+            "its context window is smaller; lower --max-new-tokens"
+        )

@@ -47,22 +47,29 @@ def open_model(source: str, dtype: str | None = None) -> Engine:
     tokenizer, config = load_tokenizer(source), models.read_config(path)
     try:
         llm = vllm.LLM(
-            model=str(path), dtype=dtype, seed=0, trust_remote_code=False, load_format="safetensors",
+            model=str(path),
+            dtype=dtype,
+            seed=0,
+            trust_remote_code=False,
+            load_format="safetensors",
             skip_tokenizer_init=True,  # ids go in and come out
             generation_config="vllm",  # no defaults of the model's that the policy does not name
-            logprobs_mode="raw_logprobs", max_logprobs=-1,
+            logprobs_mode="raw_logprobs",
+            max_logprobs=-1,
             max_model_len=-1,  # the model's own window, or what the memory holds
-        )  # fmt: skip
+        )
     except (OSError, ValueError, RuntimeError, ImportError) as error:
         raise StoreError(f"{path}: vLLM: {' '.join(str(error).split())[:300]}") from None
 
     def sample(jobs: Sequence[Job], sampling: Sampling, progress: Progress) -> list[list[Rollout]]:
         asked = [(job, number) for job in jobs for number in job.samples]
-        answers = iter(llm.generate(
-            [{"prompt_token_ids": list(job.prompt_ids)} for job, _ in asked],
-            [_settings(vllm, job, number, sampling) for job, number in asked],
-            use_tqdm=False,
-        ))  # fmt: skip
+        answers = iter(
+            llm.generate(
+                [{"prompt_token_ids": list(job.prompt_ids)} for job, _ in asked],
+                [_settings(vllm, job, number, sampling) for job, number in asked],
+                use_tqdm=False,
+            )
+        )
         rollouts = [
             [_rollout(next(answers).outputs[0], number, sampling) for number in job.samples]
             for job in jobs
@@ -77,24 +84,31 @@ def open_model(source: str, dtype: str | None = None) -> Engine:
         checkpoint=models.checkpoint(source, path, tokenizer),
         settings={"dtype": dtype, "top_logprobs_of": "model"},
         versions={
-            "vllm": vllm.__version__, "torch": torch.__version__,
+            "vllm": vllm.__version__,
+            "torch": torch.__version__,
             "transformers": transformers.__version__,
         },
         width=None,
         sample=sample,
-    )  # fmt: skip
+    )
 
 
 def _settings(vllm: Any, job: Job, sample: int, sampling: Sampling) -> Any:
     """vLLM's SamplingParams of a rollout; its seed is the rollout's first random number."""
     return vllm.SamplingParams(
-        n=1, temperature=sampling.temperature, top_k=sampling.top_k, top_p=sampling.top_p,
-        max_tokens=sampling.max_new_tokens, seed=int(job.draw(sample)[0] * 2**31),
+        n=1,
+        temperature=sampling.temperature,
+        top_k=sampling.top_k,
+        top_p=sampling.top_p,
+        max_tokens=sampling.max_new_tokens,
+        seed=int(job.draw(sample)[0] * 2**31),
         # 0: of the sampled token alone
         logprobs=sampling.top_logprobs or (0 if sampling.is_model else None),
         # exactly these end a rollout, and the one that did stays among its tokens
-        ignore_eos=True, stop_token_ids=list(sampling.end_ids), detokenize=False,
-    )  # fmt: skip
+        ignore_eos=True,
+        stop_token_ids=list(sampling.end_ids),
+        detokenize=False,
+    )
 
 
 def _rollout(output: Any, sample: int, sampling: Sampling) -> Rollout:
@@ -114,7 +128,13 @@ def _rollout(output: Any, sample: int, sampling: Sampling) -> Rollout:
             [[top[k] for top in row[: sampling.top_logprobs]] for row in rows] for k in (0, 1)
         )
     return Rollout(
-        sample=sample, token_ids=np.array(ids, np.int32), logprob=logprob, entropy=None,
-        eos_logprob=None, finish_reason="stop" if ids[-1] in sampling.end_ids else "length",
-        top_token_ids=top_ids, top_logprobs=top_logprobs, n_tokens=len(ids),
-    )  # fmt: skip
+        sample=sample,
+        token_ids=np.array(ids, np.int32),
+        logprob=logprob,
+        entropy=None,
+        eos_logprob=None,
+        finish_reason="stop" if ids[-1] in sampling.end_ids else "length",
+        top_token_ids=top_ids,
+        top_logprobs=top_logprobs,
+        n_tokens=len(ids),
+    )

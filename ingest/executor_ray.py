@@ -102,9 +102,11 @@ def _connect(ray: Any) -> None:
         if named and not _answers(named):
             raise ConnectionError(f"RAY_ADDRESS is {named}")
         ray.init(
-            address=address or None, log_to_driver=False, logging_level=logging.ERROR,
+            address=address or None,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
             include_dashboard=False,
-        )  # fmt: skip
+        )
     except (ConnectionError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UsageError(
@@ -146,9 +148,10 @@ def share(nodes: list[dict[str, float]], workers: int | None, gpus: bool) -> tup
         room = [(int(node["CPU"]), int(node["CPU"])) for node in nodes]
         workers = workers or len(nodes)
     fits = [
-        cpus for cpus in range(1, max(cpu for cpu, _ in room) + 1)
+        cpus
+        for cpus in range(1, max(cpu for cpu, _ in room) + 1)
         if sum(min(cpu // cpus, most) for cpu, most in room) >= workers
-    ]  # fmt: skip
+    ]
     return workers, {"num_cpus": max(fits, default=1), "num_gpus": int(bool(gpus and with_gpu))}
 
 
@@ -212,8 +215,9 @@ class _Worker:
 class _Pool:
     """The workers of a run, by number, and the answers that each of them owes."""
 
-    def __init__(self, ray: Any, call: tuple[str, str, dict[str, Any]], needs: dict[str, int],
-                 progress: Progress) -> None:  # fmt: skip
+    def __init__(
+        self, ray: Any, call: tuple[str, str, dict[str, Any]], needs: dict[str, int], progress: Progress
+    ) -> None:
         self.ray, self.call, self.needs, self.progress = ray, call, needs, progress
         self.actor = ray.remote(_Worker).options(
             **needs, max_concurrency=2, scheduling_strategy="SPREAD"

@@ -25,9 +25,18 @@ _FORMS = '{"messages": […]}, {"prompt": …, "completion": …} or {"text": �
 
 
 def finetune_child(
-    root: str | Path, *, model: str, data: str | Path, out: str | Path, family: str, variant: str,
-    parent: str | None = None, treatment: str | None = None, method: str = "full", **options: Any,
-) -> str:  # fmt: skip
+    root: str | Path,
+    *,
+    model: str,
+    data: str | Path,
+    out: str | Path,
+    family: str,
+    variant: str,
+    parent: str | None = None,
+    treatment: str | None = None,
+    method: str = "full",
+    **options: Any,
+) -> str:
     """The model_id of a new fine-tuned child, saved in ``out`` and named in the store's ``models``.
 
     Parameters
@@ -55,24 +64,42 @@ def finetune_child(
         raise UsageError(f"--variant {variant}: a child needs another name than its parent")
     done = finetune(model, data, out, method=method, **options)
     _, tokenizer, folder = models.load_model(str(out), "cpu")  # it must load before it is named
-    return store.add_model(root, {
-        "family": family, "variant": variant, "parent_id": parent or f"{family}/base",
-        "treatment": treatment or {"full": "sft"}.get(method, method),
-        "hyperparameters": store.canonical(
-            {key: value for key, value in done.items() if key not in ("data_sha256", "wall_s")}
-        ),
-        "data_sha256": done["data_sha256"], "weights_sha256": models.weights_sha256(folder),
-        "tokenizer_sha256": models.tokenizer_sha256(tokenizer), "seed": done["seed"],
-        "source": folder.name,
-    })  # fmt: skip
+    return store.add_model(
+        root,
+        {
+            "family": family,
+            "variant": variant,
+            "parent_id": parent or f"{family}/base",
+            "treatment": treatment or {"full": "sft"}.get(method, method),
+            "hyperparameters": store.canonical(
+                {key: value for key, value in done.items() if key not in ("data_sha256", "wall_s")}
+            ),
+            "data_sha256": done["data_sha256"],
+            "weights_sha256": models.weights_sha256(folder),
+            "tokenizer_sha256": models.tokenizer_sha256(tokenizer),
+            "seed": done["seed"],
+            "source": folder.name,
+        },
+    )
 
 
 def finetune(
-    model: str, data: str | Path, out: str | Path, *, method: str = "full",
-    steps: int | None = None, epochs: int | None = None, batch_size: int = 4,
-    learning_rate: float = 5e-5, max_length: int = 512, seed: int = 0, lora_rank: int = 8,
-    device: str | None = None, dtype: str | None = None, show_progress: bool = False,
-) -> dict[str, Any]:  # fmt: skip
+    model: str,
+    data: str | Path,
+    out: str | Path,
+    *,
+    method: str = "full",
+    steps: int | None = None,
+    epochs: int | None = None,
+    batch_size: int = 4,
+    learning_rate: float = 5e-5,
+    max_length: int = 512,
+    seed: int = 0,
+    lora_rank: int = 8,
+    device: str | None = None,
+    dtype: str | None = None,
+    show_progress: bool = False,
+) -> dict[str, Any]:
     """What was done: the hyperparameters, ``final_loss``, ``data_sha256`` and ``wall_s``.
 
     The child is saved in ``out`` as safetensors with tokenizer and generation config, in its parent's
@@ -114,11 +141,18 @@ def finetune(
     if folder.is_file():
         raise UsageError(f"{folder}: a GGUF file cannot be trained; save it as safetensors first")
     asked = {
-        "parent_sha256": models.weights_sha256(folder), "data_sha256": store.sha256(Path(data)),
-        "method": method, "steps": steps, "epochs": epochs, "batch_size": batch_size,
-        "learning_rate": learning_rate, "max_length": max_length, "seed": seed,
-        "lora_rank": lora_rank if method == "lora" else None, "dtype": dtype,
-    }  # fmt: skip
+        "parent_sha256": models.weights_sha256(folder),
+        "data_sha256": store.sha256(Path(data)),
+        "method": method,
+        "steps": steps,
+        "epochs": epochs,
+        "batch_size": batch_size,
+        "learning_rate": learning_rate,
+        "max_length": max_length,
+        "seed": seed,
+        "lora_rank": lora_rank if method == "lora" else None,
+        "dtype": dtype,
+    }
     if not _is_free(out):
         return _made_by(asked, out)
     saved_dtype = getattr(AutoConfig.from_pretrained(folder), "dtype", None) or loaded.dtype
@@ -131,25 +165,40 @@ def finetune(
     if method == "lora":
         trained = trained.merge_and_unload()
     done = {
-        "method": method, "steps": steps, "batch_size": batch_size, "learning_rate": learning_rate,
-        "max_length": max_length, "seed": seed, "final_loss": final_loss,
-        "data_sha256": asked["data_sha256"], "wall_s": time.perf_counter() - started,
+        "method": method,
+        "steps": steps,
+        "batch_size": batch_size,
+        "learning_rate": learning_rate,
+        "max_length": max_length,
+        "seed": seed,
+        "final_loss": final_loss,
+        "data_sha256": asked["data_sha256"],
+        "wall_s": time.perf_counter() - started,
         **({"lora_rank": lora_rank} if method == "lora" else {}),
-    }  # fmt: skip
+    }
     _save(trained.to(saved_dtype), tokenizer, out, {"asked": asked, "done": done})
     return done
 
 
 def _check_settings(
-    out: Path, method: str, steps: int | None, epochs: int | None, batch_size: int,
-    learning_rate: float, max_length: int, lora_rank: int,
-) -> None:  # fmt: skip
+    out: Path,
+    method: str,
+    steps: int | None,
+    epochs: int | None,
+    batch_size: int,
+    learning_rate: float,
+    max_length: int,
+    lora_rank: int,
+) -> None:
     if method not in ("full", "lora"):
         raise UsageError(f"--method {method}: one of full, lora")
     for option, value in (
-        ("--steps", 1 if steps is None else steps), ("--epochs", 1 if epochs is None else epochs),
-        ("--batch-size", batch_size), ("--max-length", max_length - 1), ("--lora-rank", lora_rank),
-    ):  # fmt: skip
+        ("--steps", 1 if steps is None else steps),
+        ("--epochs", 1 if epochs is None else epochs),
+        ("--batch-size", batch_size),
+        ("--max-length", max_length - 1),
+        ("--lora-rank", lora_rank),
+    ):
         if value < 1:
             raise UsageError(f"{option}: too small; needs at least {2 if 'length' in option else 1}")
     if not 0 < learning_rate < 1:
@@ -308,9 +357,14 @@ def _with_lora(model: Any, rank: int) -> Any:
 
 
 def _train(
-    model: Any, sequences: list[tuple[list[int], list[int]]], steps: int, batch_size: int,
-    learning_rate: float, seed: int, show_progress: bool,
-) -> float:  # fmt: skip
+    model: Any,
+    sequences: list[tuple[list[int], list[int]]],
+    steps: int,
+    batch_size: int,
+    learning_rate: float,
+    seed: int,
+    show_progress: bool,
+) -> float:
     """The mean loss of the last 8 steps, in nats per trained token; ``model`` is changed in place."""
     # A plain loop and one device: the batch is then the one that the record names.
     device = model.device
@@ -324,9 +378,12 @@ def _train(
     losses: list[float] = []
     model.train()
     for step in track(
-        range(steps), "fine-tuning", console=Console(stderr=True), transient=True,
+        range(steps),
+        "fine-tuning",
+        console=Console(stderr=True),
+        transient=True,
         disable=not show_progress,
-    ):  # fmt: skip
+    ):
         batch = [sequences[i] for i in itertools.islice(order, batch_size)]
         with half:
             loss = model(**{k: v.to(device) for k, v in _pad(batch).items()}).loss

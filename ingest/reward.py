@@ -88,12 +88,16 @@ def ingest_rewards(
             columns = ["run_id", "prompt_id", "sample", "text", "n_tokens"]
             part = store.read_rows(shard.source, columns).to_pydict()
             inputs = [
-                _input(tokenizer, prompts.get((run["task"], prompt_id), (None, None)), text,
-                       f"run {run['run_id']}: prompt {prompt_id} sample {sample}")
+                _input(
+                    tokenizer,
+                    prompts.get((run["task"], prompt_id), (None, None)),
+                    text,
+                    f"run {run['run_id']}: prompt {prompt_id} sample {sample}",
+                )
                 for prompt_id, sample, text in zip(
                     part["prompt_id"], part["sample"], part["text"], strict=True
                 )
-            ]  # fmt: skip
+            ]
             rewards = _score(scorer, tokenizer, inputs, label or 0, batch_size)
             if not np.isfinite(rewards).all():
                 at = int(np.argmin(np.isfinite(rewards)))
@@ -167,7 +171,10 @@ def _score(
             [inputs[i][1] for i in rows] if pairs else None,
             # a chat template writes the special tokens itself
             add_special_tokens=pairs,
-            padding=True, truncation=True, max_length=min(window, 1 << 20), return_tensors="pt",
-        ).to(scorer.device)  # fmt: skip
+            padding=True,
+            truncation=True,
+            max_length=min(window, 1 << 20),
+            return_tensors="pt",
+        ).to(scorer.device)
         rewards[rows] = scorer(**batch).logits[:, label].float().cpu().numpy()
     return rewards

@@ -128,13 +128,19 @@ class Run:
         members, steps = self.members(shard), self.sampling.max_new_tokens
         jobs = [
             Job(
-                self.token_ids[i], range(self.settings["n_samples"]),
-                functools.partial(uniforms, self.run_id, self.settings["seed"],
-                                  self.prompts[i]["prompt_id"], steps=steps),
+                self.token_ids[i],
+                range(self.settings["n_samples"]),
+                functools.partial(
+                    uniforms,
+                    self.run_id,
+                    self.settings["seed"],
+                    self.prompts[i]["prompt_id"],
+                    steps=steps,
+                ),
                 f"{self.source}: line {self.prompts[i]['line']}",
             )
             for i in members
-        ]  # fmt: skip
+        ]
         columns: dict[str, list[Any]] = {}
         for i, rollouts in zip(members, self.engine.sample(jobs, self.sampling, progress), strict=True):
             self._add(columns, self.prompts[i]["prompt_id"], rollouts)
@@ -144,9 +150,11 @@ class Run:
     def _add(self, columns: dict[str, list[Any]], prompt_id: str, rollouts: list[Rollout]) -> None:
         """Adds rollouts to the table's columns; what an engine does not give has no column."""
         undecoded = [r for r in rollouts if r.text is None]
-        texts = iter(self.engine.tokenizer.batch_decode(
-            [r.token_ids for r in undecoded], skip_special_tokens=True
-        ))  # fmt: skip
+        texts = iter(
+            self.engine.tokenizer.batch_decode(
+                [r.token_ids for r in undecoded], skip_special_tokens=True
+            )
+        )
         for rollout in rollouts:
             row = {"run_id": self.run_id, "prompt_id": prompt_id, **vars(rollout)}
             row["text"] = next(texts) if rollout.text is None else rollout.text
@@ -162,14 +170,34 @@ class Run:
         if not done and not self.shards_to_do():
             store.add_prompts(self.root, self.settings["task"], self.prompts)
             said = {**self.settings, "rendering": self.settings["template"]}
-            store.complete_run(self.root, self.where, {
-                **{k: said.get(k) for k in (
-                    "run_id", "family", "variant", "task", "temperature", "top_k", "top_p",
-                    "max_new_tokens", "seed", "dtype", "device", "engine", "rendering",
-                )},
-                "model_id": self.model_id, "settings": store.canonical(self.settings),
-                "versions": store.canonical(self.engine.versions), "wall_s": seconds,
-            })  # fmt: skip
+            store.complete_run(
+                self.root,
+                self.where,
+                {
+                    **{
+                        k: said.get(k)
+                        for k in (
+                            "run_id",
+                            "family",
+                            "variant",
+                            "task",
+                            "temperature",
+                            "top_k",
+                            "top_p",
+                            "max_new_tokens",
+                            "seed",
+                            "dtype",
+                            "device",
+                            "engine",
+                            "rendering",
+                        )
+                    },
+                    "model_id": self.model_id,
+                    "settings": store.canonical(self.settings),
+                    "versions": store.canonical(self.engine.versions),
+                    "wall_s": seconds,
+                },
+            )
             done = True
         sql.write_database(self.root)
         return done
@@ -235,17 +263,33 @@ def prepare(
     As `ingest_rollouts`.
     """
     progress = progress or Progress()
-    _check_settings(samples, max_new_tokens, temperature, top_k, top_p, batch_size, memory,
-                    top_logprobs, prompts_per_shard, limit, template)  # fmt: skip
+    _check_settings(
+        samples,
+        max_new_tokens,
+        temperature,
+        top_k,
+        top_p,
+        batch_size,
+        memory,
+        top_logprobs,
+        prompts_per_shard,
+        limit,
+        template,
+    )
     run_id = store.check_name("--run", run or f"{family}.{variant}.{task}")
     for option, value in (("--family", family), ("--variant", variant), ("--task", task)):
         store.check_name(option, value)
     listed = read_prompts(prompts, limit)
     root = store.init(root)
     opened = open_engine(
-        engine, model, device=device, dtype=dtype, base_url=base_url, served_model=served_model,
+        engine,
+        model,
+        device=device,
+        dtype=dtype,
+        base_url=base_url,
+        served_model=served_model,
         concurrency=concurrency,
-    )  # fmt: skip
+    )
     tokenizer = opened.tokenizer
     ends = tuple(eos_token_ids) or opened.end_ids
     if no_eos:
@@ -262,29 +306,51 @@ def prepare(
     if temperature == 0:
         progress.say("temperature 0 is greedy: every rollout of a prompt is the same, entropy 0")
     settings = {
-        "run_id": run_id, "family": family, "variant": variant, "task": task, "engine": engine,
+        "run_id": run_id,
+        "family": family,
+        "variant": variant,
+        "task": task,
+        "engine": engine,
         "weights_sha256": opened.checkpoint["weights_sha256"],
-        "prompts_sha256": store.content_id([[p["prompt_id"], t] for p, t in
-                                            zip(listed, token_ids, strict=True)]),
-        "template": template, "n_prompts": len(listed), "n_samples": samples,
-        "max_new_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k,
-        "top_p": top_p, "seed": seed, "top_logprobs": top_logprobs, "end_token_ids": list(ends),
-        "prompts_per_shard": prompts_per_shard, "n_shards": -(-len(listed) // prompts_per_shard),
+        "prompts_sha256": store.content_id(
+            [[p["prompt_id"], t] for p, t in zip(listed, token_ids, strict=True)]
+        ),
+        "template": template,
+        "n_prompts": len(listed),
+        "n_samples": samples,
+        "max_new_tokens": max_new_tokens,
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "seed": seed,
+        "top_logprobs": top_logprobs,
+        "end_token_ids": list(ends),
+        "prompts_per_shard": prompts_per_shard,
+        "n_shards": -(-len(listed) // prompts_per_shard),
         **opened.settings,
-    }  # fmt: skip
+    }
     sampling = Sampling(temperature, top_k, top_p, max_new_tokens, ends, top_logprobs)
     if opened.width is not None:
         shard = sorted(map(len, token_ids))[-prompts_per_shard:]  # the one that takes the most
-        settings["batch_size"] = batch_size or _stored_width(root, run_id) or opened.width(
-            sampling, shard, None if memory is None else int(memory * 1e9)
-        )  # fmt: skip
+        settings["batch_size"] = (
+            batch_size
+            or _stored_width(root, run_id)
+            or opened.width(sampling, shard, None if memory is None else int(memory * 1e9))
+        )
     elif batch_size or memory:
         raise UsageError(f"--batch-size, --memory: --engine {engine} decides the width itself")
-    model_id = store.add_model(root, {
-        "family": family, "variant": variant, "parent_id": parent, "treatment": treatment,
-        "hyperparameters": store.canonical(hyperparameters) if hyperparameters else None,
-        "data_sha256": data_sha256, **opened.checkpoint,
-    })  # fmt: skip
+    model_id = store.add_model(
+        root,
+        {
+            "family": family,
+            "variant": variant,
+            "parent_id": parent,
+            "treatment": treatment,
+            "hyperparameters": store.canonical(hyperparameters) if hyperparameters else None,
+            "data_sha256": data_sha256,
+            **opened.checkpoint,
+        },
+    )
     # a job that began at the same moment may have had room for another width
     settings = store.plan(root, "run", run_id, settings, () if batch_size else ("batch_size",))
     sampling = replace(sampling, width=settings.get("batch_size", sampling.width))
@@ -302,16 +368,27 @@ def _stored_width(root: Path, run_id: str) -> int | None:
 
 
 def _check_settings(
-    samples: int, max_new_tokens: int, temperature: float, top_k: int, top_p: float,
-    batch_size: int | None, memory: float | None, top_logprobs: int, prompts_per_shard: int,
-    limit: int | None, template: str,
-) -> None:  # fmt: skip
+    samples: int,
+    max_new_tokens: int,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    batch_size: int | None,
+    memory: float | None,
+    top_logprobs: int,
+    prompts_per_shard: int,
+    limit: int | None,
+    template: str,
+) -> None:
     for option, value, least in (
-        ("--samples", samples, 1), ("--max-new-tokens", max_new_tokens, 1),
-        ("--top-k", top_k, 0), ("--batch-size", 1 if batch_size is None else batch_size, 1),
-        ("--top-logprobs", top_logprobs, 0), ("--prompts-per-shard", prompts_per_shard, 1),
+        ("--samples", samples, 1),
+        ("--max-new-tokens", max_new_tokens, 1),
+        ("--top-k", top_k, 0),
+        ("--batch-size", 1 if batch_size is None else batch_size, 1),
+        ("--top-logprobs", top_logprobs, 0),
+        ("--prompts-per-shard", prompts_per_shard, 1),
         ("--limit", 1 if limit is None else limit, 1),
-    ):  # fmt: skip
+    ):
         if value < least:
             raise UsageError(f"{option} {value}: needs at least {least}")
         if value >= 2**31:
@@ -327,9 +404,12 @@ def _check_settings(
 
 
 def _check_window(
-    window: int | None, prompts: str | Path, listed: list[dict[str, Any]],
-    token_ids: list[list[int]], max_new_tokens: int,
-) -> None:  # fmt: skip
+    window: int | None,
+    prompts: str | Path,
+    listed: list[dict[str, Any]],
+    token_ids: list[list[int]],
+    max_new_tokens: int,
+) -> None:
     for prompt, ids in zip(listed, token_ids, strict=True):
         if window and len(ids) + max_new_tokens > window:
             raise DataError(

@@ -334,9 +334,10 @@ class _Log:
             on_tokens(len(rows))
         over = self.is_end[token].tolist()  # the one thing a step waits for
         return [
-            r for r, stop in zip(rows, over, strict=True)
+            r
+            for r, stop in zip(rows, over, strict=True)
             if stop or self.length[r] >= self.sampling.max_new_tokens
-        ]  # fmt: skip
+        ]
 
     def rollout(self, row: int, job: Job, place: int) -> Rollout:
         """The finished rollout of a row."""
@@ -346,12 +347,15 @@ class _Log:
         logged = self.record[row, :, :n].cpu().numpy().copy()
         _check_finite(logged, job.samples[place], job.name)
         return Rollout(
-            sample=job.samples[place], token_ids=tokens,
-            logprob=logged[0], entropy=logged[1], eos_logprob=logged[2],
+            sample=job.samples[place],
+            token_ids=tokens,
+            logprob=logged[0],
+            entropy=logged[1],
+            eos_logprob=logged[2],
             finish_reason="stop" if int(tokens[-1]) in self.sampling.end_ids else "length",
             top_token_ids=self.top_ids[row, :n].cpu().numpy().copy() if self.best else None,
             top_logprobs=self.top_logprobs[row, :n].cpu().numpy().copy() if self.best else None,
-        )  # fmt: skip
+        )
 
 
 def _check_finite(logged: np.ndarray, sample: int, name: str) -> None:

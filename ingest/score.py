@@ -85,12 +85,21 @@ def ingest_scores(
         jobs = [
             _job(run, known, model, tokenizer, path, weights, policy, given, template) for run in chosen
         ]
-        store.plan(root, "scorer", name, {
-            "scorer_id": name, "weights_sha256": weights,
-            "tokenizer_sha256": models.tokenizer_sha256(tokenizer),
-            "dtype": str(model.dtype).removeprefix("torch."), "device": model.device.type,
-            "template": template, "batch_size": batch_size, "chunk_tokens": chunk_tokens,
-        })  # fmt: skip
+        store.plan(
+            root,
+            "scorer",
+            name,
+            {
+                "scorer_id": name,
+                "weights_sha256": weights,
+                "tokenizer_sha256": models.tokenizer_sha256(tokenizer),
+                "dtype": str(model.dtype).removeprefix("torch."),
+                "device": model.device.type,
+                "template": template,
+                "batch_size": batch_size,
+                "chunk_tokens": chunk_tokens,
+            },
+        )
         by_run = {job.run_id: job for job in jobs}
         for job in jobs:
             job.where = store.folder(root, "scores", scorer_id=name, run=job.run_id)
@@ -179,9 +188,16 @@ def _read_store(root: Path, prompts: str | Path | None) -> _Known:
 
 
 def _job(
-    run: dict[str, Any], known: _Known, model: Any, tokenizer: Any, path: Path, weights: str,
-    policy: str, given: dict[str, Any], template: str,
-) -> _Job:  # fmt: skip
+    run: dict[str, Any],
+    known: _Known,
+    model: Any,
+    tokenizer: Any,
+    path: Path,
+    weights: str,
+    policy: str,
+    given: dict[str, Any],
+    template: str,
+) -> _Job:
     """The run as the scorer reads it, or the reason why it cannot be read."""
     row = known.runs[run["run_id"]]
     sampler = known.models.get(row["model_id"], {})
@@ -203,17 +219,24 @@ def _job(
             f"{where}: its {', '.join(unknown)} is not recorded; say --policy full, or each of "
             "--temperature, --top-k and --top-p"
         )
-    used = {"temperature": float(used["temperature"]), "top_k": int(used["top_k"]),
-            "top_p": float(used["top_p"])}  # fmt: skip
+    used = {
+        "temperature": float(used["temperature"]),
+        "top_k": int(used["top_k"]),
+        "top_p": float(used["top_p"]),
+    }
     ends = run.get("end_token_ids")
     return _Job(
-        run_id=row["run_id"], shards=run["shards"], policy=used,
+        run_id=row["run_id"],
+        shards=run["shards"],
+        policy=used,
         end_ids=tuple(models.end_token_ids(model, tokenizer) if ends is None else ends),
         prompts=_prompt_ids(run, row, known, tokenizer, template, where),
-        own=sampler.get("weights_sha256") == weights and used == own
+        own=sampler.get("weights_sha256") == weights
+        and used == own
         and template in ("run", row["rendering"]),
-        tokenizer_known=bool(theirs), dtype=row["dtype"],
-    )  # fmt: skip
+        tokenizer_known=bool(theirs),
+        dtype=row["dtype"],
+    )
 
 
 def _prompt_ids(
@@ -231,9 +254,10 @@ def _prompt_ids(
             "put the sampled model's chat_template.jinja in the scorer's folder"
         )
     listed = dict.fromkeys(
-        prompt for shard in run["shards"]
+        prompt
+        for shard in run["shards"]
         for prompt in store.read_rows(shard, ["prompt_id"])["prompt_id"].to_pylist()
-    )  # fmt: skip
+    )
     rendered = {}
     for prompt_id in listed:
         prompt = known.prompts.get((row["task"], prompt_id)) or known.given.get(prompt_id)
@@ -263,9 +287,14 @@ def _no_tokens(where: str) -> str:
 
 
 def _score_shard(
-    model: Any, tokenizer: Any, job: _Job, shard: store.Shard, batch_size: int, chunk_tokens: int,
+    model: Any,
+    tokenizer: Any,
+    job: _Job,
+    shard: store.Shard,
+    batch_size: int,
+    chunk_tokens: int,
     progress: Progress,
-) -> None:  # fmt: skip
+) -> None:
     columns = ["run_id", "prompt_id", "sample", "text", "token_ids"]
     part = store.read_rows(shard.source, columns).to_pydict()
     names = [
@@ -279,23 +308,33 @@ def _score_shard(
     prompts = [job.prompts[prompt_id] for prompt_id in part["prompt_id"]]
     _check_ids(model, prompts, part["token_ids"], names)
     scores = score_tokens(
-        model, prompts, part["token_ids"],
-        Sampling(**job.policy, end_ids=job.end_ids, width=batch_size), chunk_tokens,
-        progress.tokens, names,
-    )  # fmt: skip
+        model,
+        prompts,
+        part["token_ids"],
+        Sampling(**job.policy, end_ids=job.end_ids, width=batch_size),
+        chunk_tokens,
+        progress.tokens,
+        names,
+    )
     logprob, entropy, eos = (
         [np.minimum(row[0], 0) for row in scores],
         [np.maximum(row[1], 0) for row in scores],
         [np.minimum(row[2], 0) for row in scores],
     )
-    store.write_rows(shard.target, "scores", {
-        **{key: part[key] for key in ("run_id", "prompt_id", "sample")},
-        "policy": [store.canonical(job.policy)] * len(names),
-        "logprob": logprob, "entropy": entropy, "eos_logprob": eos,
-        "entropy_sum": [row.sum(dtype=np.float64) for row in entropy],
-        "surprisal_sum": [-row.sum(dtype=np.float64) for row in logprob],
-        "stop_entropy_sum": [stop_entropy(row).sum() for row in eos],
-    })  # fmt: skip
+    store.write_rows(
+        shard.target,
+        "scores",
+        {
+            **{key: part[key] for key in ("run_id", "prompt_id", "sample")},
+            "policy": [store.canonical(job.policy)] * len(names),
+            "logprob": logprob,
+            "entropy": entropy,
+            "eos_logprob": eos,
+            "entropy_sum": [row.sum(dtype=np.float64) for row in entropy],
+            "surprisal_sum": [-row.sum(dtype=np.float64) for row in logprob],
+            "stop_entropy_sum": [stop_entropy(row).sum() for row in eos],
+        },
+    )
 
 
 def _check_texts(tokenizer: Any, part: dict[str, list[Any]], names: list[str]) -> None:
@@ -346,10 +385,13 @@ def _compared(job: _Job, dtype: str) -> str:
             largest[column] = max(largest.get(column, 0.0), np.abs(a - b)[inside].max(initial=0))
     told = []
     if largest:
-        told.append("largest difference " + ", ".join(
-            f"{value:.2g} {'' if column == 'eos_logprob' else 'nats '}in {measures[column]}"
-            for column, value in largest.items()
-        ))  # fmt: skip
+        told.append(
+            "largest difference "
+            + ", ".join(
+                f"{value:.2g} {'' if column == 'eos_logprob' else 'nats '}in {measures[column]}"
+                for column, value in largest.items()
+            )
+        )
     missing = [word for column, word in measures.items() if column not in largest]
     if missing:
         told.append(f"{', '.join(missing)} not logged, and now completed")

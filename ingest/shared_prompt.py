@@ -133,10 +133,17 @@ class Slots:
         global _now
         _now = self
         try:
-            return self.model(
-                inputs_embeds=embedded, position_ids=(self.lengths + self.at)[:, None],
-                past_key_values=self.cache, use_cache=True, logits_to_keep=1,
-            ).logits[:, -1].contiguous()  # fmt: skip
+            return (
+                self.model(
+                    inputs_embeds=embedded,
+                    position_ids=(self.lengths + self.at)[:, None],
+                    past_key_values=self.cache,
+                    use_cache=True,
+                    logits_to_keep=1,
+                )
+                .logits[:, -1]
+                .contiguous()
+            )
         finally:
             _now = None
 
@@ -145,9 +152,14 @@ _now: Slots | None = None  # the slots that the forward pass under way belongs t
 
 
 def _attend(
-    module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
-    attention_mask: torch.Tensor | None, scaling: float | None = None, **kwargs: Any,
-) -> tuple[torch.Tensor, None]:  # fmt: skip
+    module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
     """Attention (W, 1, H, D) of each slot's query (W, H, 1, D) over its prompt and its own tokens."""
     if _now is None:  # reading a prompt
         return sdpa_attention_forward(
@@ -236,6 +248,19 @@ def prepare(model: Any) -> bool:
 
 # Families whose attention is q, k, v, rotary positions and a softmax, and nothing else.
 _PLAIN = frozenset(
-    ["llama", "qwen2", "qwen3", "mistral", "smollm3", "olmo", "olmo2", "phi3", "gemma", "granite",
-     "starcoder2", "stablelm", "gpt_neox"]
-)  # fmt: skip
+    [
+        "llama",
+        "qwen2",
+        "qwen3",
+        "mistral",
+        "smollm3",
+        "olmo",
+        "olmo2",
+        "phi3",
+        "gemma",
+        "granite",
+        "starcoder2",
+        "stablelm",
+        "gpt_neox",
+    ]
+)

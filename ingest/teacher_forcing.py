@@ -50,11 +50,21 @@ def score_tokens(
         batch = order[start : start + sampling.width]
         states = split.states([prompts[i] for i in batch], [rollouts[i] for i in batch])  # (S, d)
         tokens = torch.tensor([t for i in batch for t in rollouts[i]], device=model.device)  # (S,)
-        record = torch.cat([
-            _statistics(split.logits(states[at : at + chunk_tokens]), tokens[at : at + chunk_tokens],
-                        sampling)
-            for at in range(0, len(tokens), chunk_tokens)
-        ], dim=1).cpu().numpy()  # fmt: skip
+        record = (
+            torch.cat(
+                [
+                    _statistics(
+                        split.logits(states[at : at + chunk_tokens]),
+                        tokens[at : at + chunk_tokens],
+                        sampling,
+                    )
+                    for at in range(0, len(tokens), chunk_tokens)
+                ],
+                dim=1,
+            )
+            .cpu()
+            .numpy()
+        )
         ends = np.cumsum([len(rollouts[i]) for i in batch])
         for i, row in zip(batch, np.split(record, ends[:-1], axis=1), strict=True):
             _check_finite(row, names[i] if names else f"rollout {i}")

@@ -46,10 +46,18 @@ def save_chain(folder: Path, logits: np.ndarray = CHAIN_LOGITS, eos: bool = True
 
     size = len(logits)
     settings = {
-        "vocab_size": size, "hidden_size": size, "intermediate_size": 8, "num_hidden_layers": 1,
-        "num_attention_heads": 1, "max_position_embeddings": 512, "tie_word_embeddings": False,
-        "bos_token_id": None, "eos_token_id": 0 if eos else None, "pad_token_id": None, **config,
-    }  # fmt: skip
+        "vocab_size": size,
+        "hidden_size": size,
+        "intermediate_size": 8,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 1,
+        "max_position_embeddings": 512,
+        "tie_word_embeddings": False,
+        "bos_token_id": None,
+        "eos_token_id": 0 if eos else None,
+        "pad_token_id": None,
+        **config,
+    }
     model = LlamaForCausalLM(LlamaConfig(**settings))
     epsilon = model.config.rms_norm_eps
     with torch.no_grad():

@@ -60,10 +60,13 @@ def must(arguments: Arguments) -> None:
 # Forks of a server that has imported everything and run nothing: a kill costs no new start, and no
 # thread of this process is forked in the middle of what it does.
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload([
-    "faults", "canopy_store.ingest.finetune",
-    *(f"canopy_store.ingest.{m}" for m in ("engine_transformers", "embed", "reward", "score")),
-])  # fmt: skip
+FORKS.set_forkserver_preload(
+    [
+        "faults",
+        "canopy_store.ingest.finetune",
+        *(f"canopy_store.ingest.{m}" for m in ("engine_transformers", "embed", "reward", "score")),
+    ]
+)
 
 
 def slowly(arguments: Arguments, slow: float) -> None:
@@ -150,21 +153,47 @@ def writes(world: Path) -> list[Write]:
         Write("ingest embed", "plain", on("ingest", "embed", "--embedder", world / "embedder")),
         Write("ingest reward", "plain", on("ingest", "reward", "--reward-model", world / "reward")),
         Write("ingest score", "plain", on("ingest", "score", "--scorer", world / "model")),
-        Write("ingest finetune", "plain", lambda here: [
-            "ingest", "finetune", "--store", str(here / "store"), "--model", str(world / "model"),
-            "--family", "chain", "--variant", "child", "--data", str(world / "data.jsonl"),
-            "--out", str(here / "child"), "--steps", "4",
-        ]),
+        Write(
+            "ingest finetune",
+            "plain",
+            lambda here: [
+                "ingest",
+                "finetune",
+                "--store",
+                str(here / "store"),
+                "--model",
+                str(world / "model"),
+                "--family",
+                "chain",
+                "--variant",
+                "child",
+                "--data",
+                str(world / "data.jsonl"),
+                "--out",
+                str(here / "child"),
+                "--steps",
+                "4",
+            ],
+        ),
         Write("import", "plain", on("import", world / "theirs.parquet")),
         Write("select", "whole", on("select", "reward", "--keep", "0.7", "--name", "best")),
         Write("compact", "whole", on("compact")),
         Write("merge", "empty", on("merge", world / "stores" / "whole")),
         Write("pull", "empty", on("pull", world / "shared")),
-        Write("export", "whole", lambda here: [
-            "export", "--store", str(here / "store"), "--out", str(here / "out"),
-        ], "out"),
+        Write(
+            "export",
+            "whole",
+            lambda here: [
+                "export",
+                "--store",
+                str(here / "store"),
+                "--out",
+                str(here / "out"),
+            ],
+            "out",
+        ),
         Write("rm-run", "whole", on("rm-run", "chain.base.walk", "--yes")),
-    ]  # fmt: skip
+    ]
 
 
 def kills(world: Path, each: int, seed: int, only: str | None = None) -> Iterator[str]:
@@ -216,8 +245,13 @@ def half_read(root: Path, before: dict[str, pl.DataFrame], after: dict[str, pl.D
     """Whether a reader sees a run in part: its rollouts must be all there or none."""
     with canopy_store.open(root) as con:
         seen = con.sql("select run_id, count(*) as n from rollouts group by all").pl()
-    sizes = dict(pl.concat([t["rollouts"] for t in (before, after)]).unique(
-        ["run_id", "prompt_id", "sample"]).group_by("run_id").len().iter_rows())  # fmt: skip
+    sizes = dict(
+        pl.concat([t["rollouts"] for t in (before, after)])
+        .unique(["run_id", "prompt_id", "sample"])
+        .group_by("run_id")
+        .len()
+        .iter_rows()
+    )
     return any(n != sizes[run_id] for run_id, n in seen.iter_rows())
 
 

@@ -50,10 +50,40 @@ TOKENIZER = PreTrainedTokenizerFast(tokenizer_object=_words, unk_token="a")
 
 _DEEP = {f"@deep{n}@": b"[" * n + b"]" * n for n in (60, 900, 100_000)}  # what dumped() puts there
 NASTY = [
-    None, True, 0, 1, -1, 2**31, 2**63, 2**70, 10**400, -(10**30), 0.5, 1e308, float("nan"),
-    float("inf"), -9999.0, "", "a", "\ud800", "\x00", "é" * 300, "token_id:5", "token_id:99999999999",
-    "attachment://x", "../../x", [], {}, [[]], [None], [1], ["a"], {"": None}, {"a": [1]}, *_DEEP,
-]  # fmt: skip
+    None,
+    True,
+    0,
+    1,
+    -1,
+    2**31,
+    2**63,
+    2**70,
+    10**400,
+    -(10**30),
+    0.5,
+    1e308,
+    float("nan"),
+    float("inf"),
+    -9999.0,
+    "",
+    "a",
+    "\ud800",
+    "\x00",
+    "é" * 300,
+    "token_id:5",
+    "token_id:99999999999",
+    "attachment://x",
+    "../../x",
+    [],
+    {},
+    [[]],
+    [None],
+    [1],
+    ["a"],
+    {"": None},
+    {"a": [1]},
+    *_DEEP,
+]
 
 
 def _paths(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
@@ -159,22 +189,38 @@ def _inspect(draw: Callable[..., Any]) -> Files:
 
 _RUN = "f/t/v/r/"
 _TENSORS = {
-    "prompt_token_ids": np.arange(2), "sequence_lengths": np.array([2, 1]),
-    "generated_token_ids_flat": np.arange(3), "step_conditional_entropy_flat": np.ones(3, np.float32),
+    "prompt_token_ids": np.arange(2),
+    "sequence_lengths": np.array([2, 1]),
+    "generated_token_ids_flat": np.arange(3),
+    "step_conditional_entropy_flat": np.ones(3, np.float32),
     "sequence_step_logprobs.00000": -np.ones(2, np.float32),
     "sequence_step_logprobs.00001": -np.ones(1, np.float32),
-}  # fmt: skip
+}
 _PAPER: Files = {
-    _RUN + "metadata.json": json.dumps({
-        "prompt_file": "t.jsonl", "num_prompts_processed": 1, "model_name": "f", "model_variant": "v",
-        "max_new_tokens": 4, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "logprobs": 9,
-    }).encode(),
-    _RUN + "rollout_shards/000000.safetensors": save(_TENSORS, {
-        "prompt": "p", "generated_texts": '["a", "b"]', "samples": "[0, 1]",
-        "finish_reasons": '["stop", null]',
-    }),
+    _RUN + "metadata.json": json.dumps(
+        {
+            "prompt_file": "t.jsonl",
+            "num_prompts_processed": 1,
+            "model_name": "f",
+            "model_variant": "v",
+            "max_new_tokens": 4,
+            "temperature": 1.0,
+            "top_k": 0,
+            "top_p": 1.0,
+            "logprobs": 9,
+        }
+    ).encode(),
+    _RUN + "rollout_shards/000000.safetensors": save(
+        _TENSORS,
+        {
+            "prompt": "p",
+            "generated_texts": '["a", "b"]',
+            "samples": "[0, 1]",
+            "finish_reasons": '["stop", null]',
+        },
+    ),
     _RUN + "embedding_shards/e/000000.safetensors": save({"embeddings": np.eye(2, 3, dtype=np.float32)}),
-}  # fmt: skip
+}
 
 
 def _paper(draw: Callable[..., Any]) -> Files:
@@ -193,25 +239,48 @@ def _paper(draw: Callable[..., Any]) -> Files:
 
 
 _COLUMNS: dict[str, list[Any]] = {
-    "family": ["f"] * 3, "variant": ["v"] * 3, "task": ["t"] * 3, "prompt_id": ["p", "p", "q"],
-    "sample": [0, 1, 0], "text": ["a", "b", None], "entropy": [[0.5, 0.25], [1.0], [0.5]],
-    "logprob": [[-0.5, -0.25], [-1.0], [-0.5]], "token_ids": [[1, 2], [3], [4]], "n_tokens": [2, 1, 1],
-    "embedding": [[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]], "reward": [0.5, None, 1.0],
-    "finish_reason": ["stop", "length", None], "temperature": [1.0] * 3, "prompt": ["x", "x", "y"],
-    "top_token_ids": [[[1], [2]], [[3]], [[4]]], "top_logprobs": [[[-0.5], [-0.5]], [[-1.0]], [[-0.5]]],
-}  # fmt: skip
+    "family": ["f"] * 3,
+    "variant": ["v"] * 3,
+    "task": ["t"] * 3,
+    "prompt_id": ["p", "p", "q"],
+    "sample": [0, 1, 0],
+    "text": ["a", "b", None],
+    "entropy": [[0.5, 0.25], [1.0], [0.5]],
+    "logprob": [[-0.5, -0.25], [-1.0], [-0.5]],
+    "token_ids": [[1, 2], [3], [4]],
+    "n_tokens": [2, 1, 1],
+    "embedding": [[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]],
+    "reward": [0.5, None, 1.0],
+    "finish_reason": ["stop", "length", None],
+    "temperature": [1.0] * 3,
+    "prompt": ["x", "x", "y"],
+    "top_token_ids": [[[1], [2]], [[3]], [[4]]],
+    "top_logprobs": [[[-0.5], [-0.5]], [[-1.0]], [[-0.5]]],
+}
 _ODD = [
-    pa.array([1, 2, 3]), pa.array([1.5, None, float("nan")]), pa.array([None] * 3), pa.array([True] * 3),
-    pa.array([b"\xff", b"", None]), pa.array(["a", None, "b"]),
+    pa.array([1, 2, 3]),
+    pa.array([1.5, None, float("nan")]),
+    pa.array([None] * 3),
+    pa.array([True] * 3),
+    pa.array([b"\xff", b"", None]),
+    pa.array(["a", None, "b"]),
     pa.array(["a", "b", "c"], pa.large_string()),
-    pa.array(["a", "b", "a"]).dictionary_encode(), pa.array([[], None, [1.0]]), pa.array([[None]] * 3),
-    pa.array([[1.0, float("inf")], [float("nan")], [-1.0]]), pa.array([[2**40], [-1], [0]]),
-    pa.array([{"a": 1}] * 3), pa.array([[("a", 1)]] * 3, pa.map_(pa.string(), pa.int64())),
-    pa.array([0, 1, 2], pa.timestamp("us")), pa.array([1, 2, 3], pa.decimal128(5)),
-    pa.array([[1.0, 2.0]] * 3, pa.list_(pa.float16(), 2)), pa.array([2**63] * 3, pa.uint64()),
-    pa.array([-1, 2**40, 0]), pa.array([[[None], []]] * 3, pa.list_(pa.list_(pa.float32()))),
-    pa.array([[[2**40]], [None], None], pa.list_(pa.list_(pa.int64()))), pa.array([0.0] * 3),
-]  # fmt: skip
+    pa.array(["a", "b", "a"]).dictionary_encode(),
+    pa.array([[], None, [1.0]]),
+    pa.array([[None]] * 3),
+    pa.array([[1.0, float("inf")], [float("nan")], [-1.0]]),
+    pa.array([[2**40], [-1], [0]]),
+    pa.array([{"a": 1}] * 3),
+    pa.array([[("a", 1)]] * 3, pa.map_(pa.string(), pa.int64())),
+    pa.array([0, 1, 2], pa.timestamp("us")),
+    pa.array([1, 2, 3], pa.decimal128(5)),
+    pa.array([[1.0, 2.0]] * 3, pa.list_(pa.float16(), 2)),
+    pa.array([2**63] * 3, pa.uint64()),
+    pa.array([-1, 2**40, 0]),
+    pa.array([[[None], []]] * 3, pa.list_(pa.list_(pa.float32()))),
+    pa.array([[[2**40]], [None], None], pa.list_(pa.list_(pa.int64()))),
+    pa.array([0.0] * 3),
+]
 
 
 def _parquet(draw: Callable[..., Any]) -> Files:
@@ -312,8 +381,14 @@ def fuzz(kind: str, examples: int, counts: Counter[str], **options: Any) -> File
     """Tries ``examples`` damaged inputs; the simplest one that raised something else, if any."""
     failed: Files | None = None
 
-    @settings(max_examples=examples, deadline=None, database=None, report_multiple_bugs=False,
-              suppress_health_check=list(HealthCheck), **options)  # fmt: skip
+    @settings(
+        max_examples=examples,
+        deadline=None,
+        database=None,
+        report_multiple_bugs=False,
+        suppress_health_check=list(HealthCheck),
+        **options,
+    )
     @given(st.data())
     def check(data: Any) -> None:
         nonlocal failed

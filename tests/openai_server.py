@@ -42,11 +42,18 @@ class ChainServer(ThreadingHTTPServer):
     daemon_threads = True
 
     def __init__(
-        self, port: int = 0, kind: str = "vllm", models: tuple[str, ...] = ("chain",),
-        ends: tuple[int, ...] = (0,), failures: tuple[Any, ...] = (), always: int | None = None,
-        key: str | None = None, pause: float = 0.0, window: int | None = None,
+        self,
+        port: int = 0,
+        kind: str = "vllm",
+        models: tuple[str, ...] = ("chain",),
+        ends: tuple[int, ...] = (0,),
+        failures: tuple[Any, ...] = (),
+        always: int | None = None,
+        key: str | None = None,
+        pause: float = 0.0,
+        window: int | None = None,
         names: list[str] | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         super().__init__(("127.0.0.1", port), Handler)
         self.kind, self.models, self.ends, self.key, self.pause = kind, models, ends, key, pause
         self.failures, self.always, self.window = itertools.chain(failures), always, window
@@ -91,12 +98,20 @@ class ChainServer(ThreadingHTTPServer):
         logs = CHAIN_LOGITS - np.log(np.exp(CHAIN_LOGITS).sum(axis=1, keepdims=True))
         tops = [[int(i) for i in np.argsort(-logs[s])[: body["logprobs"]]] for s in before]
         if self.kind == "llamacpp":
-            choice["logprobs"] = {"content": [
-                {"id": i, "token": self.names[i], "bytes": [*self.names[i].encode()],
-                 "logprob": logs[s, i],
-                 "top_logprobs": [{"id": t, "token": self.names[t], "logprob": logs[s, t]} for t in top]}
-                for s, i, top in zip(before, kept, tops, strict=False)
-            ]}  # fmt: skip
+            choice["logprobs"] = {
+                "content": [
+                    {
+                        "id": i,
+                        "token": self.names[i],
+                        "bytes": [*self.names[i].encode()],
+                        "logprob": logs[s, i],
+                        "top_logprobs": [
+                            {"id": t, "token": self.names[t], "logprob": logs[s, t]} for t in top
+                        ],
+                    }
+                    for s, i, top in zip(before, kept, tops, strict=False)
+                ]
+            }
             return choice, len(kept)
         names = self.names
         if self.kind in ("vllm", "vllm-old") and body.get("return_tokens_as_token_ids"):

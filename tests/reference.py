@@ -220,9 +220,13 @@ def pooled_metrics(prompts: Sequence[dict[str, Any]]) -> dict[str, Any]:
         ),
     }
     for name in (
-        "ce_star", "surprisal_mean", "mean_length", "entropy_rate", "truncation_rate",
+        "ce_star",
+        "surprisal_mean",
+        "mean_length",
+        "entropy_rate",
+        "truncation_rate",
         "semantic_diversity",
-    ):  # fmt: skip
+    ):
         result[name] = plain(name)
     for stem, cov in (("rho", "cov_length_rate"), ("rho_length_diversity", "cov_length_diversity")):
         for kind in ("pearson", "spearman"):
@@ -255,12 +259,14 @@ def entropy_trajectory(rollouts: Sequence[dict[str, Any]]) -> list[dict[str, Any
     rows = []
     for t in range(1, max(map(len, steps)) + 1):
         active = [h for h in steps if len(h) >= t]
-        rows.append({
-            "position": t,
-            "active": len(active),
-            "mean_entropy": mean(h[t - 1] for h in active),
-            "mean_entropy_rate": mean(math.fsum(h[:t]) / t for h in active),
-        })  # fmt: skip
+        rows.append(
+            {
+                "position": t,
+                "active": len(active),
+                "mean_entropy": mean(h[t - 1] for h in active),
+                "mean_entropy_rate": mean(math.fsum(h[:t]) / t for h in active),
+            }
+        )
     return rows
 
 
@@ -271,14 +277,16 @@ def eos_trajectory(rollouts: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     for t in range(1, max(len(h) for h, _, _ in steps) + 1):
         active = [(h, e, reason) for h, e, reason in steps if len(h) >= t]
         stop = [binary_entropy(e[t - 1 : t])[0] for _, e, _ in active]
-        rows.append({
-            "position": t,
-            "active": len(active),
-            "stop_probability": mean(math.exp(e[t - 1]) for _, e, _ in active),
-            "stopped": sum(len(h) == t and reason == "stop" for h, _, reason in active),
-            "stop_entropy": mean(stop),
-            "content_entropy": mean(h[t - 1] - s for (h, _, _), s in zip(active, stop, strict=True)),
-        })  # fmt: skip
+        rows.append(
+            {
+                "position": t,
+                "active": len(active),
+                "stop_probability": mean(math.exp(e[t - 1]) for _, e, _ in active),
+                "stopped": sum(len(h) == t and reason == "stop" for h, _, reason in active),
+                "stop_entropy": mean(stop),
+                "content_entropy": mean(h[t - 1] - s for (h, _, _), s in zip(active, stop, strict=True)),
+            }
+        )
     return rows
 
 

@@ -69,8 +69,12 @@ def test_bytes_that_are_no_text(tmp_path, chain, canopy):
 def test_a_prompt_longer_than_the_context_window(tmp_path, chain, canopy):
     prompts = write_prompts(tmp_path / "p.jsonl", "a", "b " * 600)
     result = canopy(*ingest_arguments(tmp_path / "s", chain, prompts))
-    refused(result, 1, "line 2: 600 prompt tokens and 60 new ones exceed the context window of 512",
-            "shorten the prompt or lower --max-new-tokens")  # fmt: skip
+    refused(
+        result,
+        1,
+        "line 2: 600 prompt tokens and 60 new ones exceed the context window of 512",
+        "shorten the prompt or lower --max-new-tokens",
+    )
 
 
 @pytest.mark.parametrize("what", ["nan", "inf"])
@@ -127,9 +131,14 @@ def test_a_tokenizer_without_padding_is_no_obstacle(filled):
 
 def golden_row(**changes: object) -> dict[str, object]:
     return {
-        "family": "f", "variant": "v", "task": "t", "prompt_id": "p", "sample": 0,
-        "entropy": [0.5, 0.25], **changes,
-    }  # fmt: skip
+        "family": "f",
+        "variant": "v",
+        "task": "t",
+        "prompt_id": "p",
+        "sample": 0,
+        "entropy": [0.5, 0.25],
+        **changes,
+    }
 
 
 @pytest.mark.parametrize(
@@ -151,8 +160,12 @@ def golden_row(**changes: object) -> dict[str, object]:
     ],
 )
 def test_bad_imports(tmp_path, canopy, changes, message):
-    first = {"logprob": [-0.1, -0.2], "eos_logprob": [-1.0, -2.0], "embedding": [1.0, 0.0],
-             "finish_reason": "stop"}  # fmt: skip
+    first = {
+        "logprob": [-0.1, -0.2],
+        "eos_logprob": [-1.0, -2.0],
+        "embedding": [1.0, 0.0],
+        "finish_reason": "stop",
+    }
     first = {key: first[key] for key in changes if key in first}
     rows = [golden_row(**first), golden_row(**{"sample": 1, **changes})]
     schema = {"entropy": pl.List(pl.Float64), "prompt_id": pl.String}
@@ -270,8 +283,14 @@ def test_a_disk_that_fills_while_writing(filled, chain, canopy, monkeypatch):
 def test_resuming_with_other_settings_names_each_difference(filled, chain, canopy):
     prompts = filled.parent / "good.jsonl"
     arguments = ingest_arguments(filled, chain, prompts, samples=4, temperature=0.7, seed=6)
-    refused(canopy(*arguments), 1, "run chain.base.walk is stored with other settings",
-            "temperature (stored 1.0, asked 0.7)", "seed (stored 5, asked 6)", "--run")  # fmt: skip
+    refused(
+        canopy(*arguments),
+        1,
+        "run chain.base.walk is stored with other settings",
+        "temperature (stored 1.0, asked 0.7)",
+        "seed (stored 5, asked 6)",
+        "--run",
+    )
 
 
 def test_another_model_under_the_same_name(filled, tmp_path, canopy):

@@ -94,20 +94,34 @@ def test_the_second_level_is_that_of_drawn_rollouts():
     unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
     sums = np.array([h.sum() for h in steps])
     prompt = bootstrap.Rollouts(
-        n_tokens=lengths, entropy_sum=sums, surprisal_sum=sums, entropy_rate=sums / lengths,
-        cut=(lengths == 5).astype(float), kernel=unit @ unit.T,
-    )  # fmt: skip
+        n_tokens=lengths,
+        entropy_sum=sums,
+        surprisal_sum=sums,
+        entropy_rate=sums / lengths,
+        cut=(lengths == 5).astype(float),
+        kernel=unit @ unit.T,
+    )
     found = bootstrap.redraw(prompt, 30, np.random.default_rng(5))
     drawn = np.random.default_rng(5).integers(0, m, (30, m))
     for s, draw in enumerate(drawn):
         rows = [
-            {"entropy": np.full(lengths[i], sums[i] / lengths[i]).tolist(),
-             "finish_reason": "length" if lengths[i] == 5 else "stop"}
+            {
+                "entropy": np.full(lengths[i], sums[i] / lengths[i]).tolist(),
+                "finish_reason": "length" if lengths[i] == 5 else "stop",
+            }
             for i in draw
-        ]  # fmt: skip
+        ]
         expected = reference.prompt_metrics(rows, None)
-        for name in ("ce_star", "mean_length", "entropy_rate", "cov_length_rate", "truncation_rate",
-                     "rho_pearson", "rho_spearman", "rho_kendall"):  # fmt: skip
+        for name in (
+            "ce_star",
+            "mean_length",
+            "entropy_rate",
+            "cov_length_rate",
+            "truncation_rate",
+            "rho_pearson",
+            "rho_spearman",
+            "rho_kendall",
+        ):
             value = np.nan if expected[name] is None else expected[name]
             assert found[name][s] == pytest.approx(value, abs=1e-6, nan_ok=True), name
         pairs = [
@@ -140,8 +154,16 @@ def simulated(tmp_path, seed, prompts, shift, variants=("base", "sft"), tasks=("
                 for i in range(6):
                     n = int(rng.integers(2, 9))
                     h = abs(level + effect + rng.normal(0, 0.1))
-                    rows.append({"family": "f", "variant": variant, "task": task, "prompt_id": str(p),
-                                 "sample": i, "entropy": [h] * n})  # fmt: skip
+                    rows.append(
+                        {
+                            "family": "f",
+                            "variant": variant,
+                            "task": task,
+                            "prompt_id": str(p),
+                            "sample": i,
+                            "entropy": [h] * n,
+                        }
+                    )
     root = tmp_path / f"s{seed}"
     canopy_store.import_rollouts(root, write(tmp_path / "in.parquet", rows), max_new_tokens=64)
     return root
@@ -153,9 +175,13 @@ def test_several_variants_against_one_baseline_and_their_pooling(tmp_path):
     found = frame.select("level", "family", "task", "variant").rows()
     # one family: a row over all families would be the family's again
     assert found == [
-        ("task", "f", "x", "dpo"), ("task", "f", "y", "dpo"), ("task", "f", "x", "lora"),
-        ("task", "f", "y", "lora"), ("family", "f", "(all)", "dpo"), ("family", "f", "(all)", "lora"),
-    ]  # fmt: skip
+        ("task", "f", "x", "dpo"),
+        ("task", "f", "y", "dpo"),
+        ("task", "f", "x", "lora"),
+        ("task", "f", "y", "lora"),
+        ("family", "f", "(all)", "dpo"),
+        ("family", "f", "(all)", "lora"),
+    ]
     lora = frame.filter(variant="lora", task="(all)")
     assert lora["delta"][0] == pytest.approx(0.2, abs=0.1)
     assert lora["n_prompts"][0] == 16
@@ -173,8 +199,9 @@ def test_no_effect_is_found_equivalent_and_an_effect_is_not(tmp_path):
     )
     assert same["p"][0] > 0.05
     assert same["equivalent"][0]
-    other = compare(simulated(tmp_path, 3, 30, 0.2), metrics=["entropy_rate"],
-                    margins={"entropy_rate": "5%"})  # fmt: skip
+    other = compare(
+        simulated(tmp_path, 3, 30, 0.2), metrics=["entropy_rate"], margins={"entropy_rate": "5%"}
+    )
     assert other["p_holm"][0] < 0.001
     assert not other["equivalent"][0]
     assert other["margin"][0] == pytest.approx(0.05 * other["baseline"][0])
@@ -198,8 +225,9 @@ def test_what_is_refused(golden, tmp_path, canopy):
         return code, err
 
     assert refused(golden, "--baseline", "sft") == (
-        1, "canopy: --baseline sft: no such variant; the store has base, instruct\n",
-    )  # fmt: skip
+        1,
+        "canopy: --baseline sft: no such variant; the store has base, instruct\n",
+    )
     for more, message in (
         (("--metric", "rho"), "--metric rho: one of ce_star"),
         (("--margin", "ce_star"), "NAME=SIZE"),
@@ -275,8 +303,16 @@ def test_a_prompt_without_the_value_in_one_variant_leaves_both(tmp_path):
             for i in range(8):
                 cut = prompt < 2 and variant == "base"
                 n = 9 if cut else int(rng.integers(1, 9))
-                rows.append({"family": "f", "variant": variant, "task": "t", "prompt_id": prompt,
-                             "sample": i, "entropy": rng.gamma(2, 0.5, n).tolist()})  # fmt: skip
+                rows.append(
+                    {
+                        "family": "f",
+                        "variant": variant,
+                        "task": "t",
+                        "prompt_id": prompt,
+                        "sample": i,
+                        "entropy": rng.gamma(2, 0.5, n).tolist(),
+                    }
+                )
     root, apart = tmp_path / "s", tmp_path / "apart"
     canopy_store.import_rollouts(root, write(tmp_path / "in.parquet", rows), max_new_tokens=9)
     kept = [row for row in rows if row["prompt_id"] >= 2]

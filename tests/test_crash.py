@@ -101,18 +101,30 @@ def drive(
 ) -> int:
     done = subprocess.run(
         [sys.executable, "-c", driver, json.dumps([calls, kills, seed, longest])],
-        env={**os.environ, "SLOW_FSYNC": str(slow)}, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
+        env={**os.environ, "SLOW_FSYNC": str(slow)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert done.returncode == 0, done.stderr[-2000:] + done.stdout[-500:]
     return int(done.stdout.split()[-1])
 
 
 def ingest_arguments(root: Path, model: Path, prompts: Path, **more: object) -> list[str]:
     settings = {
-        "store": root, "model": model, "family": "chain", "variant": "base", "task": "walk",
-        "prompts": prompts, "samples": 30, "max-new-tokens": 60, "seed": 5, "batch-size": 30,
-        "prompts-per-shard": 1, **more,
-    }  # fmt: skip
+        "store": root,
+        "model": model,
+        "family": "chain",
+        "variant": "base",
+        "task": "walk",
+        "prompts": prompts,
+        "samples": 30,
+        "max-new-tokens": 60,
+        "seed": 5,
+        "batch-size": 30,
+        "prompts-per-shard": 1,
+        **more,
+    }
     return ["ingest", "rollouts", *(x for k, v in settings.items() for x in (f"--{k}", str(v)))]
 
 

@@ -31,9 +31,13 @@ def test_every_example_of_the_readme_runs(tmp_path, chain):
         script.append(text if language == "sh" else f"python - <<'PYTHON'\n{text}\nPYTHON")
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     done = subprocess.run(
-        ["bash", "-c", "\n".join(script)], cwd=tmp_path, env={**os.environ, "PATH": path},
-        capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
+        ["bash", "-c", "\n".join(script)],
+        cwd=tmp_path,
+        env={**os.environ, "PATH": path},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     assert "mine.base.walks" in done.stdout
     assert "incomplete" not in done.stdout

@@ -58,9 +58,33 @@ def prompts(tmp_path) -> Path:
 
 
 def arguments(root: Path, model: Path, url: str, prompts: Path, *more: object) -> list[object]:
-    return ["ingest", "rollouts", "--store", root, "--model", model, "--family", "f", "--variant",
-            "base", "--task", "t", "--prompts", prompts, "--engine", "openai", "--base-url", url,
-            "--samples", 6, "--max-new-tokens", 20, "--prompts-per-shard", 1, *more]  # fmt: skip
+    return [
+        "ingest",
+        "rollouts",
+        "--store",
+        root,
+        "--model",
+        model,
+        "--family",
+        "f",
+        "--variant",
+        "base",
+        "--task",
+        "t",
+        "--prompts",
+        prompts,
+        "--engine",
+        "openai",
+        "--base-url",
+        url,
+        "--samples",
+        6,
+        "--max-new-tokens",
+        20,
+        "--prompts-per-shard",
+        1,
+        *more,
+    ]
 
 
 def rollouts(root: Path) -> pl.DataFrame:
@@ -77,18 +101,33 @@ def test_rescored_by_its_own_model_a_servers_run_matches_the_closed_form(
     prompts = write_prompts(tmp_path / "p.jsonl", *PROMPTS)
     root, samples = tmp_path / "s", 100
     with serving(kind=kind) as server:
-        code, _, err = canopy(*arguments(
-            root, chain, server.url, prompts, "--samples", samples, "--max-new-tokens", 500,
-            "--temperature", temperature, "--top-k", top_k, "--prompts-per-shard", 5,
-        ))  # fmt: skip
+        code, _, err = canopy(
+            *arguments(
+                root,
+                chain,
+                server.url,
+                prompts,
+                "--samples",
+                samples,
+                "--max-new-tokens",
+                500,
+                "--temperature",
+                temperature,
+                "--top-k",
+                top_k,
+                "--prompts-per-shard",
+                5,
+            )
+        )
     assert code == 0, err
     stored = rollouts(root)
     assert len(stored) == len(PROMPTS) * samples
     assert stored["entropy"].null_count() == len(stored)  # never made up from a short list
     whole = kind == "vllm"  # only there is the policy the model's and every token logged
     assert stored["logprob"].null_count() == (0 if whole else len(stored))
-    code, _, err = canopy("ingest", "score", "--store", root, "--scorer", chain, "--device", "cpu",
-                          "--batch-size", 500)  # fmt: skip
+    code, _, err = canopy(
+        "ingest", "score", "--store", root, "--scorer", chain, "--device", "cpu", "--batch-size", 500
+    )
     assert code == 0, err
     if whole:  # what the server logged is what rescoring finds
         scored = canopy_store.read(root, "scores").sort("prompt_id", "sample")
@@ -118,8 +157,9 @@ def test_every_servers_answers_are_read_to_the_same_tokens(tmp_path, chain, cano
     frames = {}
     for kind in KINDS:
         with serving(kind=kind) as server:
-            code, _, err = canopy(*arguments(tmp_path / kind, chain, server.url, prompts,
-                                             "--top-logprobs", 3))  # fmt: skip
+            code, _, err = canopy(
+                *arguments(tmp_path / kind, chain, server.url, prompts, "--top-logprobs", 3)
+            )
             assert code == 0, err
             # a server that knows only OpenAI's fields is asked in these alone, and that is said
             assert ("none of the fields" in err) == (kind == "openai")
@@ -149,8 +189,20 @@ def test_seeds_follow_from_the_rollout_and_the_policy_is_asked_in_full(tmp_path,
     asked = []
     for name in ("one", "two"):
         with serving() as server:
-            line = arguments(tmp_path / name, chain, server.url, prompts, "--concurrency", 3,
-                             "--top-k", 5, "--top-p", 0.9, "--temperature", 0.7)  # fmt: skip
+            line = arguments(
+                tmp_path / name,
+                chain,
+                server.url,
+                prompts,
+                "--concurrency",
+                3,
+                "--top-k",
+                5,
+                "--top-p",
+                0.9,
+                "--temperature",
+                0.7,
+            )
             assert canopy(*line)[0] == 0
             asked.append(sorted(server.asked, key=lambda body: (body["prompt"], body["seed"])))
             assert server.most_at_once <= 3
@@ -166,8 +218,18 @@ def test_seeds_follow_from_the_rollout_and_the_policy_is_asked_in_full(tmp_path,
 
 def test_requests_run_side_by_side(tmp_path, chain, canopy, prompts):
     with serving(pause=0.1) as server:
-        line = arguments(tmp_path / "s", chain, server.url, prompts, "--samples", 32,
-                         "--prompts-per-shard", 4, "--concurrency", 16)  # fmt: skip
+        line = arguments(
+            tmp_path / "s",
+            chain,
+            server.url,
+            prompts,
+            "--samples",
+            32,
+            "--prompts-per-shard",
+            4,
+            "--concurrency",
+            16,
+        )
         assert canopy(*line)[0] == 0
         assert 12 <= server.most_at_once <= 16
 
@@ -304,7 +366,7 @@ def test_retry_after_is_waited_for():
         ({}, ("--base-url", "localhost:8000"), 2, "--base-url: needs an address like"),
         ({}, ("--base-url", "http://me:s3cret@host/v1"), 2, "with no password in it"),
     ],
-)  # fmt: skip
+)
 def test_a_refusal_is_one_line(tmp_path, chain, canopy, prompts, server, more, code, says):
     with serving(**server) as running:
         found, _, err = canopy(*arguments(tmp_path / "s", chain, running.url, prompts, *more))
@@ -418,8 +480,12 @@ def test_client_and_server_killed_again_and_again(tmp_path, chain, prompts):
         return len(list((tmp_path / "s" / "rollouts").rglob("part-*.parquet")))
 
     line = [str(a) for a in arguments(tmp_path / "s", chain, url, many, "--concurrency", 2)]
-    driver = subprocess.Popen([sys.executable, "-c", DRIVER, json.dumps(line)], text=True,
-                              stdin=subprocess.PIPE, stdout=subprocess.PIPE)  # fmt: skip
+    driver = subprocess.Popen(
+        [sys.executable, "-c", DRIVER, json.dumps(line)],
+        text=True,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
 
     def say(word: str) -> int:
         print(word, file=driver.stdin, flush=True)

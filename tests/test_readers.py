@@ -102,9 +102,12 @@ def paper_tree(root: Path, lengths=(3, 1), **changes: object) -> Path:
         "sequence_lengths": np.array(lengths, np.int64),
         "generated_token_ids_flat": np.arange(total, dtype=np.int64),
         "step_conditional_entropy_flat": np.linspace(0.25, 1, total, dtype=np.float32),
-        **{f"sequence_step_logprobs.{i:05d}": np.log(np.full((n, 4), 0.25, np.float32))
-           for i, n in enumerate(lengths) if n > 0},
-    }  # fmt: skip
+        **{
+            f"sequence_step_logprobs.{i:05d}": np.log(np.full((n, 4), 0.25, np.float32))
+            for i, n in enumerate(lengths)
+            if n > 0
+        },
+    }
     header = {
         "prompt": "Say it.",
         "generated_texts": json.dumps([f"text {i}" for i in range(len(lengths))]),
@@ -117,11 +120,24 @@ def paper_tree(root: Path, lengths=(3, 1), **changes: object) -> Path:
     save_file(tensors, run / "rollout_shards" / "000000.safetensors", metadata=header)
     matrix = np.eye(len(lengths), 4, dtype=np.float32)
     save_file({"embeddings": matrix}, run / "embedding_shards" / "mini" / "000000.safetensors")
-    (run / "metadata.json").write_text(json.dumps({
-        "prompt_file": "data/math.jsonl", "num_prompts_processed": 1, "model_name": "tiny",
-        "model_variant": "base", "n_samples": 2, "max_new_tokens": 3, "temperature": 1.0, "top_k": 4,
-        "top_p": 1.0, "seed": 1, "logprobs": 4, "enable_thinking": False,
-    }))  # fmt: skip
+    (run / "metadata.json").write_text(
+        json.dumps(
+            {
+                "prompt_file": "data/math.jsonl",
+                "num_prompts_processed": 1,
+                "model_name": "tiny",
+                "model_variant": "base",
+                "n_samples": 2,
+                "max_new_tokens": 3,
+                "temperature": 1.0,
+                "top_k": 4,
+                "top_p": 1.0,
+                "seed": 1,
+                "logprobs": 4,
+                "enable_thinking": False,
+            }
+        )
+    )
     return root
 
 
@@ -171,13 +187,17 @@ def test_what_the_tree_is_said_to_lack(tmp_path, canopy):
         ({"generated_texts": '["\\ud800", "b"]'}, "rollout 0: text cannot be kept"),
         ({"generated_token_ids_flat": np.array([0, 1, 2, 2**40])}, "rollout 1: token_ids cannot"),
         ({"generated_token_ids_flat": np.array([0, -1, 2, 3])}, "rollout 0: token_ids needs ids from 0"),
-        ({"step_conditional_entropy_flat": np.array([0.5, 0.5, 0.5, np.nan], np.float32)},
-         "rollout 1: entropy at step 1 is nan"),
-        ({"step_conditional_entropy_flat": np.array([0.5, -1.0, 0.5, 0.5], np.float32)},
-         "rollout 0: entropy at step 2 is -1.0"),
+        (
+            {"step_conditional_entropy_flat": np.array([0.5, 0.5, 0.5, np.nan], np.float32)},
+            "rollout 1: entropy at step 1 is nan",
+        ),
+        (
+            {"step_conditional_entropy_flat": np.array([0.5, -1.0, 0.5, 0.5], np.float32)},
+            "rollout 0: entropy at step 2 is -1.0",
+        ),
         ({"step_conditional_entropy_flat": np.zeros(3, np.float32)}, "entropy has 3 steps"),
     ],
-)  # fmt: skip
+)
 def test_damaged_trees(tmp_path, canopy, changes, message):
     tree = paper_tree(tmp_path / "outputs", **changes)
     refused(canopy("import", tree, "--store", tmp_path / "s"), 1, message)
@@ -236,8 +256,11 @@ def test_scores_of_given_answers_are_no_rollouts(tmp_path, chain, canopy):
 def test_an_inspect_log(tmp_path, canopy):
     rows = imported(canopy, tmp_path / "s", WALKS, "--family", "mock", "--variant", "base")
     assert [(r["prompt_id"], r["sample"], r["text"]) for r in rows] == [
-        ("7", 0, "It is 4"), ("7", 1, "I see grey."), ("sum", 0, "four."), ("sum", 1, "blue"),
-    ]  # fmt: skip
+        ("7", 0, "It is 4"),
+        ("7", 1, "I see grey."),
+        ("sum", 0, "four."),
+        ("sum", 1, "blue"),
+    ]
     assert rows[0]["logprob"] == [-1.5, -0.125, -0.75]
     assert [r["finish_reason"] for r in rows] == ["length", "stop", "stop", "stop"]
     assert {r["task"] for r in rows} == {"walks"}
@@ -303,19 +326,29 @@ def first_sample(found: dict) -> dict:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda f: first_sample(f)["messages"].append(first_sample(f)["messages"][-1]),
-         "samples/7_epoch_1.json: 2 generations; a rollout is one, from its prompt"),
-        (lambda f: first_sample(f)["output"]["choices"][0]["logprobs"]["content"][1].pop("logprob"),
-         "samples/7_epoch_1.json, choice 0: token 2: logprob needs a whole number or a number"),
-        (lambda f: first_sample(f)["output"]["choices"][0]["logprobs"]["content"][0].update(logprob=0.5),
-         "samples/7_epoch_1.json, choice 0: logprob at step 1 is 0.5"),
+        (
+            lambda f: first_sample(f)["messages"].append(first_sample(f)["messages"][-1]),
+            "samples/7_epoch_1.json: 2 generations; a rollout is one, from its prompt",
+        ),
+        (
+            lambda f: first_sample(f)["output"]["choices"][0]["logprobs"]["content"][1].pop("logprob"),
+            "samples/7_epoch_1.json, choice 0: token 2: logprob needs a whole number or a number",
+        ),
+        (
+            lambda f: first_sample(f)["output"]["choices"][0]["logprobs"]["content"][0].update(
+                logprob=0.5
+            ),
+            "samples/7_epoch_1.json, choice 0: logprob at step 1 is 0.5",
+        ),
         (lambda f: first_sample(f).pop("messages"), "samples/7_epoch_1.json: messages needs a list"),
-        (lambda f: f["header.json"]["eval"]["model_generate_config"].update(temperature="hot"),
-         "header.json: temperature needs a whole number or a number"),
+        (
+            lambda f: f["header.json"]["eval"]["model_generate_config"].update(temperature="hot"),
+            "header.json: temperature needs a whole number or a number",
+        ),
         (lambda f: f.update({"samples/7_epoch_1/sample.json": {}}), "stored in chunks"),
         (lambda f: [f.pop(n) for n in list(f) if n.startswith("samples/")], "holds no rollouts"),
     ],
-)  # fmt: skip
+)
 def test_damaged_inspect_logs(tmp_path, canopy, change, message):
     log = rewritten(tmp_path / "log.eval", change)
     refused(canopy("import", log, "--store", tmp_path / "s", *NAMED), 1, message)
@@ -413,8 +446,10 @@ def test_a_vllm_batch_is_completed_by_scores_of_its_own_model(tmp_path, chain, c
     """What the engine gave comes first; what it lacks comes from the model, by the views."""
     source = tmp_path / "out.jsonl"
     lines = [json.loads(line) for line in VLLM.read_text().splitlines()]
-    requests = [{"custom_id": i["custom_id"], "body": {"prompt": t, "temperature": 1}}
-                for i, t in zip(lines, "ab", strict=True)]  # fmt: skip
+    requests = [
+        {"custom_id": i["custom_id"], "body": {"prompt": t, "temperature": 1}}
+        for i, t in zip(lines, "ab", strict=True)
+    ]
     asked = tmp_path / "in.jsonl"
     asked.write_text("".join(json.dumps(r) + "\n" for r in requests))
     source.write_bytes(VLLM.read_bytes())
@@ -445,16 +480,20 @@ def choice(lines: list[dict], line: int) -> dict:
         (lambda f: f[0]["response"]["body"].pop("choices"), "line 1: choices needs a list"),
         (lambda f: choice(f, 0)["logprobs"]["tokens"].pop(), "tokens, token_logprobs and top_logprobs"),
         (lambda f: choice(f, 0)["logprobs"]["token_logprobs"].__setitem__(0, None), "without echo"),
-        (lambda f: choice(f, 1)["logprobs"]["content"][0].update(logprob=-9999.0),
-         "line 2, choice 0: token 1: logprob -9999 says that it is not known"),
-        (lambda f: choice(f, 1)["logprobs"]["content"][0].update(logprob=float("nan")),
-         "line 2, choice 0: logprob at step 1 is nan"),
+        (
+            lambda f: choice(f, 1)["logprobs"]["content"][0].update(logprob=-9999.0),
+            "line 2, choice 0: token 1: logprob -9999 says that it is not known",
+        ),
+        (
+            lambda f: choice(f, 1)["logprobs"]["content"][0].update(logprob=float("nan")),
+            "line 2, choice 0: logprob at step 1 is nan",
+        ),
         (lambda f: choice(f, 1).update(token_ids=[1]), "token_ids and logprob differ in length"),
         (lambda f: choice(f, 1).update(token_ids=[1, "2"]), "line 2, choice 0: token_ids needs whole"),
         (lambda f: choice(f, 1).update(token_ids=[1, 2**31]), "choice 0: token_ids cannot be kept"),
         (lambda f: f[1]["response"]["body"].update(model="another"), "model is chain and another"),
     ],
-)  # fmt: skip
+)
 def test_damaged_batches(tmp_path, canopy, change, message):
     source = changed(tmp_path / "in.jsonl", change)
     options = ("--format", "openai-batch", *NAMED, "--temperature", 1)
@@ -527,8 +566,12 @@ def test_kill_9_loses_nothing(tmp_path, canopy):
     whole = imported(canopy, tmp_path / "whole", tree)
     arguments = ["import", str(tree), "--store", str(tmp_path / "s")]
     for calls in ([1, 4, 0], [6, 11, 15, 0]):
-        done = subprocess.run([sys.executable, "-c", KILLED, json.dumps([arguments, calls])],
-                              capture_output=True, text=True, timeout=120)  # fmt: skip
+        done = subprocess.run(
+            [sys.executable, "-c", KILLED, json.dumps([arguments, calls])],
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
         assert done.returncode == 0, done.stderr[-1000:]
         assert canopy("verify", "--store", tmp_path / "s", "--deep")[0] == 0
         assert canopy_store.read(tmp_path / "s", "rollouts").sort("sample").to_dicts() == whole
@@ -543,12 +586,21 @@ def test_an_imported_store_does_not_depend_on_the_size_of_batches(tmp_path, cano
 
 def test_parquet_takes_names_lengths_and_prompts(tmp_path, canopy):
     file = tmp_path / "in.parquet"
-    columns = {"variant": "old", "prompt_id": ["p", "q"], "sample": 0, "n_tokens": [3, 4],
-               "prompt": ["Say p.", "Say q."], "temperature": 0.5, "max_new_tokens": 4}  # fmt: skip
+    columns = {
+        "variant": "old",
+        "prompt_id": ["p", "q"],
+        "sample": 0,
+        "n_tokens": [3, 4],
+        "prompt": ["Say p.", "Say q."],
+        "temperature": 0.5,
+        "max_new_tokens": 4,
+    }
     pl.DataFrame(columns).write_parquet(file)
     rows = imported(canopy, tmp_path / "s", file, *NAMED)
     assert [(r["variant"], r["n_tokens"], r["finish_reason"]) for r in rows] == [
-        ("v", 3, "stop"), ("v", 4, "length")]  # fmt: skip
+        ("v", 3, "stop"),
+        ("v", 4, "length"),
+    ]
     run = canopy_store.read(tmp_path / "s", "runs").row(0, named=True)
     assert (run["temperature"], run["top_k"], run["top_p"]) == (0.5, 0, 1.0)
     prompts = canopy_store.read(tmp_path / "s", "prompts").sort("prompt_id")
@@ -580,11 +632,19 @@ def test_a_strangers_package_adds_a_reader(tmp_path, canopy):
     metadata = tmp_path / "stranger-1.0.dist-info"
     metadata.mkdir()
     (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: stranger\nVersion: 1.0\n")
-    (metadata / "entry_points.txt").write_text("[canopy_store.readers]\nstrange = stranger\n"
-                                               "broken = stranger:nothing\n")  # fmt: skip
+    (metadata / "entry_points.txt").write_text(
+        "[canopy_store.readers]\nstrange = stranger\nbroken = stranger:nothing\n"
+    )
     (tmp_path / "in.strange").write_text("one three\n")
-    command = [sys.executable, "-m", "canopy_store.cli", "import", str(tmp_path / "in.strange"),
-               "--store", str(tmp_path / "s")]  # fmt: skip
+    command = [
+        sys.executable,
+        "-m",
+        "canopy_store.cli",
+        "import",
+        str(tmp_path / "in.strange"),
+        "--store",
+        str(tmp_path / "s"),
+    ]
     paths = [str(tmp_path), str(Path(canopy_store.__file__).parents[1])]
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
     done = subprocess.run([*command, "--format", "strange"], env=env, capture_output=True, text=True)

@@ -74,13 +74,17 @@ def draw(
         d = rng.beta(mu * np.exp(log_phi), (1 - mu) * np.exp(log_phi))
     else:
         d = 0.2 + slope * r - 0.05 * variant + 0.1 * u + 0.02 * family + rng.normal(0, 0.05, len(r))
-    return pl.DataFrame({
-        "family": [f"f{f}" for f in family],
-        "variant": [variants[v] for v in variant],
-        "task": [("completion", "math")[p % 2] for p in prompt],
-        "prompt_id": prompt.astype(str),
-        "D": d, "R_bar": r, "N_bar": n,
-    })  # fmt: skip
+    return pl.DataFrame(
+        {
+            "family": [f"f{f}" for f in family],
+            "variant": [variants[v] for v in variant],
+            "task": [("completion", "math")[p % 2] for p in prompt],
+            "prompt_id": prompt.astype(str),
+            "D": d,
+            "R_bar": r,
+            "N_bar": n,
+        }
+    )
 
 
 # ------------------------------------------------------------------------------------ reference cases

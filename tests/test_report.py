@@ -22,12 +22,25 @@ GOLDEN = Path(__file__).parent / "data" / "golden" / "rollouts.parquet"
 CHROMIUM = os.environ.get("CHROMIUM", "/usr/bin/chromium")
 CHROMEDRIVER = os.environ.get("CHROMEDRIVER", "/usr/bin/chromedriver")
 FLAGS = (
-    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
-    "--disable-background-networking", "--disable-component-update", "--disable-sync",
-)  # fmt: skip
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+)
 CHARTS = {
-    "changes", "arrows", "ce-star-length", "ce-star-stop", "trajectory", "lengths", "rho", "diversity",
-}  # fmt: skip
+    "changes",
+    "arrows",
+    "ce-star-length",
+    "ce-star-stop",
+    "trajectory",
+    "lengths",
+    "rho",
+    "diversity",
+}
 HOSTILE = "<img src=x onerror='window.hit=1'>\"]'\\ </script><script>window.hit=1</script>"
 
 
@@ -35,9 +48,15 @@ HOSTILE = "<img src=x onerror='window.hit=1'>\"]'\\ </script><script>window.hit=
 
 
 def rollouts(
-    families=("f",), variants=("base", "sft"), tasks=("math", "stories"), prompts=6, samples=8,
-    longest=20, text="so it goes and ", seed=0,
-) -> pl.DataFrame:  # fmt: skip
+    families=("f",),
+    variants=("base", "sft"),
+    tasks=("math", "stories"),
+    prompts=6,
+    samples=8,
+    longest=20,
+    text="so it goes and ",
+    seed=0,
+) -> pl.DataFrame:
     """Rollouts with every column an import takes; treated variants are less uncertain."""
     rng = np.random.default_rng(seed)
     rows = []
@@ -50,14 +69,20 @@ def rollouts(
                         n = int(rng.integers(2, longest + 1))
                         entropy = rng.gamma(2, 0.5 - 0.2 * (v > 0), n) * (0.5 + spread)
                         vector = np.ones(8) + spread * rng.normal(size=8)
-                        rows.append({
-                            "family": family, "variant": variant, "task": task,
-                            "prompt_id": f"{task} {prompt}", "sample": sample,
-                            "text": (text * n)[: 4 * n], "entropy": entropy.tolist(),
-                            "logprob": (-rng.exponential(entropy)).tolist(),
-                            "eos_logprob": np.log(rng.uniform(0.01, 0.2, n)).tolist(),
-                            "embedding": (vector / np.linalg.norm(vector)).tolist(),
-                        })  # fmt: skip
+                        rows.append(
+                            {
+                                "family": family,
+                                "variant": variant,
+                                "task": task,
+                                "prompt_id": f"{task} {prompt}",
+                                "sample": sample,
+                                "text": (text * n)[: 4 * n],
+                                "entropy": entropy.tolist(),
+                                "logprob": (-rng.exponential(entropy)).tolist(),
+                                "eos_logprob": np.log(rng.uniform(0.01, 0.2, n)).tolist(),
+                                "embedding": (vector / np.linalg.norm(vector)).tolist(),
+                            }
+                        )
     return pl.DataFrame(rows, schema_overrides={"sample": pl.Int64})
 
 
@@ -483,14 +508,20 @@ def test_a_large_store_is_sampled_and_the_page_says_so(browse, tmp_path):
     for family, variant, task in runs:
         n = rng.integers(5, 30, size)
         vectors = rng.normal(size=(size, 8)) + 1
-        frames.append(pl.DataFrame({
-            "family": family, "variant": variant, "task": task,
-            "prompt_id": np.repeat(np.arange(prompts), samples),
-            "sample": np.tile(np.arange(samples), prompts),
-            "text": ["one more word " * int(k) for k in n],
-            "entropy": [rng.gamma(2, 0.5, k).tolist() for k in n],
-            "embedding": (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).tolist(),
-        }))  # fmt: skip
+        frames.append(
+            pl.DataFrame(
+                {
+                    "family": family,
+                    "variant": variant,
+                    "task": task,
+                    "prompt_id": np.repeat(np.arange(prompts), samples),
+                    "sample": np.tile(np.arange(samples), prompts),
+                    "text": ["one more word " * int(k) for k in n],
+                    "entropy": [rng.gamma(2, 0.5, k).tolist() for k in n],
+                    "embedding": (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).tolist(),
+                }
+            )
+        )
     root = store_of(tmp_path, pl.concat(frames), longest=29)
     started = time.perf_counter()
     page = write_report(root, tmp_path / "report.html")

@@ -39,10 +39,29 @@ def reward_model(chain, tmp_path_factory):
 def sampled(tmp_path, chain, canopy):
     prompts = write_prompts(tmp_path / "p.jsonl", "a b", "g", "c d e")
     code, _, err = canopy(
-        "ingest", "rollouts", "--store", tmp_path / "s", "--model", chain, "--family", "f", "--variant",
-        "base", "--task", "t", "--prompts", prompts, "--samples", 6, "--max-new-tokens", 9,
-        "--prompts-per-shard", 1, "--device", "cpu",
-    )  # fmt: skip
+        "ingest",
+        "rollouts",
+        "--store",
+        tmp_path / "s",
+        "--model",
+        chain,
+        "--family",
+        "f",
+        "--variant",
+        "base",
+        "--task",
+        "t",
+        "--prompts",
+        prompts,
+        "--samples",
+        6,
+        "--max-new-tokens",
+        9,
+        "--prompts-per-shard",
+        1,
+        "--device",
+        "cpu",
+    )
     assert code == 0, err
     return tmp_path / "s"
 

@@ -19,9 +19,14 @@ from canopy_store.ingest.policy import sampling_policy
 from canopy_store.ingest.sample import Job, Sampling, sample_prompts, uniforms, width_for
 
 SMALL = {
-    "vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512,
-}  # fmt: skip
+    "vocab_size": 61,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+}
 
 
 def llama(**more) -> LlamaForCausalLM:
@@ -123,9 +128,13 @@ print((held("VmHWM") - before) / (fixed + width * slot))
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux")
 @pytest.mark.parametrize(
     "case",
-    [("shared", 60_000, 100, 1.0, 64, 64, 8), ("shared", 60_000, 0, 1.0, 64, 64, 8),
-     ("shared", 500, 0, 1.0, 64, 128, 180), ("repeated", 500, 0, 1.0, 500, 64, 20)],
-)  # fmt: skip
+    [
+        ("shared", 60_000, 100, 1.0, 64, 64, 8),
+        ("shared", 60_000, 0, 1.0, 64, 64, 8),
+        ("shared", 500, 0, 1.0, 64, 128, 180),
+        ("repeated", 500, 0, 1.0, 500, 64, 20),
+    ],
+)
 def test_memory_is_as_foretold(case):
     done = subprocess.run(
         [sys.executable, "-c", MEASURED, repr(case)], capture_output=True, text=True, check=True
@@ -239,10 +248,18 @@ def test_rollouts_are_those_that_generate_samples(smollm2):
     torch.manual_seed(1)
     with torch.inference_mode():
         out = model.generate(
-            torch.tensor([prompt]), do_sample=True, num_return_sequences=n, max_new_tokens=steps,
-            temperature=1.2, top_k=50, top_p=1.0, eos_token_id=ends, pad_token_id=ends[0],
-            output_scores=True, return_dict_in_generate=True,
-        )  # fmt: skip
+            torch.tensor([prompt]),
+            do_sample=True,
+            num_return_sequences=n,
+            max_new_tokens=steps,
+            temperature=1.2,
+            top_k=50,
+            top_p=1.0,
+            eos_token_id=ends,
+            pad_token_id=ends[0],
+            output_scores=True,
+            return_dict_in_generate=True,
+        )
     logprobs = torch.stack(out.scores, 1).log_softmax(-1)
     theirs = out.sequences[:, len(prompt) :]
     picked = logprobs.gather(2, theirs[..., None])[..., 0]

@@ -53,9 +53,16 @@ def attentive(tmp_path_factory, chain) -> Path:
     folder = tmp_path_factory.mktemp("attentive")
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=8, hidden_size=32, intermediate_size=64, num_hidden_layers=2, eos_token_id=0,
-        num_attention_heads=4, max_position_embeddings=128, initializer_range=0.4, bos_token_id=None,
-    )  # fmt: skip
+        vocab_size=8,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        eos_token_id=0,
+        num_attention_heads=4,
+        max_position_embeddings=128,
+        initializer_range=0.4,
+        bos_token_id=None,
+    )
     LlamaForCausalLM(config).save_pretrained(folder)
     for file in chain.glob("tokenizer*"):
         shutil.copy(file, folder)
@@ -65,9 +72,15 @@ def attentive(tmp_path_factory, chain) -> Path:
 def sample(root: Path, model: Path, prompts: Path, variant: str = "base", **settings) -> str:
     settings = {"samples": 6, "max_new_tokens": 20, "prompts_per_shard": 1, **settings}
     return ingest_rollouts(
-        root, str(model), family="f", variant=variant, task="t", prompts=prompts, device="cpu",
+        root,
+        str(model),
+        family="f",
+        variant=variant,
+        task="t",
+        prompts=prompts,
+        device="cpu",
         **settings,
-    )  # fmt: skip
+    )
 
 
 def score(root: Path, model: Path, **settings) -> str:
@@ -131,8 +144,9 @@ def test_another_chain_gives_its_known_probabilities(tmp_path, chain, other):
     rows = scored_beside_logged(tmp_path / "s").to_dicts()
     assert len(rows) == 36
     assert {row["policy"] for row in rows} == {
-        '{"temperature":1.0,"top_k":0,"top_p":1.0}', '{"temperature":1.3,"top_k":5,"top_p":1.0}'
-    }  # fmt: skip
+        '{"temperature":1.0,"top_k":0,"top_p":1.0}',
+        '{"temperature":1.3,"top_k":5,"top_p":1.0}',
+    }
     outside = 0
     for row in rows:
         full = row["scorer_id"] == "full"
@@ -188,8 +202,13 @@ def sequence_kl(p: np.ndarray, q: np.ndarray, start: int) -> float:
 def test_divergences_match_the_closed_form(tmp_path, chain, other, temperature):
     """Both directions, 4,000 rollouts each, pooled, per prompt and at the first positions."""
     prompts = write_prompts(tmp_path / "p.jsonl", *PROMPTS)
-    settings = {"samples": 500, "batch_size": 500, "max_new_tokens": 480, "prompts_per_shard": 4,
-                "temperature": temperature}  # fmt: skip
+    settings = {
+        "samples": 500,
+        "batch_size": 500,
+        "max_new_tokens": 480,
+        "prompts_per_shard": 4,
+        "temperature": temperature,
+    }
     sample(tmp_path / "s", chain, prompts, "base", **settings)
     sample(tmp_path / "s", other, prompts, "sft", **settings)
     for model in (chain, other):
@@ -246,8 +265,10 @@ def alone(model, sampling: Sampling) -> list[np.ndarray]:
         with torch.no_grad():
             logits = model(torch.tensor([prompt + rollout])).logits[0, len(prompt) - 1 : -1]
         policy = sampling_policy(logits, sampling.temperature, sampling.top_k, sampling.top_p)
-        picked = [policy.event_logprob(torch.arange(logits.shape[1]) == t)[i].item()
-                  for i, t in enumerate(rollout)]  # fmt: skip
+        picked = [
+            policy.event_logprob(torch.arange(logits.shape[1]) == t)[i].item()
+            for i, t in enumerate(rollout)
+        ]
         ends = policy.event_logprob(torch.arange(logits.shape[1]) == 0)
         expected.append(np.array([picked, policy.entropy().tolist(), ends.tolist()]))
     return expected
@@ -257,14 +278,23 @@ def random_model(kind: str):
     torch.manual_seed(1)
     if kind == "gemma2":
         # its forward caps the logits after the head, and hard
-        return Gemma2ForCausalLM(Gemma2Config(
-            vocab_size=8, hidden_size=16, intermediate_size=32, num_hidden_layers=2, head_dim=8,
-            num_attention_heads=2, num_key_value_heads=1, final_logit_softcapping=1.5,
-            initializer_range=0.5, sliding_window=4,
-        )).eval()  # fmt: skip
-    return GPT2LMHeadModel(GPT2Config(
-        vocab_size=8, n_embd=16, n_layer=2, n_head=2, n_positions=64, initializer_range=0.5
-    )).eval()  # fmt: skip
+        return Gemma2ForCausalLM(
+            Gemma2Config(
+                vocab_size=8,
+                hidden_size=16,
+                intermediate_size=32,
+                num_hidden_layers=2,
+                head_dim=8,
+                num_attention_heads=2,
+                num_key_value_heads=1,
+                final_logit_softcapping=1.5,
+                initializer_range=0.5,
+                sliding_window=4,
+            )
+        ).eval()
+    return GPT2LMHeadModel(
+        GPT2Config(vocab_size=8, n_embd=16, n_layer=2, n_head=2, n_positions=64, initializer_range=0.5)
+    ).eval()
 
 
 @pytest.mark.parametrize("kind", ["llama", "gemma2", "gpt2"])
@@ -344,8 +374,10 @@ def test_runs_added_later_are_taken_up_and_policies_stand_side_by_side(tmp_path,
     score(tmp_path / "s", other, name="o")
     frame = canopy_store.read(tmp_path / "s", "kl_divergence").sort("run_id", "same_policy")
     assert frame.select("run_id", "same_policy").rows() == [
-        ("f.base.t", True), ("later", False), ("later", True)
-    ]  # fmt: skip
+        ("f.base.t", True),
+        ("later", False),
+        ("later", True),
+    ]
     full, cut = frame.filter(run_id="later").to_dicts()
     assert json.loads(cut["policy"])["top_k"] == 5
     assert full["n_outside"] == 0
@@ -438,10 +470,13 @@ def test_what_is_refused(tmp_path, chain, other, attentive):
         score(root, short)
     # wrong calls
     for settings, text in (
-        ({"policy": "half"}, "one of run, full"), ({"top_p": 0.0}, "--top-p 0.0"),
-        ({"temperature": -1.0}, "--temperature"), ({"top_k": -1}, "--top-k"),
-        ({"chunk_tokens": 0}, "--chunk-tokens 0"), ({"template": "x"}, "one of run, chat, plain"),
-    ):  # fmt: skip
+        ({"policy": "half"}, "one of run, full"),
+        ({"top_p": 0.0}, "--top-p 0.0"),
+        ({"temperature": -1.0}, "--temperature"),
+        ({"top_k": -1}, "--top-k"),
+        ({"chunk_tokens": 0}, "--chunk-tokens 0"),
+        ({"template": "x"}, "one of run, chat, plain"),
+    ):
         with pytest.raises(canopy_store.UsageError, match=text):
             score(root, chain, **settings)
     with pytest.raises(canopy_store.StoreError, match="no complete run"):

@@ -26,12 +26,17 @@ def rollouts(variant="base", lengths=(1, 2, 3, 4, 5), prompts=("p",), task="t", 
     """Rollouts of these lengths for each prompt; a further column holds one value a rollout."""
     return [
         {
-            "family": "f", "variant": variant, "task": task, "prompt_id": p, "sample": i,
-            "entropy": [0.5 + 0.1 * i] * n, **{name: values[i] for name, values in more.items()},
+            "family": "f",
+            "variant": variant,
+            "task": task,
+            "prompt_id": p,
+            "sample": i,
+            "entropy": [0.5 + 0.1 * i] * n,
+            **{name: values[i] for name, values in more.items()},
         }
         for p in prompts
         for i, n in enumerate(lengths)
-    ]  # fmt: skip
+    ]
 
 
 @pytest.fixture
@@ -145,12 +150,16 @@ def test_matched_lengths_are_pairs_and_as_many_as_can_be(seed, caliper):
 
     rng = np.random.default_rng(seed)
     left, right = (
-        pl.DataFrame({
-            "run_id": [name] * n, "prompt_id": ["p"] * n, "sample": range(n),
-            "n_tokens": rng.integers(1, 30, n),
-        })
+        pl.DataFrame(
+            {
+                "run_id": [name] * n,
+                "prompt_id": ["p"] * n,
+                "sample": range(n),
+                "n_tokens": rng.integers(1, 30, n),
+            }
+        )
         for name, n in (("a", int(rng.integers(1, 12))), ("b", int(rng.integers(1, 12))))
-    )  # fmt: skip
+    )
     matched = _match(left, right, caliper)
     a, b = (matched.filter(run_id=name)["n_tokens"].to_numpy() for name in "ab")
     assert len(a) == len(b)
@@ -176,9 +185,11 @@ def test_matched_lengths_of_each_variant(store, canopy):
         frame.filter(pl.col("selection") != "all").select("selection", "variant", "mean_length").rows()
     )
     assert found == [
-        ("lengths_matched_dpo", "base", 20.0), ("lengths_matched_dpo", "dpo", 20.0),
-        ("lengths_matched_sft", "base", 20.0), ("lengths_matched_sft", "sft", 20.0),
-    ]  # fmt: skip
+        ("lengths_matched_dpo", "base", 20.0),
+        ("lengths_matched_dpo", "dpo", 20.0),
+        ("lengths_matched_sft", "base", 20.0),
+        ("lengths_matched_sft", "sft", 20.0),
+    ]
 
 
 def test_what_is_refused(store, tmp_path):

@@ -11,10 +11,18 @@ from canopy_store.ingest import shared_prompt
 from canopy_store.ingest.sample import Job, Sampling, sample_prompts, uniforms
 
 SIZE = {
-    "vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128,
-    "bos_token_id": None, "eos_token_id": 0, "pad_token_id": None, "head_dim": 8,
-}  # fmt: skip
+    "vocab_size": 61,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "bos_token_id": None,
+    "eos_token_id": 0,
+    "pad_token_id": None,
+    "head_dim": 8,
+}
 PROMPTS = ([5, 9, 2, 33, 7], [8], list(range(1, 40)))
 
 

@@ -126,8 +126,13 @@ def test_parts_of_a_store_and_the_whole_again(origin, shared, measured, tmp_path
     assert set(canopy_store.read(out, "prompts")["task"]) == {"coding"}
     assert len(canopy_store.read(out, "models")) == 1
     assert sorted(p.name for p in out.iterdir() if p.is_dir()) == [
-        "models", "plans", "prompts", "rewards", "rollouts", "runs",
-    ]  # fmt: skip
+        "models",
+        "plans",
+        "prompts",
+        "rewards",
+        "rollouts",
+        "runs",
+    ]
     out = export(origin, tmp_path / "b", embeddings=False)
     assert not (out / "embeddings").exists()
     assert canopy_store.read(out, "prompt_metrics")["vendi_score"].null_count() == 0
@@ -169,10 +174,19 @@ def test_an_export_neither_replaces_nor_nests_nor_passes_on_damage(origin, tmp_p
 
 def test_names_that_are_hostile_travel(tmp_path):
     names = ["../../up", "'; drop view runs; --", "ü%41 \u2028=", "*[x]? {{: |"]
-    pl.DataFrame([
-        {"family": name, "variant": "v/1", "task": "t=1", "prompt_id": name, "sample": 0,
-         "entropy": [1.0]} for name in names
-    ]).write_parquet(tmp_path / "in.parquet")  # fmt: skip
+    pl.DataFrame(
+        [
+            {
+                "family": name,
+                "variant": "v/1",
+                "task": "t=1",
+                "prompt_id": name,
+                "sample": 0,
+                "entropy": [1.0],
+            }
+            for name in names
+        ]
+    ).write_parquet(tmp_path / "in.parquet")
     canopy_store.import_rollouts(tmp_path / "s", tmp_path / "in.parquet")
     out = export(tmp_path / "s", tmp_path / "o: [x] 'y'\u2028")
     pull(out, tmp_path / "back")
@@ -227,8 +241,11 @@ def test_pandas_polars_and_duckdb_read_it(shared, origin, measured):
     program = Path(sys.executable).parent / "duckdb"
     done = subprocess.run(
         [program, "-json", "-init", "views.sql", ":memory:", "select count(*) as n from rollouts"],
-        cwd=shared, capture_output=True, text=True, timeout=60,
-    )  # fmt: skip
+        cwd=shared,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
     assert json.loads(done.stdout) == [{"n": count}], done.stderr
 
 
@@ -271,8 +288,10 @@ def enter(folder: Path, path: Path, rows: int | None = None) -> None:
     if path.suffix == ".parquet" and rows is None:
         rows = pq.read_metadata(path).num_rows
     manifest["files"][path.relative_to(folder).as_posix()] = {
-        "sha256": store.sha256(path), "bytes": path.stat().st_size, "rows": rows,
-    }  # fmt: skip
+        "sha256": store.sha256(path),
+        "bytes": path.stat().st_size,
+        "rows": rows,
+    }
     (folder / "MANIFEST").write_text(json.dumps(manifest))
 
 
@@ -286,11 +305,16 @@ def set_all(name: str, value: Any) -> Callable[[dict[str, list[Any]]], None]:
         ("rewards", set_all("reward", 0.25), "other values of reward"),
         ("models", set_all("weights_sha256", "x"), "weights_sha256 .stored None, asked 'x'."),
         ("runs", set_all("max_new_tokens", 7), "max_new_tokens .stored 64, asked 7."),
-        ("rollouts", lambda c: set_all("finish_reason", None)(c) or
-         c.__setitem__("finish_reason", ["stop"] * 3 + ["length"] * (len(c["sample"]) - 3)),
-         "other values of finish_reason"),
+        (
+            "rollouts",
+            lambda c: (
+                set_all("finish_reason", None)(c)
+                or c.__setitem__("finish_reason", ["stop"] * 3 + ["length"] * (len(c["sample"]) - 3))
+            ),
+            "other values of finish_reason",
+        ),
     ],
-)  # fmt: skip
+)
 def test_a_conflict_is_refused_with_what_differs(folder, shared, tmp_path, table, change, message):
     pull(shared, tmp_path / "s")
     before = contents(tmp_path / "s")
@@ -382,9 +406,20 @@ def test_any_changed_byte_is_refused(folder, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name", ["../../etc/passwd", "/etc/passwd", "rollouts/../../x.parquet", "runs/..", "runs//x.parquet",
-             "./runs/x.parquet", "runs\\x.parquet", "runs/x\n.parquet", "..", ""],
-)  # fmt: skip
+    "name",
+    [
+        "../../etc/passwd",
+        "/etc/passwd",
+        "rollouts/../../x.parquet",
+        "runs/..",
+        "runs//x.parquet",
+        "./runs/x.parquet",
+        "runs\\x.parquet",
+        "runs/x\n.parquet",
+        "..",
+        "",
+    ],
+)
 def test_paths_out_of_the_folder_are_refused(folder, tmp_path, name):
     manifest = json.loads((folder / "MANIFEST").read_text())
     manifest["files"][name] = next(iter(manifest["files"].values()))
@@ -393,11 +428,19 @@ def test_paths_out_of_the_folder_are_refused(folder, tmp_path, name):
 
 
 @pytest.mark.parametrize(
-    "name", ["setup.py", "pytorch_model.bin", "embeddings/embedder=E/model.pkl",
-             "rollouts/x.parquet", "plans/../x.json", "plans/a/b.json", ".git/config",
-             "rollouts/family=a/variant=b/task=c/run=../part-00000.parquet",
-             "scores/scorer_id=a/run=b/evil.sh"],
-)  # fmt: skip
+    "name",
+    [
+        "setup.py",
+        "pytorch_model.bin",
+        "embeddings/embedder=E/model.pkl",
+        "rollouts/x.parquet",
+        "plans/../x.json",
+        "plans/a/b.json",
+        ".git/config",
+        "rollouts/family=a/variant=b/task=c/run=../part-00000.parquet",
+        "scores/scorer_id=a/run=b/evil.sh",
+    ],
+)
 def test_files_that_no_export_writes_are_refused(folder, tmp_path, name):
     (folder / name).parent.mkdir(parents=True, exist_ok=True)
     (folder / name).write_bytes(b"x")
@@ -447,9 +490,13 @@ def bomb_of_texts(path: Path, schema: pa.Schema) -> None:
     rows = store.read_rows(path).slice(0, 1)
     texts = pa.DictionaryArray.from_arrays(pa.array([0] * 50000, pa.int32()), pa.array(["x" * 65536]))
     columns = [
-        texts if f.name == "text" else pa.nulls(50000, f.type) if f.nullable
-        else pa.concat_arrays([rows[f.name].combine_chunks()] * 50000) for f in schema
-    ]  # fmt: skip
+        texts
+        if f.name == "text"
+        else pa.nulls(50000, f.type)
+        if f.nullable
+        else pa.concat_arrays([rows[f.name].combine_chunks()] * 50000)
+        for f in schema
+    ]
     table = pa.table(dict(zip(schema.names, columns, strict=True)))
     with pq.ParquetWriter(path, table.schema, compression="zstd", store_schema=False) as writer:
         writer.write_table(table)
@@ -478,11 +525,16 @@ def _varint(value: int) -> bytes:
 def bomb_of_shared_beginnings(path: Path, schema: pa.Schema) -> None:
     """Texts that each repeat the one before: an encoding that no header tells the length of."""
     rows = store.read_rows(path).slice(0, 1)
-    table = pa.concat_tables([rows.set_column(
-        schema.get_field_index("text"), "text", pa.array(["x" * 65536])
-    )] * 3000).cast(schema)  # fmt: skip
-    with pq.ParquetWriter(path, schema, compression="zstd", use_dictionary=False,
-                          column_encoding={"text": "DELTA_BYTE_ARRAY"}) as writer:  # fmt: skip
+    table = pa.concat_tables(
+        [rows.set_column(schema.get_field_index("text"), "text", pa.array(["x" * 65536]))] * 3000
+    ).cast(schema)
+    with pq.ParquetWriter(
+        path,
+        schema,
+        compression="zstd",
+        use_dictionary=False,
+        column_encoding={"text": "DELTA_BYTE_ARRAY"},
+    ) as writer:
         writer.write_table(table)
 
 
@@ -553,15 +605,24 @@ def test_a_pulled_store_can_be_queried_and_nothing_else(shared, tmp_path, canopy
     (tmp_path / "secret.csv").write_text("x\n1\n")
     (root / "link.csv").symlink_to(tmp_path / "secret.csv")
     queries = (
-        f"from '{tmp_path / 'secret.csv'}'", f"from read_csv('{root}/../secret.csv')",
-        "from read_text('/etc/passwd')", "from glob('/etc/*')", "from read_csv('/dev/stdin')",
-        f"copy (select 1) to '{tmp_path / 'out.csv'}'", f"attach '{tmp_path / 'new.duckdb'}'",
-        "install httpfs", "load httpfs", "from 'https://example.org/x.parquet'",
-        "set enable_external_access = true", "reset allowed_directories",
+        f"from '{tmp_path / 'secret.csv'}'",
+        f"from read_csv('{root}/../secret.csv')",
+        "from read_text('/etc/passwd')",
+        "from glob('/etc/*')",
+        "from read_csv('/dev/stdin')",
+        f"copy (select 1) to '{tmp_path / 'out.csv'}'",
+        f"attach '{tmp_path / 'new.duckdb'}'",
+        "install httpfs",
+        "load httpfs",
+        "from 'https://example.org/x.parquet'",
+        "set enable_external_access = true",
+        "reset allowed_directories",
         "set lock_configuration = false",
-        "set allowed_directories = ['/']", f"export database '{tmp_path / 'out'}'",
-        "set extension_directory = '/tmp'", "select getenv('HOME')",
-    )  # fmt: skip
+        "set allowed_directories = ['/']",
+        f"export database '{tmp_path / 'out'}'",
+        "set extension_directory = '/tmp'",
+        "select getenv('HOME')",
+    )
     with canopy_store.open(root) as con:
         for query in queries:
             with pytest.raises(duckdb.Error):
@@ -576,11 +637,22 @@ def test_script_in_a_strangers_text_is_text_in_the_report(tmp_path):
     from canopy_store.report import write_report
 
     script = "</script><script>hit()</script><img src=x onerror=hit()>"
-    pl.DataFrame([
-        {"family": f"f{script[9:17]}", "variant": variant, "task": "t", "prompt_id": f"{i}{script}",
-         "sample": j, "entropy": [1.0, 0.5, 0.25][: 1 + (i + j) % 3], "text": script}
-        for variant in ("base", "sft") for i in range(4) for j in range(4)
-    ]).write_parquet(tmp_path / "in.parquet")  # fmt: skip
+    pl.DataFrame(
+        [
+            {
+                "family": f"f{script[9:17]}",
+                "variant": variant,
+                "task": "t",
+                "prompt_id": f"{i}{script}",
+                "sample": j,
+                "entropy": [1.0, 0.5, 0.25][: 1 + (i + j) % 3],
+                "text": script,
+            }
+            for variant in ("base", "sft")
+            for i in range(4)
+            for j in range(4)
+        ]
+    ).write_parquet(tmp_path / "in.parquet")
     canopy_store.import_rollouts(tmp_path / "s", tmp_path / "in.parquet", max_new_tokens=9)
     pull(export(tmp_path / "s", tmp_path / "out"), tmp_path / "back")
     page = write_report(tmp_path / "back", tmp_path / "report.html").read_text()
@@ -628,11 +700,29 @@ def test_the_command_line_exports_pulls_and_lists_what_it_would_push(origin, tmp
         return out
 
     out, where = tmp_path / "out", "task = 'coding'"
-    said("export", "--store", origin, "--out", out, "--tables", "rewards,embedding_spectra",
-         "--where", where, "--no-text", "--license", "cc-by-4.0")  # fmt: skip
+    said(
+        "export",
+        "--store",
+        origin,
+        "--out",
+        out,
+        "--tables",
+        "rewards,embedding_spectra",
+        "--where",
+        where,
+        "--no-text",
+        "--license",
+        "cc-by-4.0",
+    )
     assert {p.name for p in out.iterdir() if p.is_dir()} == {
-        "embedding_spectra", "models", "plans", "prompts", "rewards", "rollouts", "runs",
-    }  # fmt: skip
+        "embedding_spectra",
+        "models",
+        "plans",
+        "prompts",
+        "rewards",
+        "rollouts",
+        "runs",
+    }
     assert 'license: "cc-by-4.0"' in (out / "README.md").read_text()
     files = [p for p in out.rglob("*") if p.is_file()]
     size = sum(p.stat().st_size for p in files)

@@ -78,8 +78,11 @@ def shell(root: Path, query: str) -> list[dict]:
     program = Path(sys.executable).parent / "duckdb"
     done = subprocess.run(
         [program, "-json", "-readonly", "canopy.duckdb", query],
-        cwd=root, capture_output=True, text=True, timeout=60,
-    )  # fmt: skip
+        cwd=root,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout or "[]")
 
@@ -106,10 +109,16 @@ def test_an_empty_store_has_every_view(tmp_path, canopy):
 def test_names_that_are_hostile_to_paths_and_sql(tmp_path):
     names = ["../../up", "a/b", "'; drop view runs; --", "fam=ily", "ü%41 x", "."]
     rows = [
-        {"family": name, "variant": "v/1", "task": "t=1", "prompt_id": name, "sample": 0,
-         "entropy": [1.0]}
+        {
+            "family": name,
+            "variant": "v/1",
+            "task": "t=1",
+            "prompt_id": name,
+            "sample": 0,
+            "entropy": [1.0],
+        }
         for name in names
-    ]  # fmt: skip
+    ]
     pl.DataFrame(rows).write_parquet(tmp_path / "in.parquet")
     canopy_store.import_rollouts(tmp_path / "s" / "t", tmp_path / "in.parquet")
     frame = canopy_store.read(tmp_path / "s" / "t", "model_metrics")
@@ -150,11 +159,30 @@ def test_others_read_the_store_without_this_package(golden):
 
 def test_the_public_names_are_these():
     assert sorted(canopy_store.__all__) == [
-        "CanopyError", "ConflictError", "DataError", "FitError", "StoreError", "UsageError",
-        "__version__", "compact", "compare", "export", "import_rollouts", "init", "merge", "open",
-        "power", "pull", "push", "read", "remove_run", "select_lengths", "select_reward", "status",
+        "CanopyError",
+        "ConflictError",
+        "DataError",
+        "FitError",
+        "StoreError",
+        "UsageError",
+        "__version__",
+        "compact",
+        "compare",
+        "export",
+        "import_rollouts",
+        "init",
+        "merge",
+        "open",
+        "power",
+        "pull",
+        "push",
+        "read",
+        "remove_run",
+        "select_lengths",
+        "select_reward",
+        "status",
         "verify",
-    ]  # fmt: skip
+    ]
     assert all(hasattr(canopy_store, name) for name in canopy_store.__all__)
 
 

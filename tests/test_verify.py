@@ -134,8 +134,9 @@ def doubled(columns: dict[str, list[Any]]) -> dict[str, list[Any]]:
 
 def longer(columns: dict[str, list[Any]]) -> None:
     """Moves probability between steps: the sum stays."""
-    columns["eigenvalues"][0] = [x + (0.1, -0.1)[i] if i < 2 else x
-                                 for i, x in enumerate(columns["eigenvalues"][0])]  # fmt: skip
+    columns["eigenvalues"][0] = [
+        x + (0.1, -0.1)[i] if i < 2 else x for i, x in enumerate(columns["eigenvalues"][0])
+    ]
 
 
 def turned(columns: dict[str, list[Any]]) -> None:
@@ -162,13 +163,17 @@ EDITS = {
     "logprob -inf": ("rollouts", at("logprob", 3, step(float("-inf"))), "logprob above 0, or not"),
     "eos_logprob above 0": ("rollouts", at("eos_logprob", 3, step(0.5)), "eos_logprob above 0"),
     "top_logprobs above 0": (
-        "rollouts", at("top_logprobs", 3, lambda x: [[0.5] * len(x[0]), *x[1:]]), "top_logprobs above 0",
+        "rollouts",
+        at("top_logprobs", 3, lambda x: [[0.5] * len(x[0]), *x[1:]]),
+        "top_logprobs above 0",
     ),
     "entropy too long": ("rollouts", at("entropy", 3, lambda x: [*x, 0.0]), "entropy is not as long"),
     "logprob too short": ("rollouts", at("logprob", 3, lambda x: x[:-1]), "logprob is not as long"),
     "token_ids too long": ("rollouts", at("token_ids", 3, lambda x: [*x, 1]), "token_ids is not as"),
     "top_token_ids too long": (
-        "rollouts", at("top_token_ids", 3, lambda x: [*x, [1, 2, 3]]), "top_token_ids is not as long",
+        "rollouts",
+        at("top_token_ids", 3, lambda x: [*x, [1, 2, 3]]),
+        "top_token_ids is not as long",
     ),
     "no tokens": ("rollouts", at("n_tokens", 3, 0), "n_tokens below 1"),
     "entropy_sum": ("rollouts", at("entropy_sum", 3, lambda x: x + 1e-6), "entropy_sum is not the sum"),
@@ -182,7 +187,9 @@ EDITS = {
     "a prompt nobody knows": ("rollouts", at("prompt_id", 3, "nobody"), "1 of its prompts are not in"),
     "another policy": ("rollouts", tilted, "logging_check: z is"),
     "embedding of length 2": (
-        "embeddings", at("embedding", 3, lambda x: [2 * v for v in x]), "not of unit length",
+        "embeddings",
+        at("embedding", 3, lambda x: [2 * v for v in x]),
+        "not of unit length",
     ),
     "embedding NaN": ("embeddings", at("embedding", 3, step(float("nan"))), "not of unit length"),
     "embedding gone": ("embeddings", without(3), "lacks 1 that spectra were made of"),
@@ -190,17 +197,25 @@ EDITS = {
     "embedding twice": ("embeddings", doubled, "2 rows share a key"),
     "embeddings exchanged": ("embeddings", turned, "1 spectra are not those of the embeddings"),
     "eigenvalues": (
-        "embedding_spectra", at("eigenvalues", 0, lambda x: [v * 0.9 for v in x]), "do not sum to 1",
+        "embedding_spectra",
+        at("eigenvalues", 0, lambda x: [v * 0.9 for v in x]),
+        "do not sum to 1",
     ),
     "other eigenvalues": ("embedding_spectra", longer, "1 spectra are not those of the embeddings"),
     "negative eigenvalue": (
-        "embedding_spectra", at("eigenvalues", 0, lambda x: [1.5, *x[1:-1], -0.5]), "outside 0 to 1",
+        "embedding_spectra",
+        at("eigenvalues", 0, lambda x: [1.5, *x[1:-1], -0.5]),
+        "outside 0 to 1",
     ),
     "embedding_sum": (
-        "embedding_spectra", at("embedding_sum", 0, step(3.0)), "do not agree with embedding_sum",
+        "embedding_spectra",
+        at("embedding_sum", 0, step(3.0)),
+        "do not agree with embedding_sum",
     ),
     "distances": (
-        "embedding_spectra", at("semantic_distances", 0, step(3.0)), "do not agree with embedding_sum",
+        "embedding_spectra",
+        at("semantic_distances", 0, step(3.0)),
+        "do not agree with embedding_sum",
     ),
     "samples": ("embedding_spectra", at("samples", 0, lambda x: x[:-1]), "not n long"),
     "a spectrum gone": ("embedding_spectra", without(0), "lacks 12 rollouts of selection all"),
@@ -220,7 +235,7 @@ EDITS = {
     "the run's settings": ("runs", at("settings", 0, "{}"), "its settings are not its plan's"),
     "the run's name": ("runs", at("run_id", 0, "other"), "holds other, which its name does not say"),
     "the model's name": ("models", at("model_id", 0, "other/x"), "model chain/base is not in models"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("fault", EDITS)
@@ -284,7 +299,7 @@ def missing_value(path: Path) -> None:
         (lambda p: shutil.copy(p, p.with_name("part-00009.parquet")), "rows share a key"),
         (lambda p: shutil.copytree(p.parent, p.parents[2] / "task=run" / p.parent.name), "stands in"),
     ],
-)  # fmt: skip
+)
 def test_a_damaged_file_is_a_row_and_no_error(copy, damage, what):
     damage(store.files(copy, "rollouts")[0])
     problems = verify(copy, database=False)

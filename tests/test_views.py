@@ -39,9 +39,13 @@ ORDERS = (0, 0.1, 0.5, 1, 1.5, 2, 3.7, 20, math.inf)
 # Unit vectors that floats hold exactly, so that equal distances are equal to the last bit and the
 # ranks have ties.
 EXACT = [
-    [1.0, 0.0, 0.0, 0.0], [0.0, 1.0, 0.0, 0.0], [-1.0, 0.0, 0.0, 0.0], [0.5, 0.5, 0.5, 0.5],
-    [0.5, -0.5, 0.5, -0.5], [0.5, 0.5, -0.5, -0.5],
-]  # fmt: skip
+    [1.0, 0.0, 0.0, 0.0],
+    [0.0, 1.0, 0.0, 0.0],
+    [-1.0, 0.0, 0.0, 0.0],
+    [0.5, 0.5, 0.5, 0.5],
+    [0.5, -0.5, 0.5, -0.5],
+    [0.5, 0.5, -0.5, -0.5],
+]
 FEW = [0.0, 0.1, 0.5, 0.5, 1.3, 2.7]
 
 Run = dict[str, Any]  # family, variant, task, and prompts: {prompt_id: [rollout, …]}
@@ -55,9 +59,11 @@ def runs_of_a_store(draw: st.DrawFn) -> list[Run]:
     names = draw(
         st.lists(
             st.tuples(st.sampled_from("ab"), st.sampled_from(["base", "sft"]), st.sampled_from("st")),
-            min_size=1, max_size=3, unique=True,
+            min_size=1,
+            max_size=3,
+            unique=True,
         )
-    )  # fmt: skip
+    )
     runs = []
     for family, variant, task in names:
         rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
@@ -119,10 +125,17 @@ def imported(runs: list[Run], max_new_tokens: int | None = None) -> Iterator[Any
     rows = [rows[i] for i in np.random.default_rng(len(rows)).permutation(len(rows))]
     doubles = pa.list_(pa.float64())
     kinds = {
-        "family": pa.string(), "variant": pa.string(), "task": pa.string(), "prompt_id": pa.string(),
-        "sample": pa.int64(), "entropy": doubles, "logprob": doubles, "eos_logprob": doubles,
-        "embedding": doubles, "finish_reason": pa.string(),
-    }  # fmt: skip
+        "family": pa.string(),
+        "variant": pa.string(),
+        "task": pa.string(),
+        "prompt_id": pa.string(),
+        "sample": pa.int64(),
+        "entropy": doubles,
+        "logprob": doubles,
+        "eos_logprob": doubles,
+        "embedding": doubles,
+        "finish_reason": pa.string(),
+    }
     used = [name for name in kinds if any(name in row for row in rows)]
     table = pa.table({n: pa.array([row.get(n) for row in rows], kinds[n]) for n in used})
     with tempfile.TemporaryDirectory() as folder:
@@ -151,28 +164,41 @@ def expected_rows(runs: list[Run]) -> dict[str, list[dict[str, Any]]]:
             unit = reference.unit_embeddings([r["embedding"] for r in chosen]) if embedded else None
             distances = reference.semantic_distances(unit) if embedded else [None] * len(chosen)
             for rollout, distance in zip(chosen, distances, strict=True):
-                views["rollout_metrics"].append({
-                    **prompt, "sample": rollout["sample"], "semantic_distance": distance,
-                    **reference.rollout_metrics(rollout),
-                })  # fmt: skip
+                views["rollout_metrics"].append(
+                    {
+                        **prompt,
+                        "sample": rollout["sample"],
+                        "semantic_distance": distance,
+                        **reference.rollout_metrics(rollout),
+                    }
+                )
             metrics = reference.prompt_metrics(chosen, unit)
             prompts.append(metrics)
             views["prompt_metrics"].append({**prompt, **metrics})
-            views["panel"].append({
-                **prompt, "D": metrics["semantic_diversity"], "R_bar": metrics["entropy_rate"],
-                "N_bar": metrics["mean_length"], "vendi_score": metrics["vendi_score"],
-                "vendi_share": metrics["vendi_score"] and metrics["vendi_score"] / len(chosen),
-            })  # fmt: skip
+            views["panel"].append(
+                {
+                    **prompt,
+                    "D": metrics["semantic_diversity"],
+                    "R_bar": metrics["entropy_rate"],
+                    "N_bar": metrics["mean_length"],
+                    "vendi_score": metrics["vendi_score"],
+                    "vendi_share": metrics["vendi_score"] and metrics["vendi_score"] / len(chosen),
+                }
+            )
             terciles.append(reference.length_terciles(chosen, unit))
             for tercile, values in terciles[-1].items():
                 views["length_terciles"].append({**prompt, "tercile": tercile, **values})
             if embedded:
-                views["embedding_spectra"].append({
-                    **{name: prompt[name] for name in KEYS["embedding_spectra"]},
-                    "n": len(chosen), "samples": [r["sample"] for r in chosen],
-                    "semantic_distances": distances, "embedding_sum": unit.sum(axis=0).tolist(),
-                    "eigenvalues": reference.eigenvalues(unit).tolist(),
-                })  # fmt: skip
+                views["embedding_spectra"].append(
+                    {
+                        **{name: prompt[name] for name in KEYS["embedding_spectra"]},
+                        "n": len(chosen),
+                        "samples": [r["sample"] for r in chosen],
+                        "semantic_distances": distances,
+                        "embedding_sum": unit.sum(axis=0).tolist(),
+                        "eigenvalues": reference.eigenvalues(unit).tolist(),
+                    }
+                )
         views["model_metrics"].append({**with_embedder, **reference.pooled_metrics(prompts)})
         for tercile, values in reference.pooled_terciles(terciles).items():
             views["model_length_terciles"].append({**with_embedder, "tercile": tercile, **values})
@@ -318,9 +344,12 @@ def check(con: Any, runs: list[Run]) -> None:
 
 
 @settings(
-    max_examples=10, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck),
+    max_examples=10,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=list(HealthCheck),
     print_blob=False,
-)  # fmt: skip
+)
 @given(runs=runs_of_a_store(), max_new_tokens=st.sampled_from([None, 1, 6]))
 def test_every_view_of_a_random_store(runs, max_new_tokens):
     with imported(runs, max_new_tokens) as con:

@@ -19,22 +19,29 @@ def wheel(tmp_path_factory) -> Path:
     source = out / "source"  # a copy: building leaves build/ and egg-info behind
     subprocess.run(["git", "clone", "-q", str(ROOT), str(source)], check=True)
     for name in subprocess.run(
-        ["git", "diff", "HEAD", "--name-only", "--diff-filter=AM"], cwd=ROOT, check=True,
-        capture_output=True, text=True,
-    ).stdout.split():  # fmt: skip
+        ["git", "diff", "HEAD", "--name-only", "--diff-filter=AM"],
+        cwd=ROOT,
+        check=True,
+        capture_output=True,
+        text=True,
+    ).stdout.split():
         (source / name).write_bytes((ROOT / name).read_bytes())
     subprocess.run(
         [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", str(out), str(source)],
-        check=True, capture_output=True,
-    )  # fmt: skip
+        check=True,
+        capture_output=True,
+    )
     return next(out.glob("canopy_store-*.whl"))
 
 
 def test_the_wheel_holds_what_git_tracks(wheel):
     tracked = subprocess.run(
         ["git", "ls-files", "canopy_store", "sql", "ingest"],
-        cwd=ROOT, check=True, capture_output=True, text=True,
-    ).stdout.split()  # fmt: skip
+        cwd=ROOT,
+        check=True,
+        capture_output=True,
+        text=True,
+    ).stdout.split()
     links = {"canopy_store/sql", "canopy_store/ingest"}
     expected = {
         f"canopy_store/{name}" if name.startswith(("sql/", "ingest/")) else name
@@ -51,8 +58,9 @@ def test_the_wheel_works_in_a_fresh_environment(wheel, tmp_path):
     constraints = str(ROOT / "requirements.txt")
     subprocess.run(
         [python, "-m", "pip", "install", "-q", "-c", constraints, str(wheel)],
-        check=True, capture_output=True,
-    )  # fmt: skip
+        check=True,
+        capture_output=True,
+    )
     canopy = tmp_path / "env" / "bin" / "canopy"
     away = tmp_path / "away"
     away.mkdir()

@@ -24,8 +24,12 @@ import canopy_store
 
 MODEL = Path(__file__).parents[1] / "demo-real-output" / "base"
 MAIN = os.environ.get("CANOPY_PYTHON", sys.executable)
-TEXTS = ["Name a colour and say why you like it.", "Write one sentence about the sea.",
-         "What is two plus two?", "Invent a name for a cat."]  # fmt: skip
+TEXTS = [
+    "Name a colour and say why you like it.",
+    "Write one sentence about the sea.",
+    "What is two plus two?",
+    "Invent a name for a cat.",
+]
 ENV = {**os.environ, "HF_HUB_OFFLINE": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
 SAMPLES, STEPS = 16, 32
 
@@ -41,9 +45,29 @@ def run(python: str, root: Path, *more: object) -> str:
 
 
 def sampling(prompts: Path, engine: str, *more: object) -> list[object]:
-    return ["ingest", "rollouts", "--model", MODEL, "--family", "smollm2", "--variant", "base", "--task",
-            "chat", "--prompts", prompts, "--samples", SAMPLES, "--max-new-tokens", STEPS,
-            "--engine", engine, "--run", engine, *more]  # fmt: skip
+    return [
+        "ingest",
+        "rollouts",
+        "--model",
+        MODEL,
+        "--family",
+        "smollm2",
+        "--variant",
+        "base",
+        "--task",
+        "chat",
+        "--prompts",
+        prompts,
+        "--samples",
+        SAMPLES,
+        "--max-new-tokens",
+        STEPS,
+        "--engine",
+        engine,
+        "--run",
+        engine,
+        *more,
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -70,11 +94,29 @@ def server(tmp_path_factory):
     log = tmp_path_factory.mktemp("server") / "log"
     with open(log, "w") as out:
         process = subprocess.Popen(
-            [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", MODEL,
-             "--served-model-name", "smol", "--dtype", "float32", "--enforce-eager", "--max-model-len",
-             "2048", "--host", "127.0.0.1", "--port", str(port)],
-            env=ENV, stdout=out, stderr=out, start_new_session=True,
-        )  # fmt: skip
+            [
+                sys.executable,
+                "-m",
+                "vllm.entrypoints.openai.api_server",
+                "--model",
+                MODEL,
+                "--served-model-name",
+                "smol",
+                "--dtype",
+                "float32",
+                "--enforce-eager",
+                "--max-model-len",
+                "2048",
+                "--host",
+                "127.0.0.1",
+                "--port",
+                str(port),
+            ],
+            env=ENV,
+            stdout=out,
+            stderr=out,
+            start_new_session=True,
+        )
     try:
         deadline = time.monotonic() + 1200
         while True:
@@ -120,8 +162,10 @@ def check(root: Path, name: str, own: Path, logged: bool = True) -> None:
             gaps.append(x.mean() - y.mean())
             variances.append(x.var(ddof=1) / len(x) + y.var(ddof=1) / len(y))
         z = np.mean(gaps) * len(gaps) / np.sqrt(sum(variances))
-        print(f"{name}: {column}: transformers {ours[column].mean():.4g}, here "
-              f"{theirs[column].mean():.4g}, z {z:.2f}")  # fmt: skip
+        print(
+            f"{name}: {column}: transformers {ours[column].mean():.4g}, here "
+            f"{theirs[column].mean():.4g}, z {z:.2f}"
+        )
         assert abs(z) < 4, column
 
 

@@ -28,24 +28,33 @@ LONGEST = 1 << 29  # bytes of one JSON record, decoded: what a reader may hold a
 
 FIELDS = {
     "where": "what an error calls the rollout: file and line, member or row",
-    "family": "model family", "variant": "variant of the family", "task": "task",
-    "prompt_id": "the prompt, as text or a whole number", "sample": "number among its rollouts",
-    "prompt": "the prompt's text", "messages": "the prompt as chat messages, JSON",
-    "text": "generated text", "token_ids": "generated token ids",
+    "family": "model family",
+    "variant": "variant of the family",
+    "task": "task",
+    "prompt_id": "the prompt, as text or a whole number",
+    "sample": "number among its rollouts",
+    "prompt": "the prompt's text",
+    "messages": "the prompt as chat messages, JSON",
+    "text": "generated text",
+    "token_ids": "generated token ids",
     "n_tokens": "their number, where neither they nor any list of a value a token is known",
     "finish_reason": "stop or length",
     "logprob": "log-probability of each token, nats",
     "raw_logprobs": "true where logprob and top_logprobs are the model's own, taken before "
-                    "temperature, top-k and top-p",
+    "temperature, top-k and top-p",
     "entropy": "exact entropy of each step, nats; never one of a shortened list",
     "eos_logprob": "log-probability of ending at each step, nats",
-    "top_token_ids": "ids of each step's likeliest tokens", "top_logprobs": "and their log-probability",
-    "reward": "a reward", "embedding": "an embedding; embedding.NAME where its embedder is known",
-    "model": "the checkpoint's name in the source", "temperature": "sampling temperature",
-    "top_k": "tokens kept by top-k; 0 is off", "top_p": "mass kept by top-p",
+    "top_token_ids": "ids of each step's likeliest tokens",
+    "top_logprobs": "and their log-probability",
+    "reward": "a reward",
+    "embedding": "an embedding; embedding.NAME where its embedder is known",
+    "model": "the checkpoint's name in the source",
+    "temperature": "sampling temperature",
+    "top_k": "tokens kept by top-k; 0 is off",
+    "top_p": "mass kept by top-p",
     "max_new_tokens": "longest rollout allowed",
     "left_out": "what of the rollout the reader left out, and why: {field: reason}",
-}  # fmt: skip
+}
 
 _MODULES = {
     "paper": "canopy_store.readers.paper",

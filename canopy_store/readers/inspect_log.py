@@ -20,9 +20,15 @@ from canopy_store.readers.openai_batch import chat_prompt, content_logprobs, tok
 _ZSTD = 93  # the zip method of newer logs, which zipfile knows from Python 3.14 on
 _REASONS = {"stop": "stop", "tool_calls": "stop", "max_tokens": "length", "model_length": "length"}
 _BROKEN = (
-    zipfile.BadZipFile, zlib.error, pa.ArrowException, NotImplementedError, RuntimeError, EOFError,
-    OSError, ValueError,
-)  # fmt: skip
+    zipfile.BadZipFile,
+    zlib.error,
+    pa.ArrowException,
+    NotImplementedError,
+    RuntimeError,
+    EOFError,
+    OSError,
+    ValueError,
+)
 
 
 def sniff(path: Path) -> bool:
@@ -57,8 +63,10 @@ def read(path: Path, told: Told) -> Iterator[Row]:
             raise DataError(f"{path}: holds neither header.json nor _journal/start.json: no .eval log")
         told_there = _header(_member(log, path, header), f"{path}: {header}")
         if any(re.fullmatch(r"samples/.*/sample\.json", name) for name in names):
-            raise DataError(f"{path}: its samples are stored in chunks, which are not read; "
-                            "give the log as it was first written")  # fmt: skip
+            raise DataError(
+                f"{path}: its samples are stored in chunks, which are not read; "
+                "give the log as it was first written"
+            )
         samples: Counter[str] = Counter()
         failed = []
         for name in sorted(n for n in names if re.fullmatch(r"samples/[^/]*\.json", n)):
@@ -88,21 +96,30 @@ def _sample(sample: Any, where: str, table: dict[bytes, int] | None) -> list[dic
     attachments = get(sample, "attachments", dict, where, {})
     messages = get(sample, "messages", list, where)
     choices = get(sample, "output.choices", list, where, [])
-    answers = [i for i, m in enumerate(messages) if get(m, "role", str, where) == "assistant"
-               and get(m, "source", str, where, None) == "generate"]  # fmt: skip
+    answers = [
+        i
+        for i, m in enumerate(messages)
+        if get(m, "role", str, where) == "assistant" and get(m, "source", str, where, None) == "generate"
+    ]
     if sample.get("error") or not choices:
         return []
     if len(answers) != 1:
         raise DataError(f"{where}: {len(answers)} generations; a rollout is one, from its prompt")
-    turns = [{**m, "content": _text(get(m, "content", (str, list), where, ""), attachments)}
-             for m in messages[: answers[0]]]  # fmt: skip
+    turns = [
+        {**m, "content": _text(get(m, "content", (str, list), where, ""), attachments)}
+        for m in messages[: answers[0]]
+    ]
     shared = {**chat_prompt(turns, where), "prompt_id": str(get(sample, "id", (int, str), where))}
     rows = []
     for place, choice in enumerate(choices):
         ended = get(choice, "stop_reason", str, where, None)
         text = _text(get(choice, "message.content", (str, list), where, ""), attachments)
-        row = {**shared, "where": f"{where}, choice {place}", "text": text,
-               "finish_reason": _REASONS.get(ended or "")}  # fmt: skip
+        row = {
+            **shared,
+            "where": f"{where}, choice {place}",
+            "text": text,
+            "finish_reason": _REASONS.get(ended or ""),
+        }
         entries = get(choice, "logprobs.content", list, where, None)
         if entries:
             row |= content_logprobs(entries, row["where"], table)

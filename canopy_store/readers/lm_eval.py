@@ -39,24 +39,28 @@ def read(path: Path, told: Told) -> Iterator[Row]:
         arguments = get(record, "arguments", dict, where)
         answers = get(record, "resps", list, where)
         if len(answers) != 1 or not isinstance(answers[0], list) or len(arguments) != 1:
-            raise DataError(f"{where}: resps needs one list of generations, from one request; "
-                            "a task that scores given answers has no rollouts")  # fmt: skip
+            raise DataError(
+                f"{where}: resps needs one list of generations, from one request; "
+                "a task that scores given answers has no rollouts"
+            )
         request = next(iter(arguments.values()))
         settings = get(request, "arg_1", dict, where, {})
         greedy = get(settings, "do_sample", bool, where, None) is False
         temperature = 0.0 if greedy else get(settings, "temperature", (int, float), where, None)
         for sample, text in enumerate(answers[0]):
             if not isinstance(text, str):
-                raise DataError(f"{where}: resps holds no text: a task that scores given answers "
-                                "has no rollouts")  # fmt: skip
+                raise DataError(
+                    f"{where}: resps holds no text: a task that scores given answers has no rollouts"
+                )
             yield {
                 "where": f"{where}, response {sample}",
                 "task": named and named[1],
                 "prompt_id": str(get(record, "doc_id", (int, str), where)),
-                "sample": sample, "text": text,
+                "sample": sample,
+                "text": text,
                 "prompt": get(request, "arg_0", str, where, None),
                 "temperature": temperature,
                 "top_p": get(settings, "top_p", (int, float), where, None),
                 "top_k": get(settings, "top_k", int, where, None),
                 "max_new_tokens": get(settings, "max_gen_toks", int, where, None),
-            }  # fmt: skip
+            }

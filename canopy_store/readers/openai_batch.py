@@ -62,17 +62,22 @@ def read(path: Path, told: Told) -> Iterator[Row]:
             if ended == "content_filter":
                 failed.append(where)
                 continue
-            row = {**shared, "where": f"{where}, choice {place}",
-                   "sample": samples[shared["prompt_id"]],
-                   "finish_reason": ended and ("length" if ended == "length" else "stop")}  # fmt: skip
+            row = {
+                **shared,
+                "where": f"{where}, choice {place}",
+                "sample": samples[shared["prompt_id"]],
+                "finish_reason": ended and ("length" if ended == "length" else "stop"),
+            }
             samples[shared["prompt_id"]] += 1
             row |= _choice(choice, row["where"], table)
             if len(choices) == 1 and row.get("logprob") is None:
                 row["n_tokens"] = get(body, "usage.completion_tokens", int, where, None)
             yield row
     if failed:
-        told.say(f"{path}: {len(failed)} answers failed or were filtered and are left out, "
-                 f"first {failed[0].rpartition(': ')[2]}")  # fmt: skip
+        told.say(
+            f"{path}: {len(failed)} answers failed or were filtered and are left out, "
+            f"first {failed[0].rpartition(': ')[2]}"
+        )
 
 
 def _choice(choice: dict[str, Any], where: str, table: dict[bytes, int] | None) -> dict[str, Any]:
@@ -110,11 +115,15 @@ def _legacy(choice: dict[str, Any], where: str) -> list[dict[str, Any]] | None:
     if values and values[0] is None:
         raise DataError(f"{where}: its log-probabilities begin with the prompt; ask without echo")
     return [
-        {"token": token, "logprob": value,
-         "top_logprobs": [{"token": t, "logprob": v} for t, v in top.items()]
-         if isinstance(top, dict) else None}
+        {
+            "token": token,
+            "logprob": value,
+            "top_logprobs": [{"token": t, "logprob": v} for t, v in top.items()]
+            if isinstance(top, dict)
+            else None,
+        }
         for token, value, top in zip(tokens, values, tops, strict=True)
-    ]  # fmt: skip
+    ]
 
 
 def _requests(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -178,8 +187,10 @@ def content_logprobs(
         values.append(value)
         ids.append(_token_id(entry, at, table))
         if table is not None and ids[-1] is None:
-            raise DataError(f"{at}: {entry.get('token')!r} is not one token of the tokenizer alone; log "
-                            "ids (vLLM: return_token_ids), or import without --tokenizer")  # fmt: skip
+            raise DataError(
+                f"{at}: {entry.get('token')!r} is not one token of the tokenizer alone; log "
+                "ids (vLLM: return_token_ids), or import without --tokenizer"
+            )
         tops = [
             (-get(top, "logprob", (int, float), at), _token_id(top, at, table))
             for top in get(entry, "top_logprobs", list, at, [])

@@ -64,8 +64,10 @@ def read(path: Path, told: Told) -> Iterator[Row]:
         key = tuple(str(names[n]) for n in ("family", "variant", "task"))
         earlier = seen.setdefault(key, run)
         if earlier != run:
-            raise DataError(f"{path}: {earlier.name} and {run.name} are both runs of {' '.join(key)}; "
-                            "import one at a time, with --run")  # fmt: skip
+            raise DataError(
+                f"{path}: {earlier.name} and {run.name} are both runs of {' '.join(key)}; "
+                "import one at a time, with --run"
+            )
         samples: Counter[str] = Counter()
         for shard in _shards(run):
             embeddings = {
@@ -125,8 +127,10 @@ def _metadata(run: Path, root: Path, told: Told) -> tuple[dict[str, Any], dict[s
         settings["top_k"] = max(settings["top_k"], 0)  # vLLM's -1 is off, too
     kept = get(said, "logprobs", int, where, None)
     if kept and not 0 < (settings["top_k"] or 0) <= kept:
-        told.say(f"{run}: its entropies were taken over the {kept} likeliest tokens of each step, which "
-                 "top-k did not bound: they are too small where more could be sampled")  # fmt: skip
+        told.say(
+            f"{run}: its entropies were taken over the {kept} likeliest tokens of each step, which "
+            "top-k did not bound: they are too small where more could be sampled"
+        )
     asked, found = get(said, "num_prompts_processed", int, where, None), len(_shards(run))
     if asked is not None and asked != found:
         told.say(f"{run}: holds {found} shards of {asked} prompts")
@@ -162,13 +166,17 @@ def _rollouts(
     for i, end in enumerate(ends):
         steps = slice(int(end - lengths[i]), int(end))
         yield {
-            "where": f"{file}: rollout {i}", "prompt_id": prompt_id, "prompt": prompt,
-            "messages": header.get("messages"), "text": texts[i], "finish_reason": reasons[i],
+            "where": f"{file}: rollout {i}",
+            "prompt_id": prompt_id,
+            "prompt": prompt,
+            "messages": header.get("messages"),
+            "text": texts[i],
+            "finish_reason": reasons[i],
             "sample": numbers[i] if numbers else samples[prompt_id],
             "logprob": logprobs[i] if own else None,
             **{name: values[steps] for name, values in flat.items()},
             **{name: matrix[i] for name, matrix in matrices.items()},
-        }  # fmt: skip
+        }
         samples[prompt_id] += 1
 
 
@@ -200,8 +208,10 @@ def _vector(tensors: dict[str, np.ndarray], name: str, kinds: str, file: Path) -
     if found is None:
         raise DataError(f"{file}: has no {name}; there are {', '.join(sorted(tensors)[:6])}")
     if found.ndim != 1 or found.dtype.kind not in kinds:
-        raise DataError(f"{file}: {name} is {found.dtype} of shape {found.shape}, needs one row of "
-                        f"{'floats' if 'f' in kinds else 'whole numbers'}")  # fmt: skip
+        raise DataError(
+            f"{file}: {name} is {found.dtype} of shape {found.shape}, needs one row of "
+            f"{'floats' if 'f' in kinds else 'whole numbers'}"
+        )
     return found if found.dtype.kind != "u" else found.astype(np.int64)
 
 
@@ -258,13 +268,20 @@ def write_tree(root: str | Path, out: str | Path, *, runs: tuple[str, ...] = ())
         number = 0
         for shard in run["shards"]:
             number = _write_shard(root, run, shard, folder, number, prompts)
-        store.write_json(folder / "metadata.json", {
-            "task": run["task"], "prompt_file": f"{store.quoted(run['task'])}.jsonl",
-            "num_prompts_processed": number,
-            "model_name": run["family"], "model_variant": run["variant"],
-            "n_samples": row["n_samples"], "logprobs": 0, "enable_thinking": False,
-            **{key: row[key] for key in (*_SAMPLING, "seed")},
-        })  # fmt: skip
+        store.write_json(
+            folder / "metadata.json",
+            {
+                "task": run["task"],
+                "prompt_file": f"{store.quoted(run['task'])}.jsonl",
+                "num_prompts_processed": number,
+                "model_name": run["family"],
+                "model_variant": run["variant"],
+                "n_samples": row["n_samples"],
+                "logprobs": 0,
+                "enable_thinking": False,
+                **{key: row[key] for key in (*_SAMPLING, "seed")},
+            },
+        )
     return out
 
 
@@ -280,15 +297,21 @@ def _prompts(root: Path, task: str) -> dict[str, dict[str, Any]]:
 
 
 def _write_shard(
-    root: Path, run: dict[str, Any], shard: Path, folder: Path, number: int,
+    root: Path,
+    run: dict[str, Any],
+    shard: Path,
+    folder: Path,
+    number: int,
     prompts: dict[str, dict[str, Any]],
-) -> int:  # fmt: skip
+) -> int:
     """Writes the prompts of one of the store's shards; the number of the next one."""
     table = store.read_rows(shard)
     for name in ("entropy", "token_ids"):
         if table[name].null_count:
-            raise DataError(f"run {run['run_id']}: has no {name}, which the paper's tree demands; leave "
-                            "it out with runs")  # fmt: skip
+            raise DataError(
+                f"run {run['run_id']}: has no {name}, which the paper's tree demands; leave "
+                "it out with runs"
+            )
     embedded = _embedded(root, run["run_id"], shard.name)
     ids = table["prompt_id"].to_pylist()
     for prompt_id in dict.fromkeys(ids):
@@ -296,12 +319,13 @@ def _write_shard(
         mine = table.take(pa.array(rows))
         prompt = prompts.get(prompt_id, {})
         header = {
-            "prompt": prompt.get("text") or "", "prompt_id": prompt_id,
+            "prompt": prompt.get("text") or "",
+            "prompt_id": prompt_id,
             "generated_texts": json.dumps([text or "" for text in mine["text"].to_pylist()]),
             "samples": json.dumps(mine["sample"].to_pylist()),
             "finish_reasons": json.dumps(mine["finish_reason"].to_pylist()),
             **({"messages": prompt["messages"]} if prompt.get("messages") else {}),
-        }  # fmt: skip
+        }
         lists = {name: mine[name].combine_chunks() for name in mine.column_names}
         tensors = {
             "prompt_token_ids": np.zeros(0, np.int64),

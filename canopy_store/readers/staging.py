@@ -44,8 +44,10 @@ def as_parquet(
             yield file, [path], None
             return
         files = reader.files(path) if hasattr(reader, "files") else [path]
-        rows = (_finish({**row, **named}, path, told, processed, options)
-                for row in reader.read(path, options))  # fmt: skip
+        rows = (
+            _finish({**row, **named}, path, told, processed, options)
+            for row in reader.read(path, options)
+        )
         for (name, reason), count in _spool(rows, file, path).items():
             options.say(f"{path}: {name} of {count} rollouts is left out: {reason}")
         yield file, files, found
@@ -86,14 +88,21 @@ def _rename(path: Path, file: Path, named: dict[str, str]) -> None:
 _UNFIT = (pa.ArrowException, OverflowError, UnicodeEncodeError, TypeError, ValueError)
 _FLOAT_LIST, _INT_LIST = pa.list_(pa.float32()), pa.list_(pa.int32())
 _SPOOL = {
-    "where": pa.string(), **dict.fromkeys((*NAMES, "prompt_id"), pa.string()), "sample": pa.int64(),
+    "where": pa.string(),
+    **dict.fromkeys((*NAMES, "prompt_id"), pa.string()),
+    "sample": pa.int64(),
     **dict.fromkeys(("prompt", "messages", "text", "finish_reason", "model"), pa.string()),
-    "n_tokens": pa.int64(), "token_ids": _INT_LIST,
+    "n_tokens": pa.int64(),
+    "token_ids": _INT_LIST,
     **dict.fromkeys(("logprob", "entropy", "eos_logprob"), _FLOAT_LIST),
-    "top_token_ids": pa.list_(_INT_LIST), "top_logprobs": pa.list_(_FLOAT_LIST),
-    "reward": pa.float64(), "temperature": pa.float64(), "top_p": pa.float64(), "top_k": pa.int64(),
+    "top_token_ids": pa.list_(_INT_LIST),
+    "top_logprobs": pa.list_(_FLOAT_LIST),
+    "reward": pa.float64(),
+    "temperature": pa.float64(),
+    "top_p": pa.float64(),
+    "top_k": pa.int64(),
     "max_new_tokens": pa.int64(),
-}  # fmt: skip
+}
 
 
 def _finish(

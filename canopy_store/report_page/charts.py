@@ -35,22 +35,40 @@ def config(dark: bool = False) -> dict[str, Any]:
         "view": {"stroke": None},
         "title": {"anchor": "start", "offset": 18, "fontSize": 15, "color": ink},
         "axis": {
-            **labels, "titleFontWeight": "normal", "gridColor": grid, "domain": False,
-            "ticks": False, "labelPadding": 6, "titlePadding": 10, "labelLimit": 150,
+            **labels,
+            "titleFontWeight": "normal",
+            "gridColor": grid,
+            "domain": False,
+            "ticks": False,
+            "labelPadding": 6,
+            "titlePadding": 10,
+            "labelLimit": 150,
         },
         "legend": {
-            **labels, "orient": "top", "direction": "horizontal", "title": None, "symbolSize": 110,
-            "labelLimit": 180, "offset": 14, "columnPadding": 18, "symbolOpacity": 1,
+            **labels,
+            "orient": "top",
+            "direction": "horizontal",
+            "title": None,
+            "symbolSize": 110,
+            "labelLimit": 180,
+            "offset": 14,
+            "columnPadding": 18,
+            "symbolOpacity": 1,
         },
         "header": {
-            "labelColor": ink, "labelFontSize": 13, "labelFontWeight": 600, "labelAnchor": "start",
-            "labelPadding": 8, "title": None, "labelLimit": 300,
+            "labelColor": ink,
+            "labelFontSize": 13,
+            "labelFontWeight": 600,
+            "labelAnchor": "start",
+            "labelPadding": 8,
+            "title": None,
+            "labelLimit": 300,
         },
         "range": {"category": _DARK if dark else _LIGHT},
         "rule": {"color": soft},
         "text": {"color": ink, "fontSize": 12},
         "style": {"soft": {"color": soft, "stroke": soft}},
-    }  # fmt: skip
+    }
 
 
 def _spec(chart: Any, frame: pl.DataFrame) -> Spec:
@@ -82,24 +100,42 @@ def decomposition(
 ) -> Spec:
     """Stacked bars of CE*, one a variant: ``pieces`` gives each piece's name and colour."""
     order = pl.DataFrame({"piece": list(pieces), "order": range(len(pieces))})
-    long = frame.unpivot(
-        on=list(pieces), index=["panel", "variant", "ce_star"], variable_name="piece", value_name="nats"
-    ).with_columns(pl.col("nats", "ce_star").round(4)).join(order, on="piece")  # fmt: skip
+    long = (
+        frame.unpivot(
+            on=list(pieces),
+            index=["panel", "variant", "ce_star"],
+            variable_name="piece",
+            value_name="nats",
+        )
+        .with_columns(pl.col("nats", "ce_star").round(4))
+        .join(order, on="piece")
+    )
     y = alt.Y("variant:N", scale=alt.Scale(domain=list(variants)), title=None)
-    bars = alt.Chart().mark_bar(height=18).encode(
-        x=alt.X("nats:Q", title="CE* (nats)", axis=alt.Axis(tickCount=5)),
-        y=y,
-        color=alt.Color(
-            "piece:N", title=None,
-            scale=alt.Scale(domain=list(pieces), range=list(pieces.values())),
-        ),
-        order=alt.Order("order:Q"),
-        tooltip=["variant:N", "piece:N", alt.Tooltip("nats:Q", format=".3f"),
-                 alt.Tooltip("ce_star:Q", title="CE*", format=".3f")],
-    )  # fmt: skip
-    total = alt.Chart().mark_tick(thickness=3, height=26, style="soft", tooltip=False).encode(
-        x="ce_star:Q", y=y
-    )  # fmt: skip
+    bars = (
+        alt.Chart()
+        .mark_bar(height=18)
+        .encode(
+            x=alt.X("nats:Q", title="CE* (nats)", axis=alt.Axis(tickCount=5)),
+            y=y,
+            color=alt.Color(
+                "piece:N",
+                title=None,
+                scale=alt.Scale(domain=list(pieces), range=list(pieces.values())),
+            ),
+            order=alt.Order("order:Q"),
+            tooltip=[
+                "variant:N",
+                "piece:N",
+                alt.Tooltip("nats:Q", format=".3f"),
+                alt.Tooltip("ce_star:Q", title="CE*", format=".3f"),
+            ],
+        )
+    )
+    total = (
+        alt.Chart()
+        .mark_tick(thickness=3, height=26, style="soft", tooltip=False)
+        .encode(x="ce_star:Q", y=y)
+    )
     layered = alt.layer(bars, total).properties(width=330, height=alt.Step(32))
     return _spec(_facets(layered, panels, 2), long)
 
@@ -108,9 +144,12 @@ def length_pieces(frame: pl.DataFrame, variants: Sequence[str], panels: Sequence
     """CE* = E[N]·E[r] + covariance, within and between prompts in one piece, as the paper plots it."""
     product, covariance = _LENGTH_PIECES
     ready = frame.select(
-        "panel", "variant", "ce_star", pl.col("length_rate_product").alias(product),
+        "panel",
+        "variant",
+        "ce_star",
+        pl.col("length_rate_product").alias(product),
         (pl.col("cov_within") + pl.col("cov_between")).alias(covariance),
-    )  # fmt: skip
+    )
     return decomposition(ready, _LENGTH_PIECES, variants, panels)
 
 
@@ -118,9 +157,12 @@ def stop_pieces(frame: pl.DataFrame, variants: Sequence[str], panels: Sequence[s
     """CE* = what to say, given that the rollout goes on, + when to stop."""
     content, stop = _STOP_PIECES
     ready = frame.select(
-        "panel", "variant", "ce_star", pl.col("content_entropy").alias(content),
+        "panel",
+        "variant",
+        "ce_star",
+        pl.col("content_entropy").alias(content),
         pl.col("stop_entropy").alias(stop),
-    )  # fmt: skip
+    )
     return decomposition(ready, _STOP_PIECES, variants, panels)
 
 
@@ -140,11 +182,13 @@ def trajectory(frame: pl.DataFrame, variants: Sequence[str], panels: Sequence[st
     points = base.mark_point(opacity=0, size=60, tooltip=True).encode(
         y=alt.Y("mean_entropy_rate:Q", **y),
         tooltip=[
-            "variant:N", "position:Q", "active:Q",
+            "variant:N",
+            "position:Q",
+            "active:Q",
             alt.Tooltip("mean_entropy_rate:Q", title="rate so far", format=".3f"),
             alt.Tooltip("mean_entropy:Q", title="this step", format=".3f"),
         ],
-    )  # fmt: skip
+    )
     layered = alt.layer(steps, rate, points).properties(width=330, height=170)
     chart = _facets(layered, panels, 2).resolve_scale(x="independent", y="independent")
     return _spec(chart, frame)
@@ -152,14 +196,26 @@ def trajectory(frame: pl.DataFrame, variants: Sequence[str], panels: Sequence[st
 
 def lengths(frame: pl.DataFrame, variants: Sequence[str], panels: Sequence[str]) -> Spec:
     """Densities of rollout length."""
-    chart = alt.Chart().mark_area(opacity=0.22, line={"strokeWidth": 2}, clip=True).encode(
-        x=alt.X("length:Q", title="length (tokens)", scale=alt.Scale(nice=False),
-                axis=alt.Axis(tickCount=5, grid=False)),
-        y=alt.Y("density:Q", title="share per token", stack=None, axis=alt.Axis(tickCount=3)),
-        color=_variant(variants),
-        tooltip=["variant:N", alt.Tooltip("length:Q", format=".0f"),
-                 alt.Tooltip("density:Q", format=".4f")],
-    ).properties(width=330, height=130)  # fmt: skip
+    chart = (
+        alt.Chart()
+        .mark_area(opacity=0.22, line={"strokeWidth": 2}, clip=True)
+        .encode(
+            x=alt.X(
+                "length:Q",
+                title="length (tokens)",
+                scale=alt.Scale(nice=False),
+                axis=alt.Axis(tickCount=5, grid=False),
+            ),
+            y=alt.Y("density:Q", title="share per token", stack=None, axis=alt.Axis(tickCount=3)),
+            color=_variant(variants),
+            tooltip=[
+                "variant:N",
+                alt.Tooltip("length:Q", format=".0f"),
+                alt.Tooltip("density:Q", format=".4f"),
+            ],
+        )
+        .properties(width=330, height=130)
+    )
     faceted = _facets(chart, panels, 2).resolve_scale(x="independent", y="independent")
     return _spec(faceted, frame)
 
@@ -170,9 +226,13 @@ def rho(frame: pl.DataFrame, variants: Sequence[str], panels: Sequence[str]) -> 
         y=alt.Y("panel:N", title=None, scale=alt.Scale(domain=list(panels)), axis=alt.Axis(grid=True)),
         yOffset=alt.YOffset("variant:N", scale=alt.Scale(domain=list(variants), paddingOuter=0.6)),
         color=_variant(variants),
-        tooltip=["panel:N", "variant:N", "n_prompts:Q",
-                 *[alt.Tooltip(f"{c}:Q", format=".3f") for c in ("rho_pearson", "low", "high")]],
-    )  # fmt: skip
+        tooltip=[
+            "panel:N",
+            "variant:N",
+            "n_prompts:Q",
+            *[alt.Tooltip(f"{c}:Q", format=".3f") for c in ("rho_pearson", "low", "high")],
+        ],
+    )
     farthest = max(abs(float(value)) for value in [*frame["low"], *frame["high"]])
     edge = min(1.0, max(0.2, math.ceil(farthest * 10.5) / 10))  # zero stays in the middle
     x: dict[str, Any] = {
@@ -185,7 +245,7 @@ def rho(frame: pl.DataFrame, variants: Sequence[str], panels: Sequence[str]) -> 
     point = base.mark_point(filled=True, size=90, opacity=1).encode(
         x=alt.X("rho_pearson:Q", **x),
         shape=alt.Shape("variant:N", scale=alt.Scale(domain=list(variants))),
-    )  # fmt: skip
+    )
     layered = alt.layer(interval, point, zero)
     return _spec(layered.properties(width=640, height=alt.Step(15, **{"for": "offset"})), frame)
 
@@ -194,19 +254,30 @@ def diversity(frame: pl.DataFrame, variants: Sequence[str], panels: Sequence[str
     """Semantic diversity against entropy rate: a point a prompt, a fitted line a variant."""
     scale = alt.Scale(zero=False)
     base = alt.Chart().encode(
-        x=alt.X("entropy_rate:Q", title="entropy rate (nats per token)", scale=scale,
-                axis=alt.Axis(tickCount=5)),
-        y=alt.Y("semantic_diversity:Q", title="semantic diversity", scale=scale,
-                axis=alt.Axis(tickCount=4)),
+        x=alt.X(
+            "entropy_rate:Q",
+            title="entropy rate (nats per token)",
+            scale=scale,
+            axis=alt.Axis(tickCount=5),
+        ),
+        y=alt.Y(
+            "semantic_diversity:Q", title="semantic diversity", scale=scale, axis=alt.Axis(tickCount=4)
+        ),
         color=_variant(variants),
-    )  # fmt: skip
-    points = base.transform_filter("datum.kind === 'prompt'").mark_point(
-        filled=True, size=38, opacity=0.55
-    ).encode(
-        shape=alt.Shape("variant:N", scale=alt.Scale(domain=list(variants))),
-        tooltip=["variant:N", "prompt_id:N", alt.Tooltip("entropy_rate:Q", format=".3f"),
-                 alt.Tooltip("semantic_diversity:Q", format=".3f")],
-    )  # fmt: skip
+    )
+    points = (
+        base.transform_filter("datum.kind === 'prompt'")
+        .mark_point(filled=True, size=38, opacity=0.55)
+        .encode(
+            shape=alt.Shape("variant:N", scale=alt.Scale(domain=list(variants))),
+            tooltip=[
+                "variant:N",
+                "prompt_id:N",
+                alt.Tooltip("entropy_rate:Q", format=".3f"),
+                alt.Tooltip("semantic_diversity:Q", format=".3f"),
+            ],
+        )
+    )
     lines = base.transform_filter("datum.kind === 'line'").mark_line(strokeWidth=2.6)
     layered = alt.layer(points, lines).properties(width=330, height=210)
     return _spec(_facets(layered, panels, 2), frame)
@@ -229,16 +300,32 @@ def arrows(frame: pl.DataFrame, families: Sequence[str]) -> Spec:
     colours = (_FAMILIES * (len(families) // len(_FAMILIES) + 1))[: len(families)]
     data = alt.Chart(_ROWS).transform_calculate(angle=angle)
     base = data.encode(
-        color=alt.Color("family:N", title=None, scale=alt.Scale(domain=list(families), range=colours),
-                        legend=alt.Legend() if len(families) > 1 else None),
-        tooltip=["family:N", "task:N", "variant:N",
-                 *[alt.Tooltip(f"{c}:Q", format=".3f") for c in
-                   ("rate_from", "rate_to", "diversity_from", "diversity_to")]],
-    )  # fmt: skip
-    x: dict[str, Any] = {"title": "entropy rate (nats per token)", "axis": alt.Axis(tickCount=6),
-         "scale": alt.Scale(domain=spans["rate"], nice=False)}  # fmt: skip
-    y: dict[str, Any] = {"title": "semantic diversity", "axis": alt.Axis(tickCount=6),
-         "scale": alt.Scale(domain=spans["diversity"], nice=False)}  # fmt: skip
+        color=alt.Color(
+            "family:N",
+            title=None,
+            scale=alt.Scale(domain=list(families), range=colours),
+            legend=alt.Legend() if len(families) > 1 else None,
+        ),
+        tooltip=[
+            "family:N",
+            "task:N",
+            "variant:N",
+            *[
+                alt.Tooltip(f"{c}:Q", format=".3f")
+                for c in ("rate_from", "rate_to", "diversity_from", "diversity_to")
+            ],
+        ],
+    )
+    x: dict[str, Any] = {
+        "title": "entropy rate (nats per token)",
+        "axis": alt.Axis(tickCount=6),
+        "scale": alt.Scale(domain=spans["rate"], nice=False),
+    }
+    y: dict[str, Any] = {
+        "title": "semantic diversity",
+        "axis": alt.Axis(tickCount=6),
+        "scale": alt.Scale(domain=spans["diversity"], nice=False),
+    }
     start: dict[str, Any] = {"x": alt.X("rate_from:Q", **x), "y": alt.Y("diversity_from:Q", **y)}
     end: dict[str, Any] = {"x": alt.X("rate_to:Q", **x), "y": alt.Y("diversity_to:Q", **y)}
     layers = [
@@ -266,9 +353,14 @@ def changes(frame: pl.DataFrame, variants: Sequence[str], panels: Sequence[str])
         y=alt.Y("panel:N", title=None, scale=alt.Scale(domain=list(panels)), axis=alt.Axis(grid=True)),
         yOffset=alt.YOffset("variant:N", scale=alt.Scale(domain=treated, paddingOuter=0.6)),
         color=_variant(variants, values=treated),
-        tooltip=["panel:N", "variant:N", "metric:N", "n_prompts:Q",
-                 *[alt.Tooltip(f"{c}:Q", format="+.1f") for c in ("percent", "low", "high")]],
-    )  # fmt: skip
+        tooltip=[
+            "panel:N",
+            "variant:N",
+            "metric:N",
+            "n_prompts:Q",
+            *[alt.Tooltip(f"{c}:Q", format="+.1f") for c in ("percent", "low", "high")],
+        ],
+    )
     x: dict[str, Any] = {"title": "change (%)", "axis": alt.Axis(tickCount=4)}
     zero = alt.Chart().mark_rule(strokeDash=[3, 3]).encode(x=alt.datum(0))
     interval = base.mark_rule(strokeWidth=3, opacity=0.45).encode(x=alt.X("low:Q", **x), x2="high:Q")

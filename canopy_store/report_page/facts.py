@@ -96,9 +96,13 @@ def gather(root: str | Path, *, baseline: str, selection: str, embedder: str | N
 
 
 def _gather(
-    con: duckdb.DuckDBPyConnection, runs: pl.DataFrame, baseline: str, selection: str,
-    embedder: str | None, seed: int,
-) -> Facts:  # fmt: skip
+    con: duckdb.DuckDBPyConnection,
+    runs: pl.DataFrame,
+    baseline: str,
+    selection: str,
+    embedder: str | None,
+    seed: int,
+) -> Facts:
     con.execute("create temp table metrics as from model_metrics")
     metrics = con.sql("from metrics order by family, task, variant, run_id, embedder").pl()
     if not metrics.is_empty():
@@ -109,9 +113,16 @@ def _gather(
     con.execute(_PROMPT, asked)
     shown = con.sql("from shown order by family, task, variant").pl()
     facts = Facts(
-        con, baseline, selection, embedder, seed, runs, metrics, shown,
+        con,
+        baseline,
+        selection,
+        embedder,
+        seed,
+        runs,
+        metrics,
+        shown,
         con.sql("from prompt order by family, task, variant, prompt_id").pl(),
-    )  # fmt: skip
+    )
     facts.notes = _notes(facts)
     return facts
 
@@ -226,8 +237,10 @@ def trajectory(facts: Facts) -> pl.DataFrame:
         from kept where position % every = 1 % every
         order by panel, variant, position
         """,
-        selection=facts.selection, share=MIN_ACTIVE, most=MAX_POSITIONS,
-    )  # fmt: skip
+        selection=facts.selection,
+        share=MIN_ACTIVE,
+        most=MAX_POSITIONS,
+    )
 
 
 def lengths(facts: Facts, points: int = 90) -> pl.DataFrame:
@@ -297,9 +310,12 @@ def diversity_points(facts: Facts) -> tuple[pl.DataFrame, int]:
         """
     )
     lines = lines.filter(pl.col("panel").is_in(facts.panels))
-    both = pl.concat([
-        points.with_columns(kind=pl.lit("prompt")), lines.with_columns(kind=pl.lit("line")),
-    ])  # fmt: skip
+    both = pl.concat(
+        [
+            points.with_columns(kind=pl.lit("prompt")),
+            lines.with_columns(kind=pl.lit("line")),
+        ]
+    )
     return both.with_columns(pl.col("entropy_rate", "semantic_diversity").round(5)), len(there)
 
 

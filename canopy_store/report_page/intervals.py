@@ -40,10 +40,15 @@ def rho_intervals(
     for (run_id,), group in there.group_by(["run_id"], maintain_order=True):
         value, drawn = _pooled(group, ["rho_pearson"], replicates, seed)
         low, high = np.quantile(drawn[:, 0], [(1 - level) / 2, (1 + level) / 2])
-        rows.append({
-            "run_id": run_id, "rho_pearson": float(value[0]), "low": float(low), "high": float(high),
-            "n_prompts": len(group),
-        })  # fmt: skip
+        rows.append(
+            {
+                "run_id": run_id,
+                "rho_pearson": float(value[0]),
+                "low": float(low),
+                "high": float(high),
+                "n_prompts": len(group),
+            }
+        )
     kinds = {"run_id": pl.String, "rho_pearson": pl.Float64, "low": pl.Float64, "high": pl.Float64}
     return pl.DataFrame(rows, schema={**kinds, "n_prompts": pl.Int64})
 
@@ -72,11 +77,19 @@ def changes(
             if not np.isfinite(value) or not np.isfinite(spread).all():
                 continue  # the baseline is zero: there is no percentage of it
             low, high = np.quantile(spread, [0.025, 0.975])
-            rows.append({
-                "family": family, "task": task, "variant": variant, "panel": after["panel"][0],
-                "metric": name, "percent": round(float(value), 3), "low": round(float(low), 3),
-                "high": round(float(high), 3), "n_prompts": len(after),
-            })  # fmt: skip
+            rows.append(
+                {
+                    "family": family,
+                    "task": task,
+                    "variant": variant,
+                    "panel": after["panel"][0],
+                    "metric": name,
+                    "percent": round(float(value), 3),
+                    "low": round(float(low), 3),
+                    "high": round(float(high), 3),
+                    "n_prompts": len(after),
+                }
+            )
     order = {name: i for i, name in enumerate(_CHANGES.values())}
     return pl.DataFrame(
         sorted(rows, key=lambda r: (order[r["metric"]], r["family"], r["task"], r["variant"]))

@@ -23,18 +23,54 @@ _KEY_FIGURES = (
     ("semantic_diversity", "Semantic diversity", ""),
 )
 _METRICS = (
-    "family", "variant", "task", "n_prompts", "n_rollouts", "ce_star", "mean_length", "entropy_rate",
-    "rho_pearson", "semantic_diversity", "vendi_score", "gen_ppl", "branching_factor",
-    "canopy_size_log10", "rho_spearman", "rho_kendall", "cov_length_rate", "truncation_rate",
-    "surprisal_mean", "rho_length_diversity_pearson", "embedder", "selection", "run_id",
-)  # fmt: skip
-_LOGGING = (
-    "family", "variant", "task", "selection", "n_rollouts", "mean_excess", "sd", "z", "ok", "run_id",
-)  # fmt: skip
-_RUNS = (
-    "family", "variant", "task", "complete", "shards", "rollouts", "tokens", "bytes", "embedders",
+    "family",
+    "variant",
+    "task",
+    "n_prompts",
+    "n_rollouts",
+    "ce_star",
+    "mean_length",
+    "entropy_rate",
+    "rho_pearson",
+    "semantic_diversity",
+    "vendi_score",
+    "gen_ppl",
+    "branching_factor",
+    "canopy_size_log10",
+    "rho_spearman",
+    "rho_kendall",
+    "cov_length_rate",
+    "truncation_rate",
+    "surprisal_mean",
+    "rho_length_diversity_pearson",
+    "embedder",
+    "selection",
     "run_id",
-)  # fmt: skip
+)
+_LOGGING = (
+    "family",
+    "variant",
+    "task",
+    "selection",
+    "n_rollouts",
+    "mean_excess",
+    "sd",
+    "z",
+    "ok",
+    "run_id",
+)
+_RUNS = (
+    "family",
+    "variant",
+    "task",
+    "complete",
+    "shards",
+    "rollouts",
+    "tokens",
+    "bytes",
+    "embedders",
+    "run_id",
+)
 _DOCS = {  # columns of canopy status, which are no columns of the store
     "complete": "Whether every rollout asked for is stored.",
     "shards": "Parquet files of the run's rollouts.",
@@ -164,11 +200,15 @@ def _arrows(facts: Facts) -> Any:
     label = pl.col("task") if len(facts.treated) == 1 else pl.format("{} → {}", "task", "variant")
     named = len(both) <= _NAMED_ARROWS
     frame = both.select(
-        "family", "task", "variant", label=label if named else pl.lit(""),
-        rate_from=pl.col("entropy_rate_b").round(5), rate_to=pl.col("entropy_rate").round(5),
+        "family",
+        "task",
+        "variant",
+        label=label if named else pl.lit(""),
+        rate_from=pl.col("entropy_rate_b").round(5),
+        rate_to=pl.col("entropy_rate").round(5),
         diversity_from=pl.col("semantic_diversity_b").round(5),
         diversity_to=pl.col("semantic_diversity").round(5),
-    ).sort("family", "task", "variant")  # fmt: skip
+    ).sort("family", "task", "variant")
     shown = "" if named else "Too many arrows to name: point at one, or see the numbers."
     return draw.arrows(frame, facts.families), shown
 
@@ -197,58 +237,74 @@ def _in(panels: Sequence[str], frame: pl.DataFrame) -> list[str]:
 # id, name in the contents, title, how to read it, what makes it
 _CHARTS: tuple[tuple[str, str, str, str, Callable[[Facts], Any]], ...] = (
     (
-        "changes", "Changes", "What fine-tuning changed",
+        "changes",
+        "Changes",
+        "What fine-tuning changed",
         "Each dot is the change from the baseline, in percent, over the prompts both answered; the bar "
         "is a 95% bootstrap interval over prompts. A bar that misses the dashed line is a change beyond "
         "the spread between prompts.",
         _changes,
     ),
     (
-        "arrows", "Arrows", "From baseline to fine-tuned",
+        "arrows",
+        "Arrows",
+        "From baseline to fine-tuned",
         "Each arrow is one task of one family: its ring is the baseline, its head the fine-tuned model. "
         "To the left means fewer nats per token; down means rollouts that say more alike things.",
         _arrows,
     ),
     (
-        "ce-star-length", "Length and rate", "CE*, by length and rate",
+        "ce-star-length",
+        "Length and rate",
+        "CE*, by length and rate",
         "CE* is the entropy of a whole rollout, in nats. One piece is mean length times mean entropy "
         "rate; the other, their covariance, is negative where longer rollouts are more certain per "
         "token. The upright mark is CE*, the sum of both.",
         _length_pieces,
     ),
     (
-        "ce-star-stop", "Say and stop", "CE*, by what to say and when to stop",
+        "ce-star-stop",
+        "Say and stop",
+        "CE*, by what to say and when to stop",
         "The same CE*, in nats, split otherwise: uncertainty about the next token given that the "
         "rollout goes on, and uncertainty about ending at each step.",
         _stop_pieces,
     ),
     (
-        "trajectory", "Along the rollout", "Entropy along the rollout",
+        "trajectory",
+        "Along the rollout",
+        "Entropy along the rollout",
         "The thick line is the mean entropy rate so far, in nats per token; the faint one the entropy "
         "of the step itself. Lines end where fewer than a tenth of the rollouts are still going. Each "
         "task has its own scale.",
         _trajectory,
     ),
     (
-        "lengths", "Lengths", "How long rollouts are",
+        "lengths",
+        "Lengths",
+        "How long rollouts are",
         "Share of rollouts by length in tokens, the end token included. A line that drops at the right "
         "edge is where rollouts were cut. Each task has its own scale.",
         _lengths,
     ),
     (
-        "rho", "ρ", "Length against entropy rate: ρ",
+        "rho",
+        "ρ",
+        "Length against entropy rate: ρ",
         "Left of zero, a prompt's longer rollouts are more certain per token; right of it, less. The "
         "dot pools prompts; the bar is a 95% bootstrap interval over prompts.",
         _rho,
     ),
     (
-        "diversity", "Diversity", "Semantic diversity against entropy rate",
+        "diversity",
+        "Diversity",
+        "Semantic diversity against entropy rate",
         "Each point is one prompt: how uncertain its tokens are, in nats per token, and how different "
         "its rollouts are in meaning (1 − mean cosine similarity). A steep line: uncertainty that "
         "turns into different meanings.",
         _diversity,
     ),
-)  # fmt: skip
+)
 
 
 def tables(facts: Facts) -> list[dict[str, Any]]:
@@ -257,22 +313,28 @@ def tables(facts: Facts) -> list[dict[str, Any]]:
     logging = facts.con.sql("from logging_check").pl()
     return [
         _table(
-            "metrics", "Measures", "Every measure",
+            "metrics",
+            "Measures",
+            "Every measure",
             "One row per run, embedder and selection, pooled over prompts.",
             facts.metrics.select(_METRICS).sort([*keys, "embedder", "selection"]),
         ),
         _table(
-            "logging", "Logging", "Were the numbers logged honestly?",
+            "logging",
+            "Logging",
+            "Were the numbers logged honestly?",
             "Had entropies been logged from another distribution than the one sampled from, z would "
             "not look standard normal; ok means |z| ≤ 5. Runs without log-probabilities are not listed.",
             logging.sort("family", "task", "variant", "selection").select(_LOGGING),
         ),
         _table(
-            "runs", "Runs", "Runs",
+            "runs",
+            "Runs",
+            "Runs",
             "Every run begun; one that is not complete is left out of all measures.",
             facts.runs.sort(keys).select(_RUNS),
         ),
-    ]  # fmt: skip
+    ]
 
 
 def _table(identity: str, short: str, title: str, how: str, frame: pl.DataFrame) -> dict[str, Any]:
@@ -283,6 +345,10 @@ def _table(identity: str, short: str, title: str, how: str, frame: pl.DataFrame)
         columns.append({"name": name, "doc": doc, "number": kind.is_numeric()})
     rounded = frame.with_columns(pl.col(pl.Float64).round(7).round_sig_figs(6))
     return {
-        "id": identity, "short": short, "title": title, "how": how, "columns": columns,
+        "id": identity,
+        "short": short,
+        "title": title,
+        "how": how,
+        "columns": columns,
         "rows": [list(row) for row in rounded.iter_rows()],
-    }  # fmt: skip
+    }
