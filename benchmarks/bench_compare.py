@@ -15,7 +15,7 @@ import polars as pl
 from bench_query import machine
 
 import canopy_store
-from canopy_store import comparison
+from canopy_store.analysis import comparison
 
 FAMILIES, TASKS, PROMPTS, SAMPLES = 3, 4, 100, 8
 

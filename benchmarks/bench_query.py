@@ -26,8 +26,8 @@ import pyarrow.parquet as pq
 
 import canopy_store
 from canopy_store import sql, store
-from canopy_store.embeddings import write_embeddings
-from canopy_store.rollouts import write_shard
+from canopy_store.store.embeddings import write_embeddings
+from canopy_store.store.rollouts import write_shard
 
 RUNS, DIMENSION, MEAN_LENGTH = 8, 384, 240
 

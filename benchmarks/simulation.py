@@ -23,8 +23,8 @@ import numpy as np  # noqa: E402
 import polars as pl  # noqa: E402
 from scipy import special  # noqa: E402
 
+from canopy_store.analysis.regression import Model, regress  # noqa: E402
 from canopy_store.errors import FitError  # noqa: E402
-from canopy_store.regression import Model, regress  # noqa: E402
 
 TASKS = ("completion", "coding", "math", "stories")
 FAMILIES, VARIANTS = 3, 2

@@ -14,8 +14,8 @@ import argparse
 
 import numpy as np
 
-from canopy_store import bootstrap, comparison
-from canopy_store.comparison import Side
+from canopy_store.analysis import bootstrap, comparison
+from canopy_store.analysis.comparison import Side
 
 METRICS = ["ce_star", "entropy_rate", "mean_length", "rho_pearson"]
 SAMPLES = 16

@@ -7,7 +7,9 @@
 """
 
 from canopy_store._version import __version__
-from canopy_store.comparison import compare
+from canopy_store.analysis.comparison import compare
+from canopy_store.analysis.power import power
+from canopy_store.analysis.selections import select_lengths, select_reward
 from canopy_store.errors import (
     CanopyError,
     ConflictError,
@@ -16,16 +18,15 @@ from canopy_store.errors import (
     StoreError,
     UsageError,
 )
-from canopy_store.importing import import_rollouts
-from canopy_store.maintenance import compact, merge, remove_run
-from canopy_store.power import power
-from canopy_store.selections import select_lengths, select_reward
+from canopy_store.readers.importing import import_rollouts
 from canopy_store.sharing import export, pull, push
+from canopy_store.sharing.merge import merge
 from canopy_store.sql import connect as open
 from canopy_store.sql import read
-from canopy_store.status import status
 from canopy_store.store import init
-from canopy_store.verify import verify
+from canopy_store.upkeep.maintenance import compact, remove_run
+from canopy_store.upkeep.status import status
+from canopy_store.upkeep.verify import verify
 
 __all__ = [
     "CanopyError",

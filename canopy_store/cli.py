@@ -10,11 +10,14 @@ import click
 import duckdb
 
 import canopy_store
-from canopy_store import cli_analysis, cli_ingest, cli_sharing, sql, store
-from canopy_store.cli_shared import FORMAT, STORE, bar, print_rows, require_ingest
+from canopy_store import sql, store
+from canopy_store.commands import analysis as cli_analysis
+from canopy_store.commands import ingest as cli_ingest
+from canopy_store.commands import sharing as cli_sharing
+from canopy_store.commands.shared import FORMAT, STORE, bar, print_rows, require_ingest
 from canopy_store.errors import CanopyError
-from canopy_store.importing import import_rollouts
-from canopy_store.status import status
+from canopy_store.readers.importing import import_rollouts
+from canopy_store.upkeep.status import status
 
 # From here on small files cost a query more than what is in them.
 MANY_SHARDS = 500

@@ -9,10 +9,10 @@ from typing import Any
 from sentence_transformers import SentenceTransformer
 
 from canopy_store import sql, store
-from canopy_store.embeddings import add_spectra, write_embeddings
 from canopy_store.errors import DataError, StoreError
 from canopy_store.ingest import models
 from canopy_store.ingest.progress import Progress
+from canopy_store.store.embeddings import add_spectra, write_embeddings
 
 
 def ingest_embeddings(

@@ -15,7 +15,7 @@ from canopy_store.ingest.engines import Engine, open_engine
 from canopy_store.ingest.progress import Progress
 from canopy_store.ingest.prompts import read_prompts, render
 from canopy_store.ingest.sample import Job, Rollout, Sampling, uniforms
-from canopy_store.rollouts import write_shard
+from canopy_store.store.rollouts import write_shard
 
 # How shards spread over processes; its function sample_shards(root, model, options, …) does it.
 EXECUTORS = {"local": None, "ray": "canopy_store.ingest.executor_ray"}

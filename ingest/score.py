@@ -15,7 +15,7 @@ from canopy_store.ingest.progress import Progress
 from canopy_store.ingest.prompts import read_prompts, render
 from canopy_store.ingest.sample import Sampling
 from canopy_store.ingest.teacher_forcing import score_tokens
-from canopy_store.rollouts import stop_entropy
+from canopy_store.store.rollouts import stop_entropy
 
 _POLICY = ("temperature", "top_k", "top_p")
 _FULL = {"temperature": 1.0, "top_k": 0, "top_p": 1.0}

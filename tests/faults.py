@@ -29,7 +29,7 @@ import canopy_store
 from canopy_store.cli import main as canopy
 from canopy_store.errors import CanopyError
 from canopy_store.schema import TABLES
-from canopy_store.verify import verify
+from canopy_store.upkeep.verify import verify
 
 sys.path.insert(0, str(Path(__file__).parent))
 from conftest import save_chain, write_prompts

@@ -10,7 +10,8 @@ from test_golden import EXPECTED, GOLDEN
 from test_selections import rollouts, write
 
 import canopy_store
-from canopy_store import DataError, UsageError, bootstrap, compare
+from canopy_store import DataError, UsageError, compare
+from canopy_store.analysis import bootstrap
 
 NAMES = {
     "gen_ppl": "gen_ppl",

@@ -20,11 +20,13 @@ from test_sharing import contents, imported, tables
 from test_verify import RUN, fill, flip, rewrite, same_views, views
 
 import canopy_store
-from canopy_store import maintenance, store
-from canopy_store.maintenance import compact, merge, remove_run
+from canopy_store import store
 from canopy_store.schema import TABLES
 from canopy_store.sharing import export, pull
-from canopy_store.verify import verify
+from canopy_store.sharing.merge import merge
+from canopy_store.upkeep import maintenance
+from canopy_store.upkeep.maintenance import compact, remove_run
+from canopy_store.upkeep.verify import verify
 
 PROMPTS = [f"{a} {b}" for a in "abcd" for b in "efg"]  # 12: six shards of two
 
@@ -186,7 +188,8 @@ def test_what_cannot_be_compacted_is_one_line(root, tmp_path, origin):
 
 DRIVER = """
 import json, os, random, signal, sys, time
-from canopy_store import maintenance, store
+from canopy_store import store
+from canopy_store.upkeep import maintenance
 spare, calls, seed = json.loads(sys.argv[1])
 random.seed(seed)
 real, cut, swap = os.fsync, os.unlink, maintenance._exchange

@@ -20,7 +20,7 @@ from test_crash import ingest_arguments
 
 import canopy_store
 from canopy_store import readers, sql, store
-from canopy_store.embeddings import write_embeddings
+from canopy_store.store.embeddings import write_embeddings
 
 DATA = Path(__file__).parent / "data" / "readers"
 WALKS = DATA / "walks.eval"

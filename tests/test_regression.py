@@ -12,9 +12,10 @@ import pytest
 from scipy import special, stats
 
 import canopy_store
-from canopy_store.beta_regression import Laplace, log_density
+from canopy_store.analysis.regression import Fit, fieller, natural_spline, read_panel, regress
+from canopy_store.analysis.regression.beta import Laplace, log_density
+from canopy_store.analysis.regression.linear import _residuals
 from canopy_store.errors import DataError, FitError, UsageError
-from canopy_store.regression import Fit, _residuals, fieller, natural_spline, read_panel, regress
 
 GOLDEN = Path(__file__).parent / "data" / "golden"
 EXPECTED = json.loads((GOLDEN / "regression_expected.json").read_text())

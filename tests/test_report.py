@@ -15,8 +15,7 @@ import pytest
 
 import canopy_store
 from canopy_store.errors import StoreError, UsageError
-from canopy_store.report import rho_intervals, write_figures, write_report
-from canopy_store.report_page import facts, intervals, sections
+from canopy_store.report import facts, intervals, rho_intervals, sections, write_figures, write_report
 
 GOLDEN = Path(__file__).parent / "data" / "golden" / "rollouts.parquet"
 CHROMIUM = os.environ.get("CHROMIUM", "/usr/bin/chromium")

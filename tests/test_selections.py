@@ -107,7 +107,7 @@ def test_every_view_carries_the_selection_as_if_it_were_all(tmp_path):
 
 
 def test_later_runs_and_later_embeddings_are_taken_up(store, tmp_path):
-    from canopy_store.embeddings import write_embeddings
+    from canopy_store.store.embeddings import write_embeddings
 
     rewards = [0.1, 0.2, 0.3, 0.4, 0.5]
     root = store(rollouts(reward=rewards))
@@ -146,7 +146,7 @@ def test_a_break_between_rows_and_spectra_is_mended(tmp_path):
 @pytest.mark.parametrize("seed", range(20))
 @pytest.mark.parametrize("caliper", [0, 0.1, 0.5])
 def test_matched_lengths_are_pairs_and_as_many_as_can_be(seed, caliper):
-    from canopy_store.selections import _match
+    from canopy_store.analysis.selections import _match
 
     rng = np.random.default_rng(seed)
     left, right = (

@@ -22,10 +22,10 @@ from test_sql import shell
 from test_verify import GOLDEN, flip, rewrite, same_views, views
 
 import canopy_store
-from canopy_store import sharing, sql, store, untrusted
+from canopy_store import sharing, sql, store
 from canopy_store.schema import TABLES, arrow_schema
-from canopy_store.sharing import export, pull, push
-from canopy_store.verify import verify
+from canopy_store.sharing import export, pull, push, untrusted
+from canopy_store.upkeep.verify import verify
 
 RUNS = [
     f"alpha.{variant}.{task}" for variant in ("base", "instruct") for task in ("coding", "completion")

@@ -20,9 +20,9 @@ from test_crash import ingest_arguments
 
 import canopy_store
 from canopy_store import sql, store
-from canopy_store.embeddings import write_embeddings
 from canopy_store.schema import TABLES, arrow_schema
-from canopy_store.verify import verify
+from canopy_store.store.embeddings import write_embeddings
+from canopy_store.upkeep.verify import verify
 
 GOLDEN = Path(__file__).parent / "data" / "golden" / "rollouts.parquet"
 RUN = "chain.base.walk"

@@ -12,8 +12,8 @@ import numpy as np
 import polars as pl
 
 from canopy_store import sql, store
-from canopy_store.embeddings import add_spectra
 from canopy_store.errors import DataError, UsageError
+from canopy_store.store.embeddings import add_spectra
 
 _KEYS = ("run_id", "prompt_id", "sample")
 

@@ -9,11 +9,12 @@ import click
 import duckdb
 
 from canopy_store import store
-from canopy_store.cli_shared import FORMAT, RUNS, STORE, bar, print_rows
+from canopy_store.commands.shared import FORMAT, RUNS, STORE, bar, print_rows
 from canopy_store.errors import DataError
-from canopy_store.maintenance import compact, merge, remove_run, require_run
 from canopy_store.sharing import export, pull, push
-from canopy_store.verify import verify
+from canopy_store.sharing.merge import merge
+from canopy_store.upkeep.maintenance import compact, remove_run, require_run
+from canopy_store.upkeep.verify import verify
 
 
 @click.command("verify")

@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 from canopy_store import store
 from canopy_store.errors import CanopyError, DataError, UsageError
 from canopy_store.schema import TABLES
-from canopy_store.verify import MANIFEST, path_keys, read_manifest, verify
+from canopy_store.upkeep.verify import MANIFEST, path_keys, read_manifest, verify
 
 _SMALL = 16 << 20  # bytes: the most a MANIFEST or plan may have
 _DECODED = 1 << 30  # bytes a file may always decode to; above, no more than this many times its size:

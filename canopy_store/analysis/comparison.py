@@ -12,10 +12,11 @@ import duckdb
 import numpy as np
 import polars as pl
 
-from canopy_store import bootstrap, sql
-from canopy_store.bootstrap import MEASURES, ROLLOUT_LEVEL, Array
+from canopy_store import sql
+from canopy_store.analysis import bootstrap
+from canopy_store.analysis.bootstrap import MEASURES, ROLLOUT_LEVEL, Array
+from canopy_store.analysis.selections import only_runs, require_one_run
 from canopy_store.errors import DataError, UsageError
-from canopy_store.selections import only_runs, require_one_run
 
 DEFAULT_METRICS = (
     "ce_star",

@@ -25,10 +25,10 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from canopy_store import sql, store
-from canopy_store.embeddings import spectrum
 from canopy_store.errors import CanopyError, DataError
 from canopy_store.schema import TABLES, arrow_schema
-from canopy_store.verify_rows import SPECTRUM, problems
+from canopy_store.store.embeddings import spectrum
+from canopy_store.upkeep.verify_rows import SPECTRUM, problems
 
 MANIFEST = "MANIFEST"
 SCHEMA = {

@@ -6,6 +6,7 @@ import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from typing import Any
 
 import click
@@ -37,14 +38,9 @@ RUNS = click.option(
 
 def require_ingest() -> None:
     """Raises UsageError where the extra is not installed."""
-    try:
-        import sentence_transformers  # noqa: F401
-        import torch  # noqa: F401
-        import transformers  # noqa: F401
-    except ImportError as error:
-        raise UsageError(
-            f"ingest needs {error.name}: install it with: pip install 'canopy-store[ingest]'"
-        ) from None
+    for name in ("torch", "transformers", "sentence_transformers"):
+        if find_spec(name) is None:
+            raise UsageError(f"ingest needs {name}: install it with: pip install 'canopy-store[ingest]'")
 
 
 def print_rows(relation: duckdb.DuckDBPyRelation, form: str) -> None:

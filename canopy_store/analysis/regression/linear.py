@@ -28,7 +28,7 @@ from scipy import optimize, stats
 from scipy.interpolate import CubicSpline
 from scipy.special import expit
 
-from canopy_store.beta_regression import Array, Codes, fit_beta
+from canopy_store.analysis.regression.beta import Array, Codes, fit_beta
 from canopy_store.errors import DataError, FitError, UsageError
 
 Model = Literal["main", "interaction", "quadratic", "beta"]

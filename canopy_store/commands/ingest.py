@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from canopy_store.cli_shared import RUNS, STORE, bar, require_ingest
+from canopy_store.commands.shared import RUNS, STORE, bar, require_ingest
 
 
 @click.group()

@@ -23,12 +23,12 @@ from typing import Any
 import duckdb
 
 from canopy_store import sql, store
-from canopy_store.dataset_card import describe
 from canopy_store.errors import DataError, StoreError, UsageError
-from canopy_store.merging import TEXTS, merge_folder
 from canopy_store.schema import TABLES
-from canopy_store.untrusted import check_source, require_sound
-from canopy_store.verify import MANIFEST, path_keys
+from canopy_store.sharing.dataset_card import describe
+from canopy_store.sharing.merge import TEXTS, merge_folder
+from canopy_store.sharing.untrusted import check_source, require_sound
+from canopy_store.upkeep.verify import MANIFEST, path_keys
 
 _ALWAYS = ("models", "prompts", "runs", "rollouts")  # without these a folder is no store
 

@@ -1,9 +1,4 @@
-"""The report: one HTML page that asks nothing of the network, and its charts as PDF and SVG files.
-
->>> from canopy_store.report import write_figures, write_report
->>> write_report("my-store", "report.html")
->>> write_figures("my-store", "figures")
-"""
+"""The page, written whole or not at all, and its charts as files."""
 
 from __future__ import annotations
 
@@ -19,10 +14,7 @@ from typing import Any
 from canopy_store import store
 from canopy_store._version import __version__
 from canopy_store.errors import StoreError, UsageError
-from canopy_store.report_page.facts import Facts, explorer, gather
-from canopy_store.report_page.intervals import rho_intervals
-
-__all__ = ["rho_intervals", "write_figures", "write_report"]
+from canopy_store.report.facts import Facts, explorer, gather
 
 EXPLORER_ROLLOUTS = 400
 
@@ -84,7 +76,7 @@ def write_figures(
     Parameters and errors are those of `write_report`; StoreError also when there is nothing to draw.
     """
     vl_convert = _vl_convert()
-    from canopy_store.report_page import sections
+    from canopy_store.report import sections
 
     facts = gather(root, baseline=baseline, selection=selection, embedder=embedder, seed=seed)
     with facts.con:
@@ -107,8 +99,8 @@ def write_figures(
 
 def _page(facts: Facts, explorer_rollouts: int) -> dict[str, Any]:
     """Everything the page shows, ready for JSON."""
-    from canopy_store.report_page import sections
-    from canopy_store.report_page.charts import config
+    from canopy_store.report import sections
+    from canopy_store.report.charts import config
 
     shown = facts.shown
     return {
@@ -136,7 +128,7 @@ def _html(page: dict[str, Any], library: str) -> str:
     Only the two scripts whose hashes the policy names may run, so that no text of the store could,
     even were it taken for HTML; and the policy lets nothing be fetched.
     """
-    folder = resources("canopy_store") / "report_page"
+    folder = resources("canopy_store.report")
     template, style, script = (
         (folder / f"page.{kind}").read_text(encoding="utf-8") for kind in ("html", "css", "js")
     )

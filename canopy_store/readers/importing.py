@@ -19,7 +19,6 @@ import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 
 from canopy_store import readers, sql, store
-from canopy_store.embeddings import write_embeddings
 from canopy_store.errors import DataError, UsageError
 from canopy_store.readers.staging import (
     LENGTHS,
@@ -30,7 +29,8 @@ from canopy_store.readers.staging import (
     decoding,
     parquet_schema,
 )
-from canopy_store.rollouts import write_shard
+from canopy_store.store.embeddings import write_embeddings
+from canopy_store.store.rollouts import write_shard
 
 _KEYS = (*NAMES, "prompt_id", "sample")
 _ROLLOUT = ("text", "n_tokens", "finish_reason", *LISTS)

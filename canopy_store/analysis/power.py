@@ -8,8 +8,8 @@ from pathlib import Path
 
 import polars as pl
 
-from canopy_store.bootstrap import MEASURES, ROLLOUT_LEVEL
-from canopy_store.comparison import compare
+from canopy_store.analysis.bootstrap import MEASURES, ROLLOUT_LEVEL
+from canopy_store.analysis.comparison import compare
 from canopy_store.errors import DataError, UsageError
 
 

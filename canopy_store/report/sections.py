@@ -7,10 +7,10 @@ from typing import Any
 
 import polars as pl
 
-from canopy_store.report_page import charts as draw
-from canopy_store.report_page import facts as read
-from canopy_store.report_page import intervals
-from canopy_store.report_page.facts import Facts
+from canopy_store.report import charts as draw
+from canopy_store.report import facts as read
+from canopy_store.report import intervals
+from canopy_store.report.facts import Facts
 from canopy_store.schema import COLUMNS
 
 _EMBED = "Nothing is embedded yet. Run: canopy ingest embed --store … --embedder …"

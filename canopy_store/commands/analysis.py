@@ -8,11 +8,11 @@ from typing import Any
 import click
 import duckdb
 
-from canopy_store.cli_shared import FORMAT, RUNS, STORE, print_rows
-from canopy_store.comparison import compare, store_panel
+from canopy_store.analysis.comparison import compare, store_panel
+from canopy_store.analysis.power import power
+from canopy_store.analysis.selections import select_lengths, select_reward
+from canopy_store.commands.shared import FORMAT, RUNS, STORE, print_rows
 from canopy_store.errors import UsageError
-from canopy_store.power import power
-from canopy_store.selections import select_lengths, select_reward
 
 
 @click.group()
@@ -227,7 +227,7 @@ def regress_command(
       canopy regress --model beta --panel panel.csv
       canopy regress --model beta --store S --drop family --format csv
     """
-    from canopy_store.regression import read_panel, regress
+    from canopy_store.analysis.regression import read_panel, regress
 
     if (root is None) == (panel is None):
         raise UsageError("regress needs either --store DIR or --panel FILE")

@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from canopy_store.rollouts import stop_entropy
+from canopy_store.store.rollouts import stop_entropy
 
 SPECTRUM = 1e-9  # what summing in another order may change in a spectrum
 _SUM = 1e-10  # relative: the same of a sum

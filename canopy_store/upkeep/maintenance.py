@@ -29,65 +29,12 @@ import pyarrow.parquet as pq
 
 from canopy_store import sql, store
 from canopy_store.errors import CanopyError, DataError, StoreError, UsageError
-from canopy_store.merging import check_conflicts, group_files, merge_folder, resumable
 from canopy_store.schema import TABLES
-from canopy_store.untrusted import check_source, read_store, require_sound
-from canopy_store.verify import MANIFEST, path_keys
+from canopy_store.sharing.merge import group_files, resumable
+from canopy_store.upkeep.verify import MANIFEST, path_keys
 
 # Seconds from a swap to the removal of the old files: a reader may just have opened their folder.
 _GRACE = 2.0
-
-
-# ---------------------------------------------------------------- merge
-
-
-def merge(
-    sources: Iterable[str | Path],
-    root: str | Path,
-    *,
-    on_run: Callable[[int, int], None] | None = None,
-) -> list[str]:
-    """The ids of the complete runs of other stores, now in this one; made if it is missing.
-
-    As `pull`, from stores as well as from exported folders: all of every source is checked before
-    anything is written, the same run twice is one run, and a call that was stopped is finished by
-    repeating it.
-
-    Parameters
-    ----------
-    sources : paths of stores
-    root : path of the store that takes their runs
-    on_run : called with (runs done, runs in all), source by source
-
-    Raises
-    ------
-    DataError
-        A source is damaged, or holds what no store does.
-    ConflictError
-        Something of the same name is stored with other values; names what differs.
-    """
-    folders = [Path(source) for source in sources]
-    there = store.locate(root)
-    checked = []
-    for folder in folders:
-        if not folder.is_dir():
-            raise StoreError(f"{folder}: no such folder")
-        if not store.remote(there) and folder.resolve() == there.resolve():
-            raise UsageError(f"{folder}: the store itself; name another one to take in")
-        own = (folder / MANIFEST).exists()
-        entries = check_source(folder) if own else read_store(folder)
-        require_sound(folder, trusted=False)
-        runs = [row for _, row in store.table_rows(folder, "runs")]
-        if not runs:
-            raise DataError(f"{folder}: no complete run in it; see: canopy status --store {folder}")
-        if store.exists(there / "canopy.json"):
-            check_conflicts(folder, store.require(there), runs, group_files(entries), entries)
-        checked.append((folder, entries, () if own else tuple(run["run_id"] for run in runs)))
-    found: set[str] = set()
-    for folder, entries, held in checked:
-        with store.holding(folder, *held):
-            found.update(merge_folder(folder, there, entries, on_run))
-    return sorted(found)
 
 
 # ---------------------------------------------------------------- compact

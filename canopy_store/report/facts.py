@@ -14,7 +14,7 @@ import polars as pl
 
 from canopy_store import sql, store
 from canopy_store.errors import StoreError, UsageError
-from canopy_store.status import status
+from canopy_store.upkeep.status import status
 
 MAX_PANELS = 24  # more small charts than this are no longer read
 MAX_POINTS = 2400  # prompts in the scatter

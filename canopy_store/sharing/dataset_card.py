@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 
 from canopy_store import sql, store
 from canopy_store.schema import TABLES
-from canopy_store.verify import MANIFEST
+from canopy_store.upkeep.verify import MANIFEST
 
 
 def describe(out: Path, name: str, text: bool, license: str | None) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from canopy_store import bootstrap
+from canopy_store.analysis import bootstrap
 
 REPLICATES = 2000
 # What is compared with the baseline, and its name on the page.

@@ -1,0 +1,1 @@
+"""Statistics: selections of rollouts, controlled comparisons, power, regressions."""

@@ -1,1 +1,0 @@
-"""The report's page: its data (`facts`), its charts (`charts`), and page.html, page.css, page.js."""
