@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import pyarrow as pa
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 METADATA_KEY = b"canopy_schema"  # in every Parquet file: "<table>:<format version>"
 
 
@@ -34,21 +34,29 @@ _ARROW = {
 
 @dataclass(frozen=True)
 class Column:
-    """A column: DuckDB type, unit ('' when it has none) and what it means."""
+    """A column: DuckDB type, unit ('' when it has none), what it means, and the format that brought it."""
 
     name: str
     type: str
     doc: str
     unit: str = ""
     required: bool = True
+    since: int = 1
 
 
 @dataclass(frozen=True)
 class Table:
-    """A table: what one row is, its key, its path partitions and its columns.
+    """A table, and all that the rest of the package needs to know of it.
 
-    ``partitions`` are hive keys of the path (``family=…/``); those that are not also columns of the
-    file are columns of the view all the same.
+    Parameters
+    ----------
+    name, grain, keys, columns : what it is called, what one row is, its key, its own columns
+    partitions : hive keys of the path (``family=…/``); all but ``run``, which is run_id, are columns too
+    commit : keys of its commit record; none for tables whose files travel in records of other kinds
+    parent : the table whose removal removes it
+    checks : names of the checks of `canopy_store.upkeep.verify_rows` that its rows must pass
+    split : float lists that are smaller byte-stream-split (figures: docs/performance.md)
+    texts : columns that hold text, which an export may leave out: every measure stays computable
     """
 
     name: str
@@ -56,15 +64,27 @@ class Table:
     keys: tuple[str, ...]
     columns: tuple[Column, ...]
     partitions: tuple[str, ...] = ()
+    commit: tuple[str, ...] = ()
+    parent: str | None = None
+    checks: tuple[str, ...] = ()
+    split: tuple[str, ...] = ()
+    texts: tuple[str, ...] = ()
 
     @property
     def path_columns(self) -> tuple[str, ...]:
-        """The partition keys that become columns (``run`` stands in the file as run_id)."""
-        return tuple(key for key in self.partitions if key != "run")
+        """The partition keys that are no columns of their own (``run`` stands in the file as run_id)."""
+        own = {column.name for column in self.columns}
+        return tuple(key for key in self.partitions if key != "run" and key not in own)
+
+    @property
+    def plan(self) -> str | None:
+        """The kind of the plan that its job agrees on: embedder, scorer, …; None where it has no job."""
+        key = next((key for key in self.partitions if key != "run"), None)
+        return key.removesuffix("_id") if self.parent and key else None
 
 
-def _c(name: str, type: str, doc: str, unit: str = "", required: bool = True) -> Column:
-    return Column(name, type, doc, unit, required)
+def _c(name: str, type: str, doc: str, unit: str = "", required: bool = True, since: int = 1) -> Column:
+    return Column(name, type, doc, unit, required, since)
 
 
 _RUN_ID = _c("run_id", "VARCHAR", "The run: one ingest of (model, task, sampling policy).")
@@ -131,6 +151,8 @@ TABLES: dict[str, Table] = {
                 _c("tokenizer_sha256", "VARCHAR", "Hash of vocabulary and merges.", "", False),
                 _c("source", "VARCHAR", "Folder name or hub id it was loaded from.", "", False),
             ),
+            ("family", "variant"),
+            commit=("family", "variant"),
         ),
         Table(
             "prompts",
@@ -142,8 +164,10 @@ TABLES: dict[str, Table] = {
                 _c("messages", "VARCHAR", "The prompt as chat messages, JSON.", "", False),
                 _c("source", "VARCHAR", "Where the prompt came from.", "", False),
                 _c("license", "VARCHAR", "Licence of the prompt.", "", False),
+                _c("reference", "VARCHAR", "The right answer, for graders.", "", False, 2),
             ),
             ("task",),
+            texts=("text", "messages", "reference"),
         ),
         Table(
             "runs",
@@ -182,13 +206,20 @@ TABLES: dict[str, Table] = {
                 _c(
                     "wall_s",
                     "DOUBLE",
-                    "Time spent sampling in the ingest that completed the run.",
+                    "Time spent sampling: the sum of its shards' seconds in work.",
                     "seconds",
                     False,
                 ),
-                _c("energy_j", "DOUBLE", "Energy used; NULL when not measured.", "joules", False),
+                _c(
+                    "energy_j",
+                    "DOUBLE",
+                    "Energy used: the sum of its shards' in work; NULL when not measured.",
+                    "joules",
+                    False,
+                ),
                 _c("energy_method", "VARCHAR", "How energy_j was measured.", "", False),
             ),
+            ("run",),
         ),
         Table(
             "rollouts",
@@ -244,6 +275,10 @@ TABLES: dict[str, Table] = {
                 ),
             ),
             ("family", "variant", "task", "run"),
+            commit=("run",),
+            checks=("rollouts", "steps"),
+            split=("logprob", "entropy", "eos_logprob", "top_logprobs"),
+            texts=("text", "token_ids", "top_token_ids"),
         ),
         Table(
             "scores",
@@ -261,6 +296,10 @@ TABLES: dict[str, Table] = {
                 *_SUMS,
             ),
             ("scorer_id", "run"),
+            commit=("scorer_id", "policy", "run"),
+            parent="rollouts",
+            checks=("scored_steps",),
+            split=("logprob", "entropy", "eos_logprob"),
         ),
         Table(
             "embeddings",
@@ -273,6 +312,10 @@ TABLES: dict[str, Table] = {
                 _c("embedding", "FLOAT[]", "Unit-length embedding of the rollout's text."),
             ),
             ("embedder", "run"),
+            commit=("embedder", "run"),
+            parent="rollouts",
+            checks=("embeddings",),
+            split=("embedding",),
         ),
         Table(
             "embedding_spectra",
@@ -296,6 +339,9 @@ TABLES: dict[str, Table] = {
                 ),
             ),
             ("embedder", "selection", "run"),
+            commit=("embedder", "selection", "run"),
+            parent="rollouts",
+            checks=("spectra",),
         ),
         Table(
             "selections",
@@ -303,6 +349,8 @@ TABLES: dict[str, Table] = {
             ("run_id", "prompt_id", "sample", "selection"),
             (_RUN_ID, _PROMPT_ID, _SAMPLE),
             ("selection", "run"),
+            commit=("selection", "run"),
+            parent="rollouts",
         ),
         Table(
             "rewards",
@@ -310,6 +358,44 @@ TABLES: dict[str, Table] = {
             ("run_id", "prompt_id", "sample", "reward_model"),
             (_RUN_ID, _PROMPT_ID, _SAMPLE, _c("reward", "DOUBLE", "The reward model's score.")),
             ("reward_model", "run"),
+            commit=("reward_model", "run"),
+            parent="rollouts",
+            checks=("rewards",),
+        ),
+        Table(
+            "grades",
+            "one row per rollout under a grader",
+            ("run_id", "prompt_id", "sample", "grader"),
+            (
+                _RUN_ID,
+                _PROMPT_ID,
+                _SAMPLE,
+                _c("answer", "VARCHAR", "The answer found in the rollout's text.", "", False),
+                _c("correct", "BOOLEAN", "Whether the answer is right; NULL of none.", "", False),
+                _c("score", "DOUBLE", "The grader's score, from 0 to 1.", "", False),
+            ),
+            ("grader", "run"),
+            commit=("grader", "run"),
+            parent="rollouts",
+            checks=("grades",),
+            texts=("answer",),
+        ),
+        Table(
+            "work",
+            "one row per shard of a job",
+            ("run_id", "kind", "name", "shard"),
+            (
+                _RUN_ID,
+                _c("shard", "INTEGER", "Number of the shard when the job wrote it."),
+                _c("rows", "BIGINT", "Rows that the job made."),
+                _c("tokens", "BIGINT", "Tokens sampled or read.", "tokens", False),
+                _c("seconds", "DOUBLE", "Wall-clock time of the shard.", "seconds", False),
+                _c("energy_j", "DOUBLE", "Energy used; NULL when not measured.", "joules", False),
+                _c("energy_method", "VARCHAR", "How energy_j was measured.", "", False),
+                _c("device", "VARCHAR", "Device it ran on.", "", False),
+                _c("host", "VARCHAR", "Machine it ran on.", "", False),
+            ),
+            ("kind", "name", "run"),
         ),
     )
 }
@@ -322,6 +408,9 @@ _PATH_DOCS = (
     _c("selection", "VARCHAR", "Named subset of the rollouts; 'all' is every one."),
     _c("reward_model", "VARCHAR", "Reward model."),
     _c("scorer_id", "VARCHAR", "The scoring model."),
+    _c("grader", "VARCHAR", "Grader."),
+    _c("kind", "VARCHAR", "Kind of job: the table that it fills."),
+    _c("name", "VARCHAR", "Name of the job: its embedder, scorer, …; of rollouts, their run."),
 )
 
 # Columns that only views have. Definitions: docs/measures.md.
@@ -457,17 +546,26 @@ for _column in (
     COLUMNS.setdefault(_column.name, _column)
 
 
-def arrow_schema(table: str, embedding_dim: int | None = None) -> pa.Schema:
+def arrow_schema(
+    table: str, embedding_dim: int | None = None, version: int = FORMAT_VERSION
+) -> pa.Schema:
     """The Arrow schema of a table's files; ``embedding_dim`` fixes the size of that list."""
     fields = []
-    for column in TABLES[table].columns:
+    for column in file_columns(table, version):
         kind = _ARROW[column.type]
         if column.name == "embedding" and embedding_dim is not None:
             kind = _list(pa.float32(), embedding_dim)
         fields.append(pa.field(column.name, kind, nullable=not column.required))
-    return pa.schema(fields, metadata={METADATA_KEY: f"{table}:{FORMAT_VERSION}".encode()})
+    return pa.schema(fields, metadata={METADATA_KEY: f"{table}:{version}".encode()})
+
+
+def file_columns(table: str, version: int = FORMAT_VERSION) -> list[Column]:
+    """The columns of a table's files; in format 1 those of the path stood in the path alone."""
+    if version == 1:
+        return [column for column in TABLES[table].columns if column.since == 1]
+    return view_columns(table)
 
 
 def view_columns(table: str) -> list[Column]:
-    """The columns of a table's view: path partitions first, then those of the file."""
+    """The columns of a table's view: path partitions first, then its own."""
     return [COLUMNS[key] for key in TABLES[table].path_columns] + list(TABLES[table].columns)

@@ -8,9 +8,11 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from canopy_store import store
 from canopy_store.errors import DataError
 from canopy_store.schema import TABLES
+from canopy_store.store.commits import Record, commit, fresh_number, record, records, remove_unnamed
+from canopy_store.store.layout import content_id, folder, shard_path
+from canopy_store.store.parquet import read_rows, write_rows
 
 
 def spectrum(embeddings: np.ndarray) -> tuple[np.ndarray, np.ndarray, list[float | None]]:
@@ -40,10 +42,10 @@ def write_embeddings(
     prompt_ids: Sequence[str],
     samples: Sequence[int],
     embeddings: np.ndarray,
-) -> None:
-    """Writes one shard of embeddings (rows, d) at unit length, then its prompts' spectra.
+) -> list[Path]:
+    """The files of one shard of embeddings (rows, d), at unit length, and of its prompts' spectra.
 
-    The spectra come last, those of every selection too: a shard that has them is done.
+    The embeddings come last: a shard that has them is done.
 
     Raises
     ------
@@ -62,74 +64,64 @@ def write_embeddings(
     dimension = unit.shape[1]
     flat = pa.FixedSizeListArray.from_arrays(pa.array(unit.reshape(-1)), dimension)
     keys = {"run_id": [run_id] * len(unit), "prompt_id": prompt_ids, "sample": samples}
-    where = store.folder(root, "embeddings", embedder=embedder, run=run_id)
-    path = store.shard_path(where, shard)
-    store.write_rows(path, "embeddings", {**keys, "embedding": flat}, embedding_dim=dimension)
-    _write_spectra(root, embedder, run_id, shard, "all", prompt_ids, samples, unit)
-    add_spectra(root, embedder, run_id, shard)
+    path, spectra = embedding_paths(root, embedder, run_id, shard)
+    _write_spectra(spectra, run_id, prompt_ids, samples, unit)
+    write_rows(path, "embeddings", {**keys, "embedding": flat}, embedding_dim=dimension)
+    return [path, spectra]
 
 
-def add_spectra(root: Path, embedder: str, run_id: str, shard: int) -> None:
-    """Writes the spectra that an embedded shard lacks: one file for each selection of its run."""
-    subset = None
-    for selection, chosen in store.selections(root, run_id):
-        where = store.folder(
-            root, "embedding_spectra", embedder=embedder, selection=selection, run=run_id
-        )
-        if store.exists(store.shard_path(where, shard)):
-            continue
-        if subset is None:
-            folder = store.folder(root, "embeddings", embedder=embedder, run=run_id)
-            data = store.read_rows(store.shard_path(folder, shard))
-            prompt_ids, samples = data["prompt_id"].to_pylist(), data["sample"].to_pylist()
-            lists = data["embedding"].combine_chunks()
-            subset = lists.flatten().to_numpy().reshape(len(data), -1)
-        members = set(
-            zip(*(store.read_rows(chosen)[k].to_pylist() for k in ("prompt_id", "sample")), strict=True)
-        )
-        rows = [i for i, key in enumerate(zip(prompt_ids, samples, strict=True)) if key in members]
-        _write_spectra(
-            root,
-            embedder,
-            run_id,
-            shard,
-            selection,
-            [prompt_ids[i] for i in rows],
-            [samples[i] for i in rows],
-            subset[rows],
-        )
+def embedding_paths(root: Path, embedder: str, run_id: str, shard: int) -> tuple[Path, Path]:
+    """Where a shard's embeddings stand, and the spectra of all its rollouts."""
+    where = folder(root, "embeddings", embedder=embedder, run=run_id)
+    spectra = folder(root, "embedding_spectra", embedder=embedder, selection="all", run=run_id)
+    return shard_path(where, shard), shard_path(spectra, shard)
+
+
+def add_spectra(root: Path, run_id: str) -> None:
+    """Commits the spectra that a run's selections lack, one record for each embedder and selection."""
+    selected = records(root, "selections", run=run_id)
+    for embedded in records(root, "embeddings", run=run_id) if selected else ():
+        for selection in selected:
+            _select_spectra(root, embedded, selection)
+
+
+def _select_spectra(root: Path, embedded: Record, selected: Record) -> None:
+    run_id, embedder = embedded.keys["run"], embedded.keys["embedder"]
+    keys = {"embedder": embedder, "selection": selected.keys["selection"], "run": run_id}
+    made_of = {"selection": content_id({n: f["sha256"] for n, f in selected.files.items()})}
+    old = record(root, "embedding_spectra", **keys)
+    if (old is not None and old.settings == made_of) or not embedded.of("embeddings"):
+        return
+    where, number = folder(root, "embedding_spectra", **keys), fresh_number(old)
+    chosen = {key for name in selected.of("selections") for key in _keys(read_rows(root / name))}
+    written: list[Path] = []
+    for shard in embedded.of("embeddings"):
+        data = read_rows(root / shard)
+        pairs = _keys(data)
+        unit = data["embedding"].combine_chunks().flatten().to_numpy().reshape(len(data), -1)
+        rows = [at for at, key in enumerate(pairs) if key in chosen]
+        written.append(shard_path(where, number + len(written)))
+        prompt_ids, samples = [pairs[at][0] for at in rows], [pairs[at][1] for at in rows]
+        _write_spectra(written[-1], run_id, prompt_ids, samples, unit[rows])
+    commit(root, "embedding_spectra", keys, written, made_of)
+    if old is not None:
+        remove_unnamed(root, old.files)
+
+
+def _keys(rows: pa.Table) -> list[tuple[str, int]]:
+    return list(zip(rows["prompt_id"].to_pylist(), rows["sample"].to_pylist(), strict=True))
 
 
 def _write_spectra(
-    root: Path,
-    embedder: str,
-    run_id: str,
-    shard: int,
-    selection: str,
-    prompt_ids: Sequence[str],
-    samples: Sequence[int],
-    unit: np.ndarray,
+    path: Path, run_id: str, prompt_ids: Sequence[str], samples: Sequence[int], unit: np.ndarray
 ) -> None:
     ids, numbers = np.asarray(prompt_ids, dtype=object), np.asarray(samples, np.int32)
     spectra = []
     for prompt in dict.fromkeys(prompt_ids):
         mine = np.flatnonzero(ids == prompt)
         total, eigenvalues, distances = spectrum(unit[mine])
-        spectra.append(
-            {
-                "run_id": run_id,
-                "prompt_id": prompt,
-                "n": len(mine),
-                "samples": numbers[mine],
-                "semantic_distances": distances,
-                "embedding_sum": total,
-                "eigenvalues": eigenvalues,
-            }
-        )
-    where = store.folder(root, "embedding_spectra", embedder=embedder, selection=selection, run=run_id)
-    names = [column.name for column in TABLES["embedding_spectra"].columns]
-    store.write_rows(
-        store.shard_path(where, shard),
-        "embedding_spectra",
-        {name: [row[name] for row in spectra] for name in names},
-    )
+        row = {"run_id": run_id, "prompt_id": prompt, "n": len(mine), "samples": numbers[mine]}
+        row |= {"semantic_distances": distances, "embedding_sum": total, "eigenvalues": eigenvalues}
+        spectra.append(row)
+    columns = [column.name for column in TABLES["embedding_spectra"].columns]
+    write_rows(path, "embedding_spectra", {name: [row[name] for row in spectra] for name in columns})

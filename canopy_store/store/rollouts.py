@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from canopy_store import store
 from canopy_store.errors import DataError
+from canopy_store.store.parquet import write_rows
 
 _ROUNDING = 1e-5  # nats: what float32 arithmetic may leave above 0 or below it
 
@@ -83,7 +83,7 @@ def write_shard(path: Path, columns: Mapping[str, Any], rows: Sequence[str] | No
             if len(wrong):
                 raise DataError(f"{names[wrong[0]]}: {name} and {longest} differ in length")
             filled[name] = values
-    store.write_rows(path, "rollouts", filled)
+    write_rows(path, "rollouts", filled)
 
 
 def stop_entropy(eos_logprob: np.ndarray) -> np.ndarray:

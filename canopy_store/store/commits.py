@@ -1,0 +1,326 @@
+"""Commits: what a store shows is what its records list, never what a folder listing finds.
+
+A job ends by writing one record, last and atomically: what kind of job it was, its keys and settings,
+and each file it made with rows, bytes and sha256. Until then nothing of it is shown. A table made of
+another one (embeddings, scores, … of rollouts) is shown where a record of that one is there, so that
+removing a run's first record takes all of it away in one step.
+
+    STORE/commits/rollouts/run=….json
+    STORE/commits/embeddings/embedder=…/run=….json
+"""
+
+from __future__ import annotations
+
+import glob
+import os
+import re
+import stat
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from canopy_store.errors import DataError, StoreError
+from canopy_store.schema import FORMAT_VERSION, TABLES
+from canopy_store.store import format1
+from canopy_store.store.files import exists, reaching, read_json, read_many, remote, sha256, write_json
+from canopy_store.store.layout import commit_path, now, quoted, shard_number
+from canopy_store.store.parquet import check_file
+
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_PLAIN = re.compile(r"[^/\0\\]+(/[^/\0\\]+)*\.parquet")
+
+
+@dataclass(frozen=True)
+class Record:
+    """A job that is finished.
+
+    Parameters
+    ----------
+    kind : the table that the job fills
+    keys : what it is of, as in {"embedder": "minilm", "run": "llama.base.math"}
+    files : under each path in the store {"rows", "bytes", "sha256"}, all None in format 1
+    settings : what a job of the same keys must repeat
+    committed_at : when, UTC, as text
+    """
+
+    kind: str
+    keys: Mapping[str, str]
+    files: Mapping[str, Mapping[str, Any]]
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    committed_at: str | None = None
+
+    @property
+    def run(self) -> str | None:
+        """The run it is of, where it is of one."""
+        return self.keys.get("run")
+
+    def of(self, table: str) -> list[str]:
+        """Its files of one table, in name order."""
+        return sorted(name for name in self.files if name.startswith(f"{table}/"))
+
+    def path(self, root: Path) -> Path:
+        """Where the record stands."""
+        return commit_path(root, self.kind, self.keys)
+
+
+def commit(
+    root: Path, kind: str, keys: Mapping[str, str], files: Iterable[Path], settings: Mapping[str, Any]
+) -> Record:
+    """The record of a finished job, written: from now on its files are shown, and no others of it.
+
+    Parameters
+    ----------
+    root : path of the store
+    kind, keys, settings : as of `Record`
+    files : every file that the job made, or that its rows need
+    """
+    entries = {path.relative_to(root).as_posix(): entry(path) for path in files}
+    record = Record(kind, dict(keys), dict(sorted(entries.items())), dict(settings), now().isoformat())
+    write_record(root, record)
+    return record
+
+
+def entry(path: Path) -> dict[str, Any]:
+    """What a record says of a file: rows, bytes and sha256."""
+    rows = check_file(path).num_rows
+    with reaching(path):
+        size = path.stat().st_size
+    return {"rows": rows, "bytes": size, "sha256": sha256(path)}
+
+
+def write_record(root: Path, record: Record) -> None:
+    """Writes a record; one of the same kind and keys is replaced in one step."""
+    value = {
+        "version": FORMAT_VERSION,
+        "kind": record.kind,
+        "keys": record.keys,
+        "files": record.files,
+        "settings": record.settings,
+        "committed_at": record.committed_at,
+    }
+    write_json(record.path(root), value)
+
+
+def read_record(path: Path, value: Any = None) -> Record:
+    """The record at ``path`` (whose JSON value may be at hand).
+
+    Raises
+    ------
+    DataError
+        Not a record, of a newer version, or one that names what no store holds.
+    """
+    value = read_json(path) if value is None else value
+    try:
+        version, kind, keys = value["version"], value["kind"], value["keys"]
+        if type(version) is int and version > FORMAT_VERSION:
+            raise DataError(f"{path}: format version {version}; upgrade: pip install -U canopy-store")
+        record = Record(kind, keys, value["files"], value["settings"], value["committed_at"])
+        if tuple(keys) != TABLES[kind].commit or not all(type(v) is str and v for v in keys.values()):
+            raise ValueError
+        if not isinstance(record.settings, dict) or tuple(path.parts[-2 - len(keys) :]) != (
+            record.path(Path()).parts
+        ):
+            raise ValueError
+        for name, said in record.files.items():
+            _check_entry(name, said, record.run)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise DataError(f"{path}: not a readable record of a commit; take it from a copy") from None
+    return record
+
+
+def _check_entry(name: str, said: Mapping[str, Any], run: str | None) -> None:
+    """Raises ValueError for what no record says of a file."""
+    counts = type(said["rows"]) is int and type(said["bytes"]) is int
+    if not counts or not _SHA256.fullmatch(said["sha256"]) or not _PLAIN.fullmatch(name):
+        raise ValueError
+    if not {".", ".."}.isdisjoint(name.split("/")):
+        raise ValueError
+
+
+def records(root: Path, kind: str | None = None, **keys: str) -> list[Record]:
+    """The store's records of this kind and these keys (of all, by default), in path order.
+
+    Those whose parent is not there are left out: the run was removed, or has not come yet.
+
+    Raises
+    ------
+    DataError
+        One that cannot be read.
+    """
+    if format1.is_old(root):
+        every = [Record(*found) for found in format1.records(root)]
+    else:
+        every = [read_record(path, value) for path, value in _read_all(root)]
+    there = {(record.kind, record.run) for record in every}
+    return [
+        record
+        for record in every
+        if (parent := TABLES[record.kind].parent) is None or (parent, record.run) in there
+        if kind in (None, record.kind) and keys.items() <= record.keys.items()
+    ]
+
+
+def orphans(root: Path) -> list[Record]:
+    """The records whose parent is not there, in path order; those that cannot be read left out."""
+    if format1.is_old(root):
+        return []
+    every = []
+    for path in record_paths(root):
+        try:
+            every.append(read_record(path))
+        except (DataError, FileNotFoundError):
+            continue
+    there = {(record.kind, record.run) for record in every}
+    return [r for r in every if (p := TABLES[r.kind].parent) is not None and (p, r.run) not in there]
+
+
+def record(root: Path, kind: str, **keys: str) -> Record | None:
+    """The record of one job, None where it is not finished; read alone, without its parent."""
+    if format1.is_old(root):
+        return next(iter(records(root, kind, **keys)), None)
+    path = commit_path(root, kind, keys)
+    return read_record(path) if exists(path) else None
+
+
+def record_paths(root: Path) -> list[Path]:
+    """Where records stand.
+
+    In the order in which they are to be read: what is made of rollouts before these, models last. So
+    a run that is removed, or added, meanwhile is there with all that it is made of, or not at all.
+    """
+    with reaching(root):
+        paths = sorted((root / "commits").rglob("*.json")) if remote(root) else sorted(_walk(root))
+    rank = {"rollouts": 1, "models": 2}
+    depth = len(root.parts) + 1
+    return sorted(paths, key=lambda path: rank.get(path.parts[depth], 0))
+
+
+def _walk(root: Path) -> Iterator[Path]:
+    folders = [root / "commits"]
+    while folders:
+        folder = folders.pop()
+        try:
+            with os.scandir(folder) as entries:
+                for each in entries:
+                    if each.is_dir(follow_symlinks=False):
+                        folders.append(folder / each.name)
+                    elif each.name.endswith(".json") and not each.name.startswith("."):
+                        yield folder / each.name
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+
+
+def _read_all(root: Path) -> Iterator[tuple[Path, Any]]:
+    paths = record_paths(root)
+    if remote(root):
+        yield from zip(paths, read_many(paths), strict=True)
+        return
+    for path in paths:
+        try:
+            yield path, read_json(path)
+        except FileNotFoundError:
+            continue  # removed since it was listed
+
+
+# ---------------------------------------------------------------- files
+
+
+def names(every: Iterable[Record], table: str) -> list[str]:
+    """The files of a table that these records name, each once, in name order."""
+    return sorted({name for each in every for name in each.of(table)})
+
+
+def files(root: Path, table: str) -> list[Path]:
+    """A table's committed files, in name order."""
+    return [root / name for name in names(records(root), table)]
+
+
+def fresh_number(old: Record | None) -> int:
+    """A shard number above all that a record names: what replaces its files never has their names."""
+    return 0 if old is None else 1 + max((shard_number(Path(name)) for name in old.files), default=-1)
+
+
+def remove_record(root: Path, old: Record) -> None:
+    """Removes a record, and then the files that no other one names."""
+    with reaching(root):
+        old.path(root).unlink(missing_ok=True)
+    remove_empty(root, old.path(root).parent)
+    remove_unnamed(root, old.files)
+
+
+def remove_unnamed(root: Path, candidates: Iterable[str]) -> int:
+    """How many of these files were removed: those that no record names, parent or none."""
+    named: set[str] = set()
+    for path in record_paths(root):
+        named.update(read_record(path).files)
+    count = 0
+    for name in sorted(set(candidates) - named):
+        path = root / name
+        with reaching(path):
+            try:
+                path.unlink()
+            except FileNotFoundError:
+                continue
+        count += 1
+        remove_empty(root, path.parent)
+    return count
+
+
+def remove_empty(root: Path, folder: Path) -> None:
+    """Removes a folder and those above it, inside the store, that have nothing in them."""
+    if remote(root):
+        return
+    while folder != root and root in folder.parents:
+        try:
+            folder.rmdir()
+        except OSError:
+            return  # something is in it
+        folder = folder.parent
+
+
+def uncommitted(root: Path, run_id: str) -> list[Path]:
+    """A run's files that no record names: of jobs that are under way or were stopped."""
+    named = {name for each in records(root) if each.run == run_id for name in each.files}
+    last = glob.escape(f"run={quoted(run_id)}")
+    paths: list[Path] = []
+    for table, definition in TABLES.items():
+        if "run" in definition.partitions:
+            stars = "*/" * (len(definition.partitions) - 1)
+            with reaching(root):
+                paths += (root / table).glob(f"{stars}{last}/*.parquet")
+    return sorted(path for path in paths if path.relative_to(root).as_posix() not in named)
+
+
+def check_folders(root: Path, every: Iterable[str]) -> list[str]:
+    """The folders of committed files, once every name in them proves to be a file's.
+
+    Raises
+    ------
+    StoreError
+        A folder that is a link, or one in which a folder, a pipe or a device stands.
+    """
+    folders = sorted({name.rpartition("/")[0] for name in every})
+    seen: set[str] = set()
+    for folder in folders:
+        parts = folder.split("/")
+        for depth in range(1, len(parts) + 1):
+            part = "/".join(parts[:depth])
+            if part not in seen:
+                seen.add(part)
+                if (root / part).is_symlink():
+                    raise StoreError(f"{root / part}: a link, not a folder; put the folder itself there")
+        try:
+            with os.scandir(root / folder) as entries:
+                odd = [e.name for e in entries if not e.is_file(follow_symlinks=False)]
+        except FileNotFoundError:
+            continue  # the query that needs it will say so
+        for name in odd:
+            path = root / folder / name
+            try:
+                regular = stat.S_ISREG(os.stat(path).st_mode)
+            except OSError:
+                regular = False
+            if not regular:
+                raise StoreError(f"{path}: not a regular file; move it out of the store")
+    return folders
