@@ -34,7 +34,7 @@ _ARROW = {
 
 @dataclass(frozen=True)
 class Column:
-    """A column: DuckDB type, unit ('' when it has none), what it means, and the format that brought it."""
+    """A column: DuckDB type, what it means, unit ('' when it has none), the format that brought it."""
 
     name: str
     type: str

@@ -14,7 +14,7 @@ import tempfile
 from collections.abc import Callable
 from importlib.resources import files as resources
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import duckdb
 import polars as pl
@@ -22,8 +22,12 @@ import polars as pl
 from canopy_store import store
 from canopy_store.errors import DataError, StoreError, UsageError
 from canopy_store.schema import COLUMNS, TABLES, view_columns
+from canopy_store.store import format1
 
 T = TypeVar("T")
+
+# Tables of which one row may stand in several files: a file of SQL says what the view shows.
+MERGED = ("prompts",)
 
 # In order: a view stands on tables and on views before it.
 VIEWS = (
@@ -53,18 +57,20 @@ def source(name: str) -> str:
 def connect(root: str | Path, *, incomplete: bool = False) -> duckdb.DuckDBPyConnection:
     """A DuckDB connection with every table and view of the store, closed to all other files.
 
+    It shows the store as its commits were when the connection was made: what is finished later is
+    shown by the next one.
+
     Parameters
     ----------
-    root : path of the store; where that is on object storage, the connection shows the files that
-        were there when it was made
+    root : path of the store
     incomplete : also shows rollouts of runs that are not complete
 
     Raises
     ------
     StoreError, DataError
-        No store, a newer format, or a file in it that is truncated or foreign.
+        No store, a newer format, or a record in it that cannot be read.
     """
-    root = store.snapshot(store.require(root))
+    root = store.require(root)
     con = duckdb.connect(config={"python_enable_replacements": False})
     con.execute("set temp_directory = ?", [os.path.join(tempfile.gettempdir(), "canopy-duckdb")])
     try:
@@ -74,17 +80,38 @@ def connect(root: str | Path, *, incomplete: bool = False) -> duckdb.DuckDBPyCon
             con.execute("set validate_external_file_cache = 'NO_VALIDATION'")
         else:
             root = root.resolve()
-        found = store.tables(root)
-        _check_files(con, found)
-        _create_views(con, found, str(root), incomplete)
+        shown = shown_files(root, incomplete)
+        allowed = [str(root)] if store.remote(root) else _folders(root, shown)
+        _create_views(con, root, shown)
     except duckdb.Error as error:
         con.close()
         raise explain(error) from None
-    # the pattern is checked as well as the files it finds, and brackets in it are escaped
-    con.execute("set allowed_directories = ?", [[str(root), glob.escape(str(root))]])
+    except BaseException:
+        con.close()
+        raise
+    con.execute("set allowed_directories = ?", [allowed])
     con.execute("set enable_external_access = false")
     con.execute("set lock_configuration = true")
     return con
+
+
+def shown_files(root: Path, incomplete: bool = False) -> dict[str, list[str]]:
+    """The files of each table that its view reads, relative to the store: those that records name."""
+    records = store.records(root)
+    shown = {table: store.names(records, table) for table in TABLES}
+    if incomplete:
+        begun = (run for run in store.runs(root) if not run["complete"])
+        shards = (path for run in begun for path in run["shards"])
+        shown["rollouts"] += [path.relative_to(root).as_posix() for path in shards]
+    return shown
+
+
+def _folders(root: Path, shown: dict[str, list[str]]) -> list[str]:
+    """The folders that a query may read in: those of the files shown, and no other."""
+    folders = store.check_folders(root, (name for names in shown.values() for name in names))
+    # the pattern is checked as well as the file that it leads to, and brackets in it are escaped
+    both = ({str(root / each), _pattern(root, each)} for each in folders)
+    return sorted(set().union(*both))
 
 
 def read(root: str | Path, relation: str, *, incomplete: bool = False) -> pl.DataFrame:
@@ -107,8 +134,13 @@ def read(root: str | Path, relation: str, *, incomplete: bool = False) -> pl.Dat
     return again(ask)
 
 
+def prompts(root: str | Path) -> dict[tuple[str, str], dict[str, Any]]:
+    """Every prompt's row, by task and prompt_id; each value is there where any ingest brought it."""
+    return {(row["task"], row["prompt_id"]): row for row in read(root, "prompts").to_dicts()}
+
+
 # What a reader hears of a file that it had listed and a compaction has since replaced.
-_GONE = ("No such file or directory", "No files found that match", "gone since it was listed")
+_GONE = ("No such file or directory", "No files found that match", "gone, by a compaction")
 
 
 def again(ask: Callable[[], T]) -> T:
@@ -133,22 +165,22 @@ def write_database(root: str | Path) -> Path | None:
         return None
     root = store.require(root).resolve()
     path = root / "canopy.duckdb"
-    before = os.getcwd()
-    with tempfile.TemporaryDirectory(prefix="canopy-") as scratch:
+    # of two that finish at once, the later one must have seen what the earlier one committed
+    with store.waiting(root, "canopy.duckdb"), tempfile.TemporaryDirectory(prefix="canopy-") as scratch:
         fresh = Path(scratch) / "canopy.duckdb"
         con = duckdb.connect()
         try:
-            os.chdir(root)  # views are bound as they are made, and these paths are relative
+            # views are bound as they are made, and their paths are relative
+            con.execute("set file_search_path = ?", [glob.escape(str(root))])
             con.execute(f"attach '{_literal(str(fresh))}' as canopy (storage_version 'v1.2.0')")
             con.execute("use canopy")
-            create_views(con, root, "", False)
+            _create_views(con, root, shown_files(root), relative=True)
             _comment(con)
             con.execute("use memory")
             con.execute("detach canopy")
         except duckdb.Error as error:
             raise explain(error) from None
         finally:
-            os.chdir(before)
             con.close()
         with store.replacing(path) as file:
             file.write(fresh.read_bytes())
@@ -170,47 +202,59 @@ def _literal(text: str) -> str:
     return text.replace("'", "''")
 
 
-def _pattern(table: str, prefix: str) -> str:
-    depth = "/*" * len(TABLES[table].partitions)
-    base = f"{glob.escape(prefix)}/" if prefix else ""
-    return _literal(f"{base}{table}{depth}/*.parquet")
+def _pattern(root: Path, name: str) -> str:
+    """What DuckDB takes for the file of this name: brackets of the store's own path are escaped."""
+    return f"{glob.escape(str(root))}/{name}"
 
 
-def _check_files(con: duckdb.DuckDBPyConnection, found: dict[str, list[Path]]) -> None:
-    """Raises the clear error for the first file whose label is not one this package can read."""
-    for table, files in found.items():
-        unsure = {str(path): path for path in files if not store.ends_labelled(path, table)}
-        if not unsure:
-            continue
-        try:
-            labelled = con.execute(
-                "select file_name, value::varchar from parquet_kv_metadata(?)"
-                " where key = 'canopy_schema'::blob",
-                [[glob.escape(name) for name in unsure]],
-            ).fetchall()
-        except duckdb.Error:
-            labelled = []
-        expected = f"{table}:{store.FORMAT_VERSION}"
-        good = {name for name, label in labelled if label == expected}
-        for name, path in unsure.items():
-            if name not in good:
-                store.check_file(path, table)
-
-
-def create_views(con: duckdb.DuckDBPyConnection, root: Path, prefix: str, incomplete: bool) -> None:
-    """Makes every macro, table view and view in the database."""
-    _create_views(con, store.tables(root), prefix, incomplete)
+def create_views(con: duckdb.DuckDBPyConnection, root: Path) -> None:
+    """Makes every macro, table view and view of a store in a database that can read its files."""
+    _create_views(con, root, shown_files(root))
 
 
 def _create_views(
-    con: duckdb.DuckDBPyConnection, found: dict[str, list[Path]], prefix: str, incomplete: bool
+    con: duckdb.DuckDBPyConnection, root: Path, shown: dict[str, list[str]], relative: bool = False
 ) -> None:
     # A view is bound as it is made, files and all: on empty tables first that costs nothing
+    old = format1.is_old(root)
     statements = [source("macros")]
-    statements += [_table_view(table, False, prefix, incomplete) for table in TABLES]
+    statements += [_table_view(table, None, old) for table in TABLES]
     statements += [f"create or replace view {view} as {source(view)}" for view in VIEWS]
-    statements += [_table_view(table, True, prefix, incomplete) for table in TABLES if found[table]]
     con.execute(";\n".join(statements))
+    for table, names in shown.items():
+        if not names:
+            continue
+        if relative:
+            listed = ", ".join(f"'{_literal(name)}'" for name in names)
+            con.execute(_table_view(table, f"[{listed}]", old))
+        else:
+            # in a variable, for lists of thousands in a view's text are parsed with every query
+            variable = f"canopy_{table}"
+            paths = [_pattern(root, name) for name in names]
+            con.execute(f"set variable {variable} = ?", [paths[:1]])
+            con.execute(_table_view(table, f"getvariable('{variable}')", old))
+            con.execute(f"set variable {variable} = ?", [paths])
+
+
+def _table_view(table: str, files: str | None, old: bool) -> str:
+    """The statement that makes a table's view over ``files``, an SQL list of paths; None for no rows."""
+    columns = view_columns(table)
+    if files is None:
+        # no file can be bound: a typed view of no rows stands in
+        empty = ", ".join(f'null::{c.type} as "{c.name}"' for c in columns)
+        return f"create or replace view {table} as select {empty} where false"
+    keys = format1.partitions(table) if old else TABLES[table].partitions
+    hive = ", ".join(f"'{key}': varchar" for key in keys)
+    options = f", hive_partitioning = true, hive_types = {{{hive}}}" if keys else ""
+    shown = []
+    for c in columns:
+        # the path's own value, by which whole files are left unopened
+        value = '"run"' if c.name == "run_id" and "run" in keys else f'"{c.name}"'
+        shown.append(f'{"null" if old and c.since > 1 else value}::{c.type} as "{c.name}"')
+    text = f"select {', '.join(shown)} from read_parquet({files}{options})"
+    if table in MERGED:
+        text = f"with stored as ({text}) {source(table)}"
+    return f"create or replace view {table} as {text}"
 
 
 def _comment(con: duckdb.DuckDBPyConnection) -> None:
@@ -228,28 +272,3 @@ def _comment(con: duckdb.DuckDBPyConnection) -> None:
         text = f"{column.doc} [{column.unit}]" if column.unit else column.doc
         statements.append(f"comment on column {relation}.\"{name}\" is '{_literal(text)}'")
     con.execute(";\n".join(statements))
-
-
-def table_view(root: Path, table: str, prefix: str, incomplete: bool) -> str:
-    """The statement that makes a table's view; ``prefix`` is the store's path, or empty for relative."""
-    return _table_view(table, bool(store.files(root, table)), prefix, incomplete)
-
-
-def _table_view(table: str, stored: bool, prefix: str, incomplete: bool) -> str:
-    columns = view_columns(table)
-    if not stored:
-        # a glob that matches nothing fails: a typed view of no rows stands in
-        empty = ", ".join(f'null::{c.type} as "{c.name}"' for c in columns)
-        return f"create or replace view {table} as select {empty} where false"
-    keys = TABLES[table].partitions
-    hive = ", ".join(f"'{key}': varchar" for key in keys)
-    options = f", hive_partitioning = true, hive_types = {{{hive}}}" if keys else ""
-    names = ", ".join(f'"{c.name}"::{c.type} as "{c.name}"' for c in columns)
-    scan = f"read_parquet('{_pattern(table, prefix)}'{options})"
-    text = f"create or replace view {table} as select {names} from {scan}"
-    if table == "prompts":
-        # the same prompt may stand in the files of several ingests
-        text += " qualify row_number() over (partition by task, prompt_id order by source) = 1"
-    if "run" in keys and not incomplete:
-        text += " where run_id in (select run_id from runs)"
-    return text

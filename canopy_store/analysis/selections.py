@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import glob
 import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -184,33 +183,30 @@ def _keep(root: Path, name: str, rule: Mapping[str, Any], chosen: pl.DataFrame) 
     store.check_name("--name", name)
     if name == "all":
         raise UsageError("--name all: that is every rollout; give another name")
+    root = store.writable(root)
     store.plan(root, "selection", name, dict(rule))
-    with store.holding(root, *chosen["run_id"].unique().to_list()):
-        for (run_id,), rows in chosen.group_by(["run_id"], maintain_order=True):
-            path = store.shard_path(store.folder(root, "selections", selection=name, run=str(run_id)), 0)
-            store.remove_leftovers(path.parent)
-            rows = rows.sort("prompt_id", "sample")
-            if store.exists(path):
-                if pl.DataFrame(store.read_rows(path)).equals(rows.select(_KEYS)):
-                    continue
-                pattern = f"selection={glob.escape(store.quoted(name))}/{glob.escape(path.parent.name)}"
-                for stale in store.matching(root / "embedding_spectra", f"*/{pattern}/*.parquet"):
-                    stale.unlink()
-            store.write_rows(path, "selections", {key: rows[key].to_arrow() for key in _KEYS})
-        for embedder, run_id, shard in _embedded(root, chosen["run_id"].unique().to_list()):
-            add_spectra(root, embedder, run_id, shard)
+    for (run_id,), rows in chosen.group_by(["run_id"], maintain_order=True):
+        with store.holding(root, str(run_id)):
+            _keep_run(root, name, str(run_id), rows.sort("prompt_id", "sample"), rule)
+            add_spectra(root, str(run_id))
     sql.write_database(root)
     return name
 
 
-def _embedded(root: Path, run_ids: Iterable[str]) -> list[tuple[str, str, int]]:
-    """Every embedded shard of these runs, as (embedder, run id, shard number)."""
-    found = []
-    for where in store.matching(root / "embedding_spectra", "embedder=*"):
-        embedder = store.unquoted(where.name.partition("=")[2])
-        for run_id in sorted(run_ids):
-            folder = store.folder(
-                root, "embedding_spectra", embedder=embedder, selection="all", run=run_id
-            )
-            found += [(embedder, run_id, store.shard_number(shard)) for shard in store.shards(folder)]
-    return found
+def _keep_run(root: Path, name: str, run_id: str, rows: pl.DataFrame, rule: Mapping[str, Any]) -> None:
+    """Commits a run's chosen rollouts, unless these very ones are."""
+    keys = {"selection": name, "run": run_id}
+    old = store.record(root, "selections", **keys)
+    if old is not None:
+        stored = pl.concat(
+            [pl.DataFrame(store.read_rows(root / each, list(_KEYS))) for each in old.of("selections")]
+        )
+        if stored.equals(rows.select(_KEYS)):
+            return
+        for stale in store.records(root, "embedding_spectra", **keys):
+            store.remove_record(root, stale)
+    path = store.shard_path(store.folder(root, "selections", **keys), store.fresh_number(old))
+    store.write_rows(path, "selections", {key: rows[key].to_arrow() for key in _KEYS})
+    store.commit(root, "selections", keys, [path], rule)
+    if old is not None:
+        store.remove_unnamed(root, old.files)

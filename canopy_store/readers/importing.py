@@ -7,7 +7,8 @@ so that memory stays bounded and every check is made before anything is stored.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +30,16 @@ from canopy_store.readers.staging import (
     decoding,
     parquet_schema,
 )
+from canopy_store.schema import TABLES
 from canopy_store.store.embeddings import write_embeddings
 from canopy_store.store.rollouts import write_shard
 
 _KEYS = (*NAMES, "prompt_id", "sample")
 _ROLLOUT = ("text", "n_tokens", "finish_reason", *LISTS)
+_GRADE = ("answer", "correct", "score")
+_STORED = {*_ROLLOUT, *_GRADE, "reward", "where", "embedding"}
+# kind of record and its key besides the run: the files of it
+_Files = defaultdict[tuple[str, str], list[Path]]
 _OF_THE_RUN = ("model", "temperature", "top_k", "top_p", "max_new_tokens")
 _ROLLOUTS_PER_SHARD = 8192
 
@@ -56,6 +62,7 @@ def import_rollouts(
     run: str | None = None,
     embedder: str = "imported",
     reward_model: str = "imported",
+    grader: str = "imported",
     on_shard: Callable[[int, int], None] | None = None,
     say: Callable[[str], None] | None = None,
 ) -> list[str]:
@@ -80,7 +87,8 @@ def import_rollouts(
         rollouts known as text alone (the sampled ones may have been others)
     max_new_tokens : marks rollouts of this length as cut, where finish_reason is absent
     run : name of the run; needs a source of one family, variant and task
-    embedder, reward_model : names under which embeddings and rewards are kept
+    embedder, reward_model, grader : names under which embeddings, rewards and grades (columns correct,
+        score and answer) are kept
     on_shard : called with (rollouts done, rollouts in all)
     say : called with a line on what was left out
 
@@ -103,6 +111,7 @@ def import_rollouts(
     _check_policy(policy, "--{}", UsageError)
     store.check_name("--embedder", embedder)
     store.check_name("--reward-model", reward_model)
+    store.check_name("--grader", grader)
     names = {"family": family, "variant": variant, "task": task}
     told = {k: v for k, v in {**names, **policy}.items() if v is not None}
     notes: list[str] = []  # said once all is stored: a refusal is one line
@@ -113,6 +122,7 @@ def import_rollouts(
             "source_sha256": _hash(path, files),
             "embedder": embedder,
             "reward_model": reward_model,
+            **({"grader": grader} if grader != "imported" else {}),
             **{
                 k: v
                 for k, v in {
@@ -155,9 +165,7 @@ def _store(
         of_run = _of_the_run(group, path, told)
         run_id = store.check_name("--run", run or ".".join(of_run[name] for name in NAMES))
         jobs.append(({"run_id": run_id, **common, **of_run}, group))
-    root = store.init(root)
-    with store.holding(root, *(settings["run_id"] for settings, _ in jobs)):
-        return _store_jobs(root, path, file, schema, jobs, len(keys), on_shard)
+    return _store_jobs(store.init(root), path, file, schema, jobs, len(keys), on_shard)
 
 
 def _store_jobs(
@@ -169,22 +177,25 @@ def _store_jobs(
     rollouts: int,
     on_shard: Callable[[int, int], None] | None,
 ) -> list[str]:
-    """Stores each job's run: settings and rows."""
-    for settings, _ in jobs:
-        store.forget_unfinished(root, settings["run_id"], engine="import")
-        store.plan(root, "run", settings["run_id"], settings)
+    """Stores the run of each job; none is shown before all of the source proves good."""
     done = 0
-    wanted = {*_ROLLOUT, "reward", "where", "embedding"}
-    columns = [name for name in schema.names if name.partition(".")[0] in wanted]
+    written: list[_Files] = []
+    columns = [name for name in schema.names if name.partition(".")[0] in _STORED]
     for settings, group in jobs:
-        for number, rows in enumerate(_shards(group)):
-            if not store.is_complete(root, settings["run_id"]):
-                _write(root, file, path, columns, settings, number, rows)
-            done += len(rows)
-            if on_shard:
-                on_shard(done, rollouts)
-    for settings, group in jobs:
-        _complete(root, file, path, schema, settings, group)
+        run_id, files = settings["run_id"], _Files(list)
+        with store.holding(root, run_id):
+            store.forget_unfinished(root, run_id, engine="import")
+            store.plan(root, "run", run_id, settings)
+            for number, rows in enumerate(_shards(group)):
+                if not store.is_complete(root, run_id):
+                    _write(root, file, path, columns, settings, number, rows, files)
+                done += len(rows)
+                if on_shard:
+                    on_shard(done, rollouts)
+        written.append(files)
+    for (settings, group), files in zip(jobs, written, strict=True):
+        with store.holding(root, settings["run_id"]):
+            _complete(root, file, path, schema, settings, group, files)
     sql.write_database(root)
     return [settings["run_id"] for settings, _ in jobs]
 
@@ -248,8 +259,20 @@ def _check_schema(file: Path, path: Path) -> pa.Schema:
         "prompt_id": (lambda k: _is_text(k) or _is_whole(k), "text or integers"),
         **dict.fromkeys(NAMES, (_is_text, "text")),
         **dict.fromkeys(("n_tokens", "top_k", "max_new_tokens"), (_is_whole, "integers")),
-        **dict.fromkeys(("temperature", "top_p", "reward"), (_is_number, "numbers")),
-        **dict.fromkeys(("text", "finish_reason", "prompt", "messages", "model"), (_is_text, "text")),
+        **dict.fromkeys(("temperature", "top_p", "reward", "score"), (_is_number, "numbers")),
+        "correct": (lambda k: _is_number(k) or pa.types.is_boolean(k), "true or false"),
+        **dict.fromkeys(
+            (
+                "text",
+                "finish_reason",
+                "prompt",
+                "messages",
+                "model",
+                "answer",
+                "reference",
+            ),
+            (_is_text, "text"),
+        ),
     }
     for name, kind in zip(schema.names, schema.types, strict=True):
         rule = wanted["entropy"] if name.partition(".")[0] == "embedding" else wanted.get(name)
@@ -357,6 +380,7 @@ def _write(
     settings: dict[str, Any],
     shard: int,
     rows: pl.DataFrame,
+    files: _Files,
 ) -> None:
     run_id = settings["run_id"]
     where = store.folder(root, "rollouts", run=run_id, **{k: settings[k] for k in NAMES})
@@ -389,32 +413,55 @@ def _write(
         "finish_reason": _finish_reasons(record, settings["max_new_tokens"], names),
     }
     write_shard(store.shard_path(where, shard), record, names)
+    files["rollouts", run_id].append(store.shard_path(where, shard))
     for column in columns:
         kind, _, embedder = column.partition(".")
         if kind == "embedding" and data[column].null_count < len(rows):
+            embedder = embedder or settings["embedder"]
             matrix = _matrix(data[column], names)
-            write_embeddings(
-                root,
-                embedder or settings["embedder"],
-                run_id,
-                shard,
-                record["prompt_id"],
-                record["sample"],
-                matrix,
+            files["embeddings", embedder] += write_embeddings(
+                root, embedder, run_id, shard, record["prompt_id"], record["sample"], matrix
             )
-    if "reward" in columns and data["reward"].null_count < len(rows):
-        known = data["reward"].is_valid().to_numpy()
-        where = store.folder(root, "rewards", reward_model=settings["reward_model"], run=run_id)
-        store.write_rows(
-            store.shard_path(where, shard),
-            "rewards",
-            {
-                "run_id": [run_id] * int(known.sum()),
-                "prompt_id": rows["prompt_id"].filter(known).to_list(),
-                "sample": rows["sample"].filter(known).to_list(),
-                "reward": data["reward"].filter(pa.array(known)).cast(pa.float64(), safe=False),
-            },
+    of_rollout = {key: record[key] for key in ("run_id", "prompt_id", "sample")}
+    if "reward" in columns:
+        reward = {"reward": data["reward"].cast(pa.float64(), safe=False)}
+        _write_known(root, "rewards", settings["reward_model"], shard, {**of_rollout, **reward}, files)
+    if {"correct", "score"} & set(columns):
+        grade = {name: _grade(data[name], name, names) for name in _GRADE if name in columns}
+        _write_known(
+            root, "grades", settings.get("grader", "imported"), shard, {**of_rollout, **grade}, files
         )
+
+
+def _write_known(
+    root: Path, table: str, name: str, shard: int, columns: dict[str, Any], files: _Files
+) -> None:
+    """Writes those rows of a shard that have a value in one of the columns after the keys."""
+    rows = pl.DataFrame({key: pl.Series(values) for key, values in columns.items()})
+    values = [key for key in columns if key not in ("run_id", "prompt_id", "sample", "answer")]
+    rows = rows.filter(pl.any_horizontal(pl.col(key).is_not_null() for key in values))
+    if len(rows):
+        key = TABLES[table].partitions[0]
+        run_id = columns["run_id"][0]
+        path = store.shard_path(store.folder(root, table, **{key: name, "run": run_id}), shard)
+        store.write_rows(path, table, {key: rows[key].to_arrow() for key in columns})
+        files[table, name].append(path)
+
+
+def _grade(values: pa.ChunkedArray, name: str, names: list[str]) -> pa.Array:
+    """A column of grades: answers as text, scores as numbers, correct as booleans, also of 0 and 1."""
+    listed = values.to_pylist()
+    if name == "correct":
+        for where, value in zip(names, listed, strict=True):
+            if value not in (None, 0, 1):
+                raise DataError(f"{where}: correct is {value}, needs true or false")
+        return pa.array([None if value is None else bool(value) for value in listed], pa.bool_())
+    if name == "answer":
+        return pa.array([None if value is None else str(value) for value in listed], pa.string())
+    for where, value in zip(names, listed, strict=True):
+        if value is not None and not math.isfinite(value):
+            raise DataError(f"{where}: score is {value}, needs a finite number")
+    return pa.array([None if value is None else float(value) for value in listed], pa.float64())
 
 
 def _check_tokens(record: dict[str, Any], names: list[str]) -> None:
@@ -468,58 +515,68 @@ def _matrix(lists: pa.ChunkedArray, names: list[str]) -> np.ndarray:
 
 
 def _complete(
-    root: Path, file: Path, path: Path, schema: pa.Schema, settings: dict[str, Any], group: pl.DataFrame
+    root: Path,
+    file: Path,
+    path: Path,
+    schema: pa.Schema,
+    settings: dict[str, Any],
+    group: pl.DataFrame,
+    files: _Files,
 ) -> None:
+    """Commits a run and what came with it; its rollouts last, so that all of it appears at once."""
     run_id = settings["run_id"]
     if store.is_complete(root, run_id):
         return
-    model_id = store.add_model(
-        root,
-        {
-            **{k: settings[k] for k in ("family", "variant")},
-            "source": settings.get("model"),
-        },
+    names = {name: settings[name] for name in NAMES}
+    model = {"family": names["family"], "variant": names["variant"], "source": settings.get("model")}
+    model_id = store.add_model(root, model)
+    prompts = store.add_prompts(
+        root, settings["task"], _prompts(root, file, path, schema, settings, group)
     )
-    store.add_prompts(root, settings["task"], _new_prompts(root, file, path, schema, settings, group))
-    where = store.folder(root, "rollouts", run=run_id, **{k: settings[k] for k in NAMES})
-    store.complete_run(
-        root,
-        where,
-        {
-            **{k: settings.get(k) for k in ("run_id", *NAMES, *PLAIN, "max_new_tokens")},
-            "model_id": model_id,
-            "rendering": "import",
-            "engine": "import",
-            "settings": store.canonical(settings),
-            "versions": "{}",
-        },
-    )
-
-
-def _new_prompts(
-    root: Path, file: Path, path: Path, schema: pa.Schema, settings: dict[str, Any], group: pl.DataFrame
-) -> list[dict[str, Any]]:
-    """The prompts of a run; the text of one that is stored with another is left as it stands."""
-    said: dict[str, dict[str, Any]] = {}
-    columns = {"prompt": "text", "messages": "messages"}
-    there = [name for name in columns if name in schema.names]
-    if there:
-        with decoding(path):
-            for batch in ds.dataset(file).to_batches(["prompt_id", *there], filter=_of(settings)):
-                ids = batch["prompt_id"].cast(pa.string()).to_pylist()
-                rest = [batch[name].to_pylist() for name in there]
-                for prompt_id, *values in zip(ids, *rest, strict=True):
-                    said.setdefault(
-                        prompt_id, {columns[n]: v for n, v in zip(there, values, strict=True)}
-                    )
-    known = {
-        row["prompt_id"]
-        for stored in store.files(root, "prompts")
-        if stored.parent == store.folder(root, "prompts", task=settings["task"])
-        for row in store.read_rows(stored).to_pylist()
-        if row["text"] or row["messages"]
+    for (table, name), made in files.items():
+        if table != "rollouts":
+            key = TABLES[table].partitions[0]
+            store.commit(root, table, {key: name, "run": run_id}, made, {key: name, "engine": "import"})
+    row = {
+        **{k: settings.get(k) for k in ("run_id", *NAMES, *PLAIN, "max_new_tokens")},
+        "model_id": model_id,
+        "rendering": "import",
+        "engine": "import",
+        "settings": store.canonical(settings),
+        "versions": "{}",
     }
-    return [
-        {"prompt_id": p, "source": path.name, **({} if p in known else said.get(p, {}))}
-        for p in group["prompt_id"].unique()
-    ]
+    store.complete_run(root, files["rollouts", run_id], row, settings, prompts)
+
+
+_PROMPT = {"prompt": "text", "messages": "messages", "reference": "reference"}
+
+
+def _prompts(
+    root: Path,
+    file: Path,
+    path: Path,
+    schema: pa.Schema,
+    settings: dict[str, Any],
+    group: pl.DataFrame,
+) -> list[dict[str, Any]]:
+    """The prompts of a run, with what the source says of them."""
+    said: dict[str, dict[str, Any]] = {}
+    given = [name for name in _PROMPT if name in schema.names]
+    if given:
+        with decoding(path):
+            for batch in ds.dataset(file).to_batches(["prompt_id", *given], filter=_of(settings)):
+                ids = batch["prompt_id"].cast(pa.string()).to_pylist()
+                values = [batch[name].to_pylist() for name in given]
+                for prompt_id, *row in zip(ids, *values, strict=True):
+                    said.setdefault(prompt_id, {_PROMPT[n]: v for n, v in zip(given, row, strict=True)})
+    # what is stored with another text keeps it
+    stored = sql.prompts(root)
+    asked = [p for p in group["prompt_id"].unique(maintain_order=True)]
+    known = {p for p in asked if _has_text(stored.get((settings["task"], p), {}))}
+    for prompt_id in known & said.keys():
+        said[prompt_id] = {k: v for k, v in said[prompt_id].items() if k == "reference"}
+    return [{"prompt_id": p, "source": path.name, **said.get(p, {})} for p in asked]
+
+
+def _has_text(prompt: Mapping[str, Any]) -> bool:
+    return bool(prompt.get("text") or prompt.get("messages"))

@@ -69,7 +69,7 @@ from canopy_store.store.layout import (
     shard_path,
     unquoted,
 )
-from canopy_store.store.locks import holding, lock_path
+from canopy_store.store.locks import holding, lock_path, waiting
 from canopy_store.store.parquet import check_file, read_rows, write_rows, write_table
 from canopy_store.store.plans import plan, plans, read_plan, require_own_name
 
@@ -139,6 +139,7 @@ __all__ = [
     "table_rows",
     "uncommitted",
     "unquoted",
+    "waiting",
     "writable",
     "write_json",
     "write_record",

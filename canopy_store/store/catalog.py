@@ -13,8 +13,10 @@ from canopy_store.store.commits import (
     Record,
     commit,
     files,
+    orphans,
     record,
     records,
+    remove_record,
     uncommitted,
 )
 from canopy_store.store.files import exists, locate, matching, reaching, remote, write_json, writing
@@ -266,6 +268,9 @@ def forget_unfinished(root: Path, run_id: str, engine: str) -> None:
         return
     if read_plan(path)["settings"]["engine"] != engine:
         return
+    for old in orphans(root):
+        if old.run == run_id:
+            remove_record(root, old)
     for file in uncommitted(root, run_id):
         file.unlink()
     path.unlink()

@@ -24,7 +24,7 @@ from canopy_store.errors import DataError, StoreError
 from canopy_store.schema import FORMAT_VERSION, TABLES
 from canopy_store.store import format1
 from canopy_store.store.files import exists, reaching, read_json, read_many, remote, sha256, write_json
-from canopy_store.store.layout import commit_path, now, quoted, shard_number
+from canopy_store.store.layout import commit_path, now, quoted, shard_number, unquoted
 from canopy_store.store.parquet import check_file
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -115,9 +115,10 @@ def read_record(path: Path, value: Any = None) -> Record:
         version, kind, keys = value["version"], value["kind"], value["keys"]
         if type(version) is int and version > FORMAT_VERSION:
             raise DataError(f"{path}: format version {version}; upgrade: pip install -U canopy-store")
-        record = Record(kind, keys, value["files"], value["settings"], value["committed_at"])
-        if tuple(keys) != TABLES[kind].commit or not all(type(v) is str and v for v in keys.values()):
+        if {*keys} != {*TABLES[kind].commit} or not all(type(v) is str and v for v in keys.values()):
             raise ValueError
+        keys = {key: keys[key] for key in TABLES[kind].commit}
+        record = Record(kind, keys, value["files"], value["settings"], value["committed_at"])
         if not isinstance(record.settings, dict) or tuple(path.parts[-2 - len(keys) :]) != (
             record.path(Path()).parts
         ):
@@ -141,7 +142,8 @@ def _check_entry(name: str, said: Mapping[str, Any], run: str | None) -> None:
 def records(root: Path, kind: str | None = None, **keys: str) -> list[Record]:
     """The store's records of this kind and these keys (of all, by default), in path order.
 
-    Those whose parent is not there are left out: the run was removed, or has not come yet.
+    Those whose parent is not there are left out: the run was removed, or has not come yet. Only those
+    that are asked for are read.
 
     Raises
     ------
@@ -149,16 +151,32 @@ def records(root: Path, kind: str | None = None, **keys: str) -> list[Record]:
         One that cannot be read.
     """
     if format1.is_old(root):
-        every = [Record(*found) for found in format1.records(root)]
-    else:
-        every = [read_record(path, value) for path, value in _read_all(root)]
-    there = {(record.kind, record.run) for record in every}
-    return [
-        record
-        for record in every
-        if (parent := TABLES[record.kind].parent) is None or (parent, record.run) in there
-        if kind in (None, record.kind) and keys.items() <= record.keys.items()
-    ]
+        return [
+            old
+            for old in (Record(*each) for each in format1.records(root))
+            if kind in (None, old.kind) and keys.items() <= old.keys.items()
+        ]
+    paths = record_paths(root)
+    there = {_place(path, root) for path in paths}
+    wanted = []
+    for path in paths:
+        of, _, run = _place(path, root)
+        parent = TABLES[of].parent if of in TABLES else None
+        if (
+            kind in (None, of)
+            and keys.get("run", run) == run
+            and (parent is None or (parent, f"run={quoted(run)}.json", run) in there)
+        ):
+            wanted.append(path)
+    every = (read_record(path, value) for path, value in _read_all(root, wanted))
+    return [each for each in every if keys.items() <= each.keys.items()]
+
+
+def _place(path: Path, root: Path) -> tuple[str, str, str]:
+    """A record's kind, its place under that, and its run ('' where it is of none), from its path."""
+    kind, *folders, last = path.relative_to(root / "commits").parts
+    run = unquoted(last[4:-5]) if last.startswith("run=") else ""
+    return kind, "/".join([*folders, last]), run
 
 
 def orphans(root: Path) -> list[Record]:
@@ -171,7 +189,7 @@ def orphans(root: Path) -> list[Record]:
             every.append(read_record(path))
         except (DataError, FileNotFoundError):
             continue
-    there = {(record.kind, record.run) for record in every}
+    there = {(each.kind, each.run) for each in every}
     return [r for r in every if (p := TABLES[r.kind].parent) is not None and (p, r.run) not in there]
 
 
@@ -211,8 +229,7 @@ def _walk(root: Path) -> Iterator[Path]:
             continue
 
 
-def _read_all(root: Path) -> Iterator[tuple[Path, Any]]:
-    paths = record_paths(root)
+def _read_all(root: Path, paths: list[Path]) -> Iterator[tuple[Path, Any]]:
     if remote(root):
         yield from zip(paths, read_many(paths), strict=True)
         return
@@ -281,7 +298,7 @@ def remove_empty(root: Path, folder: Path) -> None:
 
 def uncommitted(root: Path, run_id: str) -> list[Path]:
     """A run's files that no record names: of jobs that are under way or were stopped."""
-    named = {name for each in records(root) if each.run == run_id for name in each.files}
+    named = {name for each in records(root, run=run_id) for name in each.files}
     last = glob.escape(f"run={quoted(run_id)}")
     paths: list[Path] = []
     for table, definition in TABLES.items():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from canopy_store.errors import ConflictError, StoreError
@@ -47,6 +47,25 @@ def holding(
                     f"{run_id}; where none does, pass --without-locks"
                 )
         yield
+
+
+@contextmanager
+def waiting(root: Path, name: str) -> Iterator[None]:
+    """Waits for others that do the same thing to a store, where there are locks; then is alone."""
+    try:
+        import fcntl
+
+        (root / ".work").mkdir(exist_ok=True)
+        file = os.open(root / ".work" / f"{name}.lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+    except (ImportError, OSError):
+        yield
+        return
+    try:
+        with suppress(OSError):
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(file)
 
 
 def lock_path(root: Path, run_id: str) -> Path:
