@@ -99,6 +99,13 @@ def init(root: str) -> None:
     metavar="NAME",
     help="Name for the column reward.",
 )
+@click.option(
+    "--grader",
+    default="imported",
+    show_default=True,
+    metavar="NAME",
+    help="Name for the columns correct, score and answer.",
+)
 def import_command(source: str, root: str, tokenizer: str | None, **options: Any) -> None:
     """Bring your own rollouts from the file or folder PATH.
 
@@ -186,11 +193,11 @@ def status_command(root: str, form: str) -> None:
     print_rows(duckdb.from_arrow(frame.to_arrow()), form)
     if form == "table":
         total = frame.select("rollouts", "tokens", "bytes").sum().row(0)
-        there = store.locate(root)
-        found = store.tables(store.snapshot(there))
-        size = sum(path.stat().st_size for paths in found.values() for path in paths)
+        there = store.require(root)
+        entries = {name: said for each in store.records(there) for name, said in each.files.items()}
+        size = sum(said["bytes"] or 0 for said in entries.values())
         click.echo(f"{len(frame)} runs, {total[0]:,} rollouts, {total[1]:,} tokens, {size:,} bytes")
-        shards = len(found["rollouts"])
+        shards = sum(name.startswith("rollouts/") for name in entries)
         if shards >= MANY_SHARDS and total[2] < shards << 20 and not store.remote(there):
             click.echo(
                 f"{shards:,} shards of less than a MiB: queries are quicker once they are few: "

@@ -2,30 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from sentence_transformers import SentenceTransformer
 
-from canopy_store import sql, store
-from canopy_store.errors import DataError, StoreError
+from canopy_store import store
+from canopy_store.errors import StoreError
 from canopy_store.ingest import models
+from canopy_store.ingest.jobs import (
+    Columns,
+    Group,
+    Job,
+    Unit,
+    commit_shards,
+    rollout_groups,
+    run_job,
+    text_of,
+)
 from canopy_store.ingest.progress import Progress
-from canopy_store.store.embeddings import add_spectra, write_embeddings
+from canopy_store.store.embeddings import add_spectra, embedding_paths, write_embeddings
 
 
-def ingest_embeddings(
-    root: str | Path,
-    embedder: str,
-    *,
-    name: str | None = None,
-    prompt_prefix: str = "",
-    runs: tuple[str, ...] = (),
-    device: str | None = None,
-    batch_size: int = 64,
-    progress: Progress | None = None,
-) -> str:
+def ingest_embeddings(root: str | Path, embedder: str, **options: Any) -> str:
     """The name under which the embeddings of all complete runs' rollouts are now stored.
 
     Shards already embedded are skipped, so it resumes, and picks up runs added since.
@@ -37,6 +36,8 @@ def ingest_embeddings(
     name : name in the store; by default the folder's or hub id's last part
     prompt_prefix : put before each text, for embedders trained with one
     runs : run ids; by default every complete run
+    device, batch_size : of the embedder
+    shard, executor, workers, progress : as of `canopy_store.ingest.jobs.run_job`
 
     Raises
     ------
@@ -45,60 +46,79 @@ def ingest_embeddings(
     DataError
         A rollout without text.
     """
-    progress = progress or Progress()
-    root = store.require(root)
+    return run_job(root, open_embeddings, {"embedder": embedder, **options})
+
+
+def open_embeddings(
+    root: str | Path,
+    embedder: str,
+    *,
+    name: str | None = None,
+    prompt_prefix: str = "",
+    runs: tuple[str, ...] = (),
+    device: str | None = None,
+    batch_size: int = 64,
+    progress: Progress,
+) -> Job:
+    """The job of `ingest_embeddings`, its model loaded."""
+    root = store.writable(root)
     path = models.resolve_model(embedder)
-    name = store.check_name("--name", name or models.short_name(embedder))
-    with store.using_runs(root, runs) as chosen:
-        weights = sorted(path.rglob("*.safetensors"))
-        if not weights:
-            raise StoreError(f"{path}: no *.safetensors; pickled weights are not loaded")
-        settings = {
-            "embedder": name,
-            "weights_sha256": store.content_id([store.sha256(file) for file in weights]),
-            "prompt_prefix": prompt_prefix,
-        }
-        try:
-            encoder = SentenceTransformer(
-                str(path),
-                device=device or models.default_device(),
-                trust_remote_code=False,
-                local_files_only=True,
-                model_kwargs={"use_safetensors": True},
-            )
-        except (OSError, ValueError, KeyError, ImportError) as error:
-            raise StoreError(f"{path}: cannot be loaded: {' '.join(str(error).split())[:300]}") from None
-        if encoder.tokenizer is not None and getattr(encoder.tokenizer, "pad_token", "") is None:
-            # texts of several lengths share a batch: any token can fill, the mask hides it
-            encoder.tokenizer.pad_token = encoder.tokenizer.eos_token or encoder.tokenizer.unk_token
-        store.plan(root, "embedder", name, settings)
+    name = name or models.short_name(embedder)
+    weights = sorted(path.rglob("*.safetensors"))
+    if not weights:
+        raise StoreError(f"{path}: no *.safetensors; pickled weights are not loaded")
+    settings = {
+        "embedder": name,
+        "weights_sha256": store.content_id([store.sha256(file) for file in weights]),
+        "prompt_prefix": prompt_prefix,
+    }
+    try:
+        encoder = SentenceTransformer(
+            str(path),
+            device=device or models.default_device(),
+            trust_remote_code=False,
+            local_files_only=True,
+            model_kwargs={"use_safetensors": True},
+        )
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise StoreError(f"{path}: cannot be loaded: {' '.join(str(error).split())[:300]}") from None
+    if encoder.tokenizer is not None and getattr(encoder.tokenizer, "pad_token", "") is None:
+        # texts of several lengths share a batch: any token can fill, the mask hides it
+        encoder.tokenizer.pad_token = encoder.tokenizer.eos_token or encoder.tokenizer.unk_token
 
-        def spectra(run: Mapping[str, Any], number: int) -> Path:
-            keys = {"embedder": name, "selection": "all", "run": run["run_id"]}
-            return store.shard_path(store.folder(root, "embedding_spectra", **keys), number)
+    def rows(unit: Unit, progress: Progress) -> tuple[Columns, int]:
+        part = store.read_rows(unit.source, ["prompt_id", "sample", "text", "n_tokens"]).to_pydict()
+        texts = text_of(part, "text", "text to embed", unit.group.run_id)
+        part["embedding"] = encoder.encode(
+            [prompt_prefix + text for text in texts],
+            batch_size=batch_size,
+            normalize_embeddings=True,
+            convert_to_numpy=True,
+            show_progress_bar=False,
+        )
+        tokens = sum(part["n_tokens"])
+        progress.tokens(tokens)
+        return part, tokens
 
-        todo, done = store.shards_to_do(chosen, spectra)
-        for shard in done:
-            add_spectra(root, name, shard.run["run_id"], shard.number)
-        progress.start(sum(s.rows for s in (*todo, *done)), sum(s.rows for s in done))
-        for shard in todo:
-            run_id = shard.run["run_id"]
-            part = store.read_rows(shard.source, ["prompt_id", "sample", "text", "n_tokens"]).to_pydict()
-            if None in part["text"]:
-                at = part["text"].index(None)
-                raise DataError(
-                    f"run {run_id}: prompt {part['prompt_id'][at]} sample {part['sample'][at]} has no "
-                    "text to embed; choose other runs with --run"
-                )
-            matrix = encoder.encode(
-                [prompt_prefix + text for text in part["text"]],
-                batch_size=batch_size,
-                normalize_embeddings=True,
-                convert_to_numpy=True,
-                show_progress_bar=False,
-            )
-            write_embeddings(root, name, run_id, shard.number, part["prompt_id"], part["sample"], matrix)
-            progress.tokens(sum(part["n_tokens"]))
-            progress.rollouts(shard.rows)
-        sql.write_database(root)
-        return name
+    def write(unit: Unit, part: Columns) -> None:
+        of = (root, name, unit.group.run_id, unit.number)
+        write_embeddings(*of, part["prompt_id"], part["sample"], part["embedding"])
+
+    def finish(group: Group, shards: list[Path]) -> None:
+        numbers = map(store.shard_number, shards)
+        both = [path for n in numbers for path in embedding_paths(root, name, group.run_id, n)]
+        commit_shards(job, group, shards, both)
+
+    job = Job(
+        root,
+        "embeddings",
+        name,
+        settings,
+        rollout_groups(root, "embeddings", name, runs),
+        rows,
+        write,
+        finish,
+        after=lambda group, _: add_spectra(root, group.run_id),
+        device=str(encoder.device),
+    )
+    return job

@@ -1,7 +1,7 @@
-"""The ingest of rollouts on a Ray cluster: each worker loads the model once and samples whole shards.
+"""Any job on a Ray cluster: each worker loads the model once and makes whole shards.
 
-The driver hands out the numbers of the shards; the workers write them to the store, which every node
-must see under the same path, as it must the model and the prompts. A shard whose worker dies is given
+The driver hands out the shards; the workers write them to the store, which every node must see under the
+same path, as it must every file that the options name. A shard whose worker dies is given
 to another; a driver that dies leaves a store that any executor can finish.
 """
 
@@ -15,35 +15,39 @@ import re
 import socket
 import time
 from collections import Counter, deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
-from canopy_store import store
+from canopy_store import sql, store
 from canopy_store.errors import CanopyError, UsageError
+from canopy_store.ingest.jobs import Job, OpenJob, announce, complete, do_unit, ready, units_to_do
 from canopy_store.ingest.progress import Progress
-from canopy_store.ingest.rollouts import Run, prepare
 
 # So many workers may die over one shard, or one after the other before they are ready.
 ATTEMPTS = 3
 _NEWS_EVERY = 0.5  # seconds
 _PATIENCE = 60.0  # seconds without a worker, until the user is told
 
+_Shard = tuple[int, int]  # place of its group, its number
 _Told = list[tuple[str, tuple[Any, ...]]]  # methods of Progress to call, with their arguments
 
 
-def sample_shards(
-    root: str | Path, model: str, options: dict[str, Any], workers: int | None, progress: Progress
+def spread(
+    root: str | Path,
+    open_job: OpenJob,
+    options: Mapping[str, Any],
+    workers: int | None,
+    progress: Progress,
 ) -> str:
-    """The id of the run, whose missing shards the workers of a Ray cluster have stored.
+    """The name of the job, whose missing shards the workers of a Ray cluster have stored.
 
     Connects to the cluster that RAY_ADDRESS or Ray itself names, else starts one in this machine.
 
     Parameters
     ----------
-    root, model : as of `canopy_store.ingest.rollouts.prepare`, the same for every node
-    options : all else that it takes
+    root, open_job, options : as of `canopy_store.ingest.jobs.run_job`, the same for every node
     workers : how many; by default one a GPU, or one a node where none has a GPU
 
     Raises
@@ -63,29 +67,35 @@ def sample_shards(
         ) from None
     if "://" not in str(root):
         root = Path(root).absolute()
-    if (folder := Path(model).expanduser()).exists():
-        model = str(folder.absolute())
-    options = {**options, "prompts": Path(options["prompts"]).absolute()}
+    call = (str(root), open_job, {name: _absolute(value) for name, value in options.items()})
     if ray.is_initialized():
-        return _sample(ray, (str(root), model, options), workers, progress)
+        return _spread(ray, call, workers, progress)
     with redirect_stdout(io.StringIO()):  # where Ray tells of each dead worker, at length
         try:
             _connect(ray)
-            return _sample(ray, (str(root), model, options), workers, progress)
+            return _spread(ray, call, workers, progress)
         finally:
             ray.shutdown()
 
 
-def _sample(
-    ray: Any, call: tuple[str, str, dict[str, Any]], workers: int | None, progress: Progress
-) -> str:
+def _absolute(value: Any) -> Any:
+    """An option that names a file or folder, so that it does from any folder."""
+    if isinstance(value, (str, Path)) and (path := Path(value).expanduser()).exists():
+        return str(path.absolute())
+    return value
+
+
+_Call = tuple[str, OpenJob, Mapping[str, Any]]
+
+
+def _spread(ray: Any, call: _Call, workers: int | None, progress: Progress) -> str:
     options = call[2]
     here = options.get("base_url") is not None or str(options.get("device")).startswith("cpu")
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     count, needs = share(nodes, workers, gpus=not here)
     pool = _Pool(ray, call, needs, progress)
     try:
-        return pool.sample_all(count)
+        return pool.do_all(count)
     finally:
         pool.close()
 
@@ -181,30 +191,38 @@ class _Tally(Progress):
 class _Worker:
     """A process of the cluster. Each of its methods answers with a result and with news."""
 
-    def __init__(self, root: str, model: str, options: dict[str, Any]) -> None:
-        self.call = (root, model, options)
+    def __init__(self, root: str, open_job: OpenJob, options: Mapping[str, Any]) -> None:
+        self.call = (root, open_job, options)
         self.tally = _Tally()
-        self.run: Run | None = None
+        self.job: Job | None = None
 
-    def prepare(self) -> tuple[tuple[str, list[int]], _Told]:
-        """Loads the model; the run's id and the shards still to do."""
-        root, model, options = self.call
-        self.run = prepare(root, model, progress=self.tally, **options)
-        todo = self.run.shards_to_do()
-        self.run.announce(todo, (1, 1), self.tally)
-        return (self.run.run_id, todo), self.tally.news()
+    def prepare(self) -> tuple[tuple[str, list[_Shard], list[int]], _Told]:
+        """Loads the model; the job's name, the shards still to do and the groups, by their places."""
+        self.job = ready(*self.call, self.tally)
+        announce(self.job, (1, 1), self.tally)
+        groups = range(len(self.job.groups))
+        todo = [
+            (at, unit.number) for at in groups for unit in units_to_do(self.job, self.job.groups[at])
+        ]
+        return (self.job.name, todo, list(groups)), self.tally.news()
 
-    def sample(self, shard: int) -> tuple[None, _Told]:
-        """Samples and stores a shard."""
-        assert self.run is not None  # prepare has been awaited
-        with store.holding(self.run.root, self.run.run_id):
-            self.run.sample_shard(shard, self.tally)
+    def make(self, shard: _Shard) -> tuple[None, _Told]:
+        """Makes and stores a shard."""
+        assert self.job is not None  # prepare has been awaited
+        at, number = shard
+        group = self.job.groups[at]
+        with store.holding(self.job.root, group.run_id):
+            for unit in group.units(group):
+                if unit.number == number:
+                    do_unit(self.job, unit, self.tally)
         return None, self.tally.news()
 
-    def complete(self, seconds: float) -> tuple[bool, _Told]:
-        """Completes the run."""
-        assert self.run is not None
-        return self.run.complete(seconds), self.tally.news()
+    def complete(self, at: int) -> tuple[bool, _Told]:
+        """Commits a group."""
+        assert self.job is not None
+        group = self.job.groups[at]
+        with store.holding(self.job.root, group.run_id):
+            return complete(self.job, group, self.tally), self.tally.news()
 
     def news(self) -> tuple[None, _Told]:
         """What happened meanwhile; called again and again in the actor's second thread."""
@@ -215,9 +233,7 @@ class _Worker:
 class _Pool:
     """The workers of a run, by number, and the answers that each of them owes."""
 
-    def __init__(
-        self, ray: Any, call: tuple[str, str, dict[str, Any]], needs: dict[str, int], progress: Progress
-    ) -> None:
+    def __init__(self, ray: Any, call: _Call, needs: dict[str, int], progress: Progress) -> None:
         self.ray, self.call, self.needs, self.progress = ray, call, needs, progress
         self.actor = ray.remote(_Worker).options(
             **needs, max_concurrency=2, scheduling_strategy="SPREAD"
@@ -228,21 +244,21 @@ class _Pool:
         self.pending: dict[Any, tuple[int, str, tuple[Any, ...]]] = {}
         self.queue: deque[tuple[str, tuple[Any, ...]]] = deque()
         self.deaths: Counter[tuple[str, tuple[Any, ...]]] = Counter()
-        self.prepared: tuple[str, list[int]] | None = None
+        self.prepared: tuple[str, list[_Shard], list[int]] | None = None
         self.heard: set[tuple[str, Any]] = set()
 
-    def sample_all(self, workers: int) -> str:
-        """The id of the run, now complete."""
-        started = time.perf_counter()
-        self.hire()  # alone: it settles the run's settings
+    def do_all(self, workers: int) -> str:
+        """The name of the job, now done."""
+        self.hire()  # alone: it settles the job's settings
         while self.prepared is None:
             self.listen()
-        run_id, todo = self.prepared
+        name, todo, groups = self.prepared
         for _ in range(min(workers, len(todo)) - 1):
             self.hire()
-        self.do("sample", todo)
-        self.do("complete", [time.perf_counter() - started])
-        return run_id
+        self.do("make", todo)
+        self.do("complete", groups)
+        sql.write_database(self.call[0])
+        return name
 
     def do(self, step: str, arguments: Iterable[Any]) -> None:
         """Returns once workers have taken this step with each of the arguments."""
@@ -303,7 +319,7 @@ class _Pool:
             del self.pending[answer]
             if step == "news":
                 continue
-            over = f"shard {arguments[0]}" if step == "sample" else f"the step {step}"
+            over = f"shard {arguments[0][1]}" if step == "make" else f"the step {step}"
             self.deaths[step, arguments] += 1
             often = self.deaths[step, arguments] >= ATTEMPTS
             if step != "prepare":

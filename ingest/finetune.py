@@ -57,9 +57,8 @@ def finetune_child(
     for option, name in (("--family", family), ("--variant", variant)):
         store.check_name(option, name)
     model_id = f"{family}/{variant}"
-    for path in store.files(root, "models"):  # known before the training, not after it
-        if store.read_rows(path)["model_id"][0].as_py() == model_id:
-            raise ConflictError(f"model {model_id} is stored already; give another --variant")
+    if model_id in store.models(root):  # known before the training, not after it
+        raise ConflictError(f"model {model_id} is stored already; give another --variant")
     if (parent or f"{family}/base") == model_id:
         raise UsageError(f"--variant {variant}: a child needs another name than its parent")
     done = finetune(model, data, out, method=method, **options)

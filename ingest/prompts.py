@@ -11,7 +11,8 @@ from canopy_store.errors import DataError, StoreError, UsageError
 
 
 def read_prompts(path: str | Path, limit: int | None = None) -> list[dict[str, Any]]:
-    """The prompts of a JSONL file, in order: prompt_id, text or messages (JSON), source, license, line.
+    """The prompts of a JSONL file, in order: prompt_id, text or messages (JSON), source, license,
+    reference, line.
 
     A line's own ``prompt_id`` is kept, as text; otherwise the id is a hash of the content. Blank lines
     at the end are allowed, elsewhere not: a blank line among prompts is a sign of a damaged file.
@@ -90,7 +91,16 @@ def _read_prompt(line: bytes, where: str) -> dict[str, Any]:
         "messages": store.canonical(messages) if messages is not None else None,
         "source": _optional_text(record, "source", where),
         "license": _optional_text(record, "license", where),
+        "reference": _reference(record, where),
     }
+
+
+def _reference(record: dict[str, Any], where: str) -> str | None:
+    """The right answer, as text: a number counts as it is written."""
+    value = record.get("reference")
+    if value is not None and (isinstance(value, bool) or not isinstance(value, (str, int, float))):
+        raise DataError(f"{where}: reference needs text or a number")
+    return None if value is None else str(value)
 
 
 def _optional_text(record: dict[str, Any], key: str, where: str) -> str | None:

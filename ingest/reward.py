@@ -14,21 +14,11 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from canopy_store import sql, store
 from canopy_store.errors import DataError, StoreError, UsageError
 from canopy_store.ingest import models
+from canopy_store.ingest.jobs import Columns, Job, Unit, rollout_groups, run_job
 from canopy_store.ingest.progress import Progress
 
 
-def ingest_rewards(
-    root: str | Path,
-    model: str,
-    *,
-    name: str | None = None,
-    label: int | None = None,
-    runs: tuple[str, ...] = (),
-    device: str | None = None,
-    dtype: str | None = None,
-    batch_size: int = 16,
-    progress: Progress | None = None,
-) -> str:
+def ingest_rewards(root: str | Path, model: str, **options: Any) -> str:
     """The name under which the rewards of all complete runs' rollouts are now stored.
 
     The model reads prompt and rollout as a conversation where its tokenizer has a chat template, as a
@@ -42,6 +32,8 @@ def ingest_rewards(
     name : name in the store; by default the folder's or hub id's last part
     label : which logit is the reward, where the model has several
     runs : run ids; by default every complete run
+    device, dtype, batch_size : of the model
+    shard, executor, workers, progress : as of `canopy_store.ingest.jobs.run_job`
 
     Raises
     ------
@@ -50,67 +42,59 @@ def ingest_rewards(
     DataError
         A rollout or prompt without text, or a reward that is not finite.
     """
-    progress = progress or Progress()
-    root = store.require(root)
+    return run_job(root, open_rewards, {"model": model, **options})
+
+
+def open_rewards(
+    root: str | Path,
+    model: str,
+    *,
+    name: str | None = None,
+    label: int | None = None,
+    runs: tuple[str, ...] = (),
+    device: str | None = None,
+    dtype: str | None = None,
+    batch_size: int = 16,
+    progress: Progress,
+) -> Job:
+    """The job of `ingest_rewards`, its model loaded."""
+    root = store.writable(root)
     path = models.resolve_model(model)
-    name = store.check_name("--name", name or models.short_name(model))
-    with store.using_runs(root, runs) as chosen:
-        scorer, tokenizer = _load(path, device, dtype)
-        labels = scorer.config.num_labels
-        if label is None and labels > 1:
-            raise UsageError(
-                f"{path}: it has {labels} labels; name the one that is the reward: --label I"
+    name = name or models.short_name(model)
+    scorer, tokenizer = _load(path, device, dtype)
+    labels = scorer.config.num_labels
+    if label is None and labels > 1:
+        raise UsageError(f"{path}: it has {labels} labels; name the one that is the reward: --label I")
+    if not 0 <= (label or 0) < labels:
+        raise UsageError(f"--label {label}: needs 0 to {labels - 1}")
+    weights = models.weights_sha256(path)
+    settings = {"reward_model": name, "weights_sha256": weights, "label": label or 0}
+    prompts = sql.prompts(root)
+
+    def rows(unit: Unit, progress: Progress) -> tuple[Columns, int]:
+        task = unit.group.run["task"]
+        columns = ["run_id", "prompt_id", "sample", "text", "n_tokens"]
+        part = store.read_rows(unit.source, columns).to_pydict()
+        names = [
+            f"run {unit.group.run_id}: prompt {p} sample {s}"
+            for p, s in zip(part["prompt_id"], part["sample"], strict=True)
+        ]
+        inputs = [
+            _input(tokenizer, prompts.get((task, prompt_id), {}), text, where)
+            for prompt_id, text, where in zip(part["prompt_id"], part["text"], names, strict=True)
+        ]
+        rewards = _score(scorer, tokenizer, inputs, label or 0, batch_size)
+        if not np.isfinite(rewards).all():
+            raise DataError(
+                f"{names[int(np.argmin(np.isfinite(rewards)))]}: the reward is NaN or infinite; the "
+                "weights are damaged, or try --dtype float32"
             )
-        if not 0 <= (label or 0) < labels:
-            raise UsageError(f"--label {label}: needs 0 to {labels - 1}")
-        settings = {
-            "reward_model": name,
-            "weights_sha256": models.weights_sha256(path),
-            "label": label or 0,
-        }
-        store.plan(root, "reward_model", name, settings)
-        with sql.connect(root) as con:
-            prompts = {
-                (task, prompt_id): (text, messages)
-                for task, prompt_id, text, messages in con.sql(
-                    "select task, prompt_id, text, messages from prompts"
-                ).fetchall()
-            }
+        tokens = sum(part["n_tokens"])
+        progress.tokens(tokens)
+        return {**{key: part[key] for key in columns[:3]}, "reward": rewards}, tokens
 
-        def rewards_of(run: Mapping[str, Any], number: int) -> Path:
-            where = store.folder(root, "rewards", reward_model=name, run=run["run_id"])
-            return store.shard_path(where, number)
-
-        todo, done = store.shards_to_do(chosen, rewards_of)
-        progress.start(sum(s.rows for s in (*todo, *done)), sum(s.rows for s in done))
-        for shard in todo:
-            run = shard.run
-            columns = ["run_id", "prompt_id", "sample", "text", "n_tokens"]
-            part = store.read_rows(shard.source, columns).to_pydict()
-            inputs = [
-                _input(
-                    tokenizer,
-                    prompts.get((run["task"], prompt_id), (None, None)),
-                    text,
-                    f"run {run['run_id']}: prompt {prompt_id} sample {sample}",
-                )
-                for prompt_id, sample, text in zip(
-                    part["prompt_id"], part["sample"], part["text"], strict=True
-                )
-            ]
-            rewards = _score(scorer, tokenizer, inputs, label or 0, batch_size)
-            if not np.isfinite(rewards).all():
-                at = int(np.argmin(np.isfinite(rewards)))
-                raise DataError(
-                    f"run {run['run_id']}: prompt {part['prompt_id'][at]} sample {part['sample'][at]}: "
-                    "the reward is NaN or infinite; the weights are damaged, or try --dtype float32"
-                )
-            keys = {key: part[key] for key in ("run_id", "prompt_id", "sample")}
-            store.write_rows(shard.target, "rewards", {**keys, "reward": rewards})
-            progress.tokens(sum(part["n_tokens"]))
-            progress.rollouts(shard.rows)
-        sql.write_database(root)
-        return name
+    groups = rollout_groups(root, "rewards", name, runs)
+    return Job(root, "rewards", name, settings, groups, rows, device=scorer.device.type)
 
 
 def _load(path: Path, device: str | None, dtype: str | None) -> tuple[Any, Any]:
@@ -141,18 +125,18 @@ def _load(path: Path, device: str | None, dtype: str | None) -> tuple[Any, Any]:
 
 
 def _input(
-    tokenizer: Any, prompt: tuple[str | None, str | None], text: str | None, name: str
+    tokenizer: Any, prompt: Mapping[str, Any], text: str | None, name: str
 ) -> tuple[str, str | None]:
     """What the model reads: one rendered conversation, or the pair of prompt and rollout."""
-    asked, messages = prompt
-    if text is None or (asked is None and messages is None):
+    plain, messages = prompt.get("text"), prompt.get("messages")
+    if text is None or (plain is None and messages is None):
         what = "no text" if text is None else "a prompt that the store has no text of"
         raise DataError(f"{name} has {what}; choose other runs with --run")
-    said = json.loads(messages) if messages else [{"role": "user", "content": asked}]
+    said = json.loads(messages) if messages else [{"role": "user", "content": plain}]
     if getattr(tokenizer, "chat_template", None):
         whole = [*said, {"role": "assistant", "content": text}]
         return tokenizer.apply_chat_template(whole, tokenize=False), None
-    return asked or "\n".join(str(m["content"]) for m in said), text
+    return plain or "\n".join(str(m["content"]) for m in said), text
 
 
 @torch.inference_mode()

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
 from canopy_store import sql, store
 from canopy_store.errors import DataError, UsageError
 from canopy_store.ingest import models
+from canopy_store.ingest.jobs import Columns, Group, Job, Unit, rollout_groups, run_job
 from canopy_store.ingest.progress import Progress
 from canopy_store.ingest.prompts import read_prompts, render
 from canopy_store.ingest.sample import Sampling
+from canopy_store.ingest.settings import check_policy
 from canopy_store.ingest.teacher_forcing import score_tokens
 from canopy_store.store.rollouts import stop_entropy
 
@@ -21,24 +25,7 @@ _POLICY = ("temperature", "top_k", "top_p")
 _FULL = {"temperature": 1.0, "top_k": 0, "top_p": 1.0}
 
 
-def ingest_scores(
-    root: str | Path,
-    scorer: str,
-    *,
-    name: str | None = None,
-    runs: tuple[str, ...] = (),
-    policy: str = "run",
-    temperature: float | None = None,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    template: str = "run",
-    prompts: str | Path | None = None,
-    device: str | None = None,
-    dtype: str | None = None,
-    batch_size: int = 16,
-    chunk_tokens: int = 512,
-    progress: Progress | None = None,
-) -> str:
+def ingest_scores(root: str | Path, scorer: str, **options: Any) -> str:
     """The scorer_id under which the scores of the runs' rollouts are now stored.
 
     Each stored token gets its log-probability under the scorer, and each step the exact entropy and
@@ -58,9 +45,11 @@ def ingest_scores(
     template : run, each prompt as the run had it, to the token; or chat or plain, which is another
         context where the run's was not that
     prompts : JSONL file of the prompts, for runs whose prompts the store has no text of
+    device, dtype : of the scorer
     batch_size : rollouts read side by side
     chunk_tokens : steps whose logits are held at once, about five times their number x vocabulary x
         4 bytes
+    shard, executor, workers, progress : as of `canopy_store.ingest.jobs.run_job`
 
     Raises
     ------
@@ -69,51 +58,67 @@ def ingest_scores(
     DataError
         A run without token ids, of another tokenizer or of an unknown policy; logits that are NaN.
     """
-    progress = progress or Progress()
+    return run_job(root, open_scores, {"scorer": scorer, **options})
+
+
+def open_scores(
+    root: str | Path,
+    scorer: str,
+    *,
+    name: str | None = None,
+    runs: tuple[str, ...] = (),
+    policy: str = "run",
+    temperature: float | None = None,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    template: str = "run",
+    prompts: str | Path | None = None,
+    device: str | None = None,
+    dtype: str | None = None,
+    batch_size: int = 16,
+    chunk_tokens: int = 512,
+    progress: Progress,
+) -> Job:
+    """The job of `ingest_scores`, its model loaded and every run found fit to be scored."""
     given = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
     _check_settings(policy, given, template, batch_size, chunk_tokens)
-    root = store.require(root)
-    with store.using_runs(root, runs) as chosen:
-        model, tokenizer, path = models.load_model(scorer, device, dtype)
-        weights = models.weights_sha256(path)
-        known = _read_store(root, prompts)
-        same = sorted(m for m, row in known.models.items() if row["weights_sha256"] == weights)
-        name = store.check_name("--name", name or (same[0] if same else models.short_name(scorer)))
-        theirs = known.models.get(name, {}).get("weights_sha256")
-        if theirs and theirs != weights:
-            raise UsageError(f"--name {name}: {name} is stored with other weights than {path} has")
-        jobs = [
-            _job(run, known, model, tokenizer, path, weights, policy, given, template) for run in chosen
-        ]
-        store.plan(
-            root,
-            "scorer",
-            name,
-            {
-                "scorer_id": name,
-                "weights_sha256": weights,
-                "tokenizer_sha256": models.tokenizer_sha256(tokenizer),
-                "dtype": str(model.dtype).removeprefix("torch."),
-                "device": model.device.type,
-                "template": template,
-                "batch_size": batch_size,
-                "chunk_tokens": chunk_tokens,
-            },
+    root = store.writable(root)
+    model, tokenizer, path = models.load_model(scorer, device, dtype)
+    weights = models.weights_sha256(path)
+    known = _read_store(root, prompts)
+    same = sorted(m for m, row in known.models.items() if row["weights_sha256"] == weights)
+    name = name or (same[0] if same else models.short_name(scorer))
+    theirs = known.models.get(name, {}).get("weights_sha256")
+    if theirs and theirs != weights:
+        raise UsageError(f"--name {name}: {name} is stored with other weights than {path} has")
+    read = {
+        run["run_id"]: _read_run(run, known, model, tokenizer, path, weights, policy, given, template)
+        for run in store.complete_runs(root, runs)
+    }
+    settings = {
+        "scorer_id": name,
+        "weights_sha256": weights,
+        "tokenizer_sha256": models.tokenizer_sha256(tokenizer),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "device": model.device.type,
+        "template": template,
+        "batch_size": batch_size,
+        "chunk_tokens": chunk_tokens,
+    }
+
+    def rows(unit: Unit, progress: Progress) -> tuple[Columns, int]:
+        return _score(
+            model, tokenizer, read[unit.group.run_id], unit, batch_size, chunk_tokens, progress
         )
-        by_run = {job.run_id: job for job in jobs}
-        for job in jobs:
-            job.where = store.folder(root, "scores", scorer_id=name, run=job.run_id)
-        todo, done = store.shards_to_do(chosen, lambda run, number: by_run[run["run_id"]].target(number))
-        progress.start(sum(s.rows for s in (*todo, *done)), sum(s.rows for s in done))
-        for shard in todo:
-            job = by_run[shard.run["run_id"]]
-            _score_shard(model, tokenizer, job, shard, batch_size, chunk_tokens, progress)
-            progress.rollouts(shard.rows)
-        for job in jobs:
-            if job.own:
-                progress.say(_compared(job, str(model.dtype).removeprefix("torch.")))
-        sql.write_database(root)
-        return name
+
+    def compare(group: Group, progress: Progress) -> None:
+        if read[group.run_id].own:
+            progress.say(_compared(root, group, read[group.run_id], settings["dtype"]))
+
+    groups = rollout_groups(
+        root, "scores", name, read, policy=lambda run_id: store.content_id(read[run_id].policy)
+    )
+    return Job(root, "scores", name, settings, groups, rows, after=compare, device=settings["device"])
 
 
 # ---------------------------------------------------------------- what is scored, and whether it may be
@@ -129,24 +134,16 @@ class _Known:
     given: dict[str, dict[str, Any]]  # prompts of the file that was named
 
 
-@dataclass
-class _Job:
-    """One run under one policy: its shards, its prompts' token ids and what ends a rollout."""
+@dataclass(frozen=True)
+class _Read:
+    """One run as the scorer reads it: its policy, its prompts' token ids and what ends a rollout."""
 
-    run_id: str
-    shards: list[Path]
     policy: dict[str, Any]
     end_ids: tuple[int, ...]
     prompts: dict[str, list[int]]
     own: bool  # the run's own weights, policy and prompts: must agree with the log
     tokenizer_known: bool
     dtype: str | None
-    where: Path = Path()
-
-    def target(self, number: int) -> Path:
-        """The file of a shard's scores; the policy is in its name, for one scorer may use several."""
-        policy = store.content_id(self.policy)
-        return self.where / f"part-{number:05d}.{policy}.parquet"
 
 
 def _check_settings(
@@ -159,35 +156,22 @@ def _check_settings(
     for option, value in (("--batch-size", batch_size), ("--chunk-tokens", chunk_tokens)):
         if value < 1:
             raise UsageError(f"{option} {value}: needs at least 1")
-    temperature, top_k, top_p = (given[key] for key in _POLICY)
-    if temperature is not None and not 0 <= temperature < float("inf"):
-        raise UsageError(f"--temperature {temperature}: needs 0 (greedy) or more")
-    if top_k is not None and top_k < 0:
-        raise UsageError(f"--top-k {top_k}: needs at least 0")
-    if top_p is not None and not 0 < top_p <= 1:
-        raise UsageError(f"--top-p {top_p}: needs more than 0 and at most 1")
+    check_policy(*(given[key] for key in _POLICY))
 
 
 def _read_store(root: Path, prompts: str | Path | None) -> _Known:
     with sql.connect(root) as con:
         checkpoints = con.sql("select * from models").pl().to_dicts()
         runs = con.sql("select * from runs").pl().to_dicts()
-    texts = {}
-    # not the view: of a prompt's rows it shows one, which may be an import's, without its text
-    for file in store.files(root, "prompts"):
-        task = store.unquoted(file.parent.name.removeprefix("task="))
-        for row in store.read_rows(file).to_pylist():
-            if row["text"] or row["messages"]:
-                texts[task, row["prompt_id"]] = row
     return _Known(
         {row["model_id"]: row for row in checkpoints},
         {row["run_id"]: row for row in runs},
-        texts,
+        {k: row for k, row in sql.prompts(root).items() if row["text"] or row["messages"]},
         {row["prompt_id"]: row for row in read_prompts(prompts)} if prompts else {},
     )
 
 
-def _job(
+def _read_run(
     run: dict[str, Any],
     known: _Known,
     model: Any,
@@ -197,7 +181,7 @@ def _job(
     policy: str,
     given: dict[str, Any],
     template: str,
-) -> _Job:
+) -> _Read:
     """The run as the scorer reads it, or the reason why it cannot be read."""
     row = known.runs[run["run_id"]]
     sampler = known.models.get(row["model_id"], {})
@@ -216,7 +200,7 @@ def _job(
     unknown = [key for key, value in used.items() if value is None]
     if unknown:
         raise DataError(
-            f"{where}: its {', '.join(unknown)} is not recorded; say --policy full, or each of "
+            f"{where}: its {', '.join(unknown)} is not recorded; pass --policy full, or each of "
             "--temperature, --top-k and --top-p"
         )
     used = {
@@ -225,9 +209,7 @@ def _job(
         "top_p": float(used["top_p"]),
     }
     ends = run.get("end_token_ids")
-    return _Job(
-        run_id=row["run_id"],
-        shards=run["shards"],
+    return _Read(
         policy=used,
         end_ids=tuple(models.end_token_ids(model, tokenizer) if ends is None else ends),
         prompts=_prompt_ids(run, row, known, tokenizer, template, where),
@@ -246,7 +228,7 @@ def _prompt_ids(
     rendering = row["rendering"] if template == "run" else template
     if rendering not in ("chat", "plain"):
         raise DataError(
-            f"{where}: how its prompts became tokens is not recorded; say --template chat or plain"
+            f"{where}: how its prompts became tokens is not recorded; pass --template chat or plain"
         )
     if rendering == "chat" and not getattr(tokenizer, "chat_template", None):
         raise DataError(
@@ -271,7 +253,7 @@ def _prompt_ids(
     if template == "run" and asked and store.content_id([[*p] for p in rendered.items()]) != asked:
         raise DataError(
             f"{where}: the scorer's tokenizer or chat template makes other tokens of the prompts than "
-            "were sampled from; use the sampled model's chat_template.jinja, or say --template "
+            "were sampled from; use the sampled model's chat_template.jinja, or pass --template "
             f"{rendering} to score after the scorer's own rendering"
         )
     return rendered
@@ -286,32 +268,32 @@ def _no_tokens(where: str) -> str:
 # ---------------------------------------------------------------- a shard
 
 
-def _score_shard(
+def _score(
     model: Any,
     tokenizer: Any,
-    job: _Job,
-    shard: store.Shard,
+    read: _Read,
+    unit: Unit,
     batch_size: int,
     chunk_tokens: int,
     progress: Progress,
-) -> None:
-    columns = ["run_id", "prompt_id", "sample", "text", "token_ids"]
-    part = store.read_rows(shard.source, columns).to_pydict()
+) -> tuple[Columns, int]:
+    names_read = ["run_id", "prompt_id", "sample", "text", "token_ids"]
+    part = store.read_rows(unit.source, names_read).to_pydict()
     names = [
-        f"run {job.run_id}: prompt {p}, sample {s}"
+        f"run {unit.group.run_id}: prompt {p}, sample {s}"
         for p, s in zip(part["prompt_id"], part["sample"], strict=True)
     ]
     if None in part["token_ids"]:
         raise DataError(_no_tokens(names[part["token_ids"].index(None)]))
-    if not job.tokenizer_known:
+    if not read.tokenizer_known:
         _check_texts(tokenizer, part, names)
-    prompts = [job.prompts[prompt_id] for prompt_id in part["prompt_id"]]
+    prompts = [read.prompts[prompt_id] for prompt_id in part["prompt_id"]]
     _check_ids(model, prompts, part["token_ids"], names)
     scores = score_tokens(
         model,
         prompts,
         part["token_ids"],
-        Sampling(**job.policy, end_ids=job.end_ids, width=batch_size),
+        Sampling(**read.policy, end_ids=read.end_ids, width=batch_size),
         chunk_tokens,
         progress.tokens,
         names,
@@ -321,20 +303,17 @@ def _score_shard(
         [np.maximum(row[1], 0) for row in scores],
         [np.minimum(row[2], 0) for row in scores],
     )
-    store.write_rows(
-        shard.target,
-        "scores",
-        {
-            **{key: part[key] for key in ("run_id", "prompt_id", "sample")},
-            "policy": [store.canonical(job.policy)] * len(names),
-            "logprob": logprob,
-            "entropy": entropy,
-            "eos_logprob": eos,
-            "entropy_sum": [row.sum(dtype=np.float64) for row in entropy],
-            "surprisal_sum": [-row.sum(dtype=np.float64) for row in logprob],
-            "stop_entropy_sum": [stop_entropy(row).sum() for row in eos],
-        },
-    )
+    columns = {
+        **{key: part[key] for key in ("run_id", "prompt_id", "sample")},
+        "policy": [store.canonical(read.policy)] * len(names),
+        "logprob": logprob,
+        "entropy": entropy,
+        "eos_logprob": eos,
+        "entropy_sum": [row.sum(dtype=np.float64) for row in entropy],
+        "surprisal_sum": [-row.sum(dtype=np.float64) for row in logprob],
+        "stop_entropy_sum": [stop_entropy(row).sum() for row in eos],
+    }
+    return columns, sum(map(len, part["token_ids"]))
 
 
 def _check_texts(tokenizer: Any, part: dict[str, list[Any]], names: list[str]) -> None:
@@ -363,14 +342,12 @@ def _check_ids(
             )
 
 
-def _compared(job: _Job, dtype: str) -> str:
+def _compared(root: Path, group: Group, read: _Read, dtype: str) -> str:
     """One line: how far the scores are from what was logged of the same rollouts, and what was not."""
     measures = {"logprob": "logprob", "entropy": "entropy", "eos_logprob": "stop probability"}
     largest: dict[str, float] = {}
     steps = outside = 0
-    for shard in job.shards:
-        target = job.target(store.shard_number(shard))
-        logged, scored = (store.read_rows(file, list(measures)) for file in (shard, target))
+    for logged, scored in _pairs(root, group, list(measures)):
         for column in measures:
             b = scored[column].combine_chunks().flatten().to_numpy().astype(np.float64)
             if column == "logprob":
@@ -397,5 +374,18 @@ def _compared(job: _Job, dtype: str) -> str:
         told.append(f"{', '.join(missing)} not logged, and now completed")
     if outside:
         told.append(f"{outside} of {steps} steps fell outside the policy's support")
-    sampled = f", sampled in {job.dtype}" if job.dtype else ""
-    return f"run {job.run_id}{sampled}, scored by its own model in {dtype}: {'; '.join(told)}"
+    sampled = f", sampled in {read.dtype}" if read.dtype else ""
+    return f"run {group.run_id}{sampled}, scored by its own model in {dtype}: {'; '.join(told)}"
+
+
+def _pairs(root: Path, group: Group, columns: list[str]) -> Iterator[tuple[pa.Table, pa.Table]]:
+    """The run's rollouts and their scores, shard by shard where both are cut alike, else at once."""
+    done = [store.record(root, "rollouts", run=group.run_id), store.record(root, "scores", **group.keys)]
+    logged, scored = ([root / name for name in each.of(each.kind)] for each in done if each is not None)
+    if [*map(store.shard_number, logged)] == [*map(store.shard_number, scored)]:
+        pairs = zip(logged, scored, strict=True)
+        yield from ((store.read_rows(a, columns), store.read_rows(b, columns)) for a, b in pairs)
+    else:
+        yield tuple(
+            pa.concat_tables([store.read_rows(f, columns) for f in side]) for side in (logged, scored)
+        )

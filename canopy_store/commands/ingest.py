@@ -11,6 +11,25 @@ import click
 from canopy_store.commands.shared import RUNS, STORE, bar, require_ingest
 
 
+def _spread_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """How the shards of a job spread over processes."""
+    for option in (
+        click.option(
+            "--workers", type=int, help="Of a Ray cluster [default: one a GPU, or one a node]."
+        ),
+        click.option(
+            "--executor",
+            type=click.Choice(["local", "ray"]),
+            default="local",
+            show_default=True,
+            help="ray: a cluster; its nodes see the store and all files at these paths.",
+        ),
+        click.option("--shard", metavar="I/N", help="Only every N-th shard, for the I-th of N jobs."),
+    ):
+        command = option(command)
+    return command
+
+
 @click.group()
 def ingest() -> None:
     """Batch jobs that write to a store: rollouts, embeddings, fine-tuned children."""
@@ -93,15 +112,7 @@ def _model_options(command: Callable[..., Any]) -> Callable[..., Any]:
 @click.option("--base-url", metavar="URL", help="Of an OpenAI-compatible server: http://HOST:8000/v1.")
 @click.option("--served-model", metavar="NAME", help="Its name there [default: the only one].")
 @click.option("--concurrency", type=int, help="Requests at once [default: 32].")
-@click.option("--shard", metavar="I/N", help="Only every N-th shard, for the I-th of N jobs.")
-@click.option(
-    "--executor",
-    type=click.Choice(["local", "ray"]),
-    default="local",
-    show_default=True,
-    help="ray: a cluster; its nodes see store, model, prompts at these paths.",
-)
-@click.option("--workers", type=int, help="Of a Ray cluster [default: one a GPU, or one a node].")
+@_spread_options
 @click.option(
     "--prompts-per-shard",
     default=4,
@@ -151,6 +162,7 @@ def rollouts_command(root: str, model: str, **options: Any) -> None:
 @RUNS
 @click.option("--device", metavar="NAME", help="[default: cuda, then mps, then cpu]")
 @click.option("--batch-size", default=64, show_default=True)
+@_spread_options
 def embed_command(root: str, embedder: str, **options: Any) -> None:
     """Embed every stored rollout, for semantic diversity and Vendi scores.
 
@@ -189,6 +201,7 @@ def embed_command(root: str, embedder: str, **options: Any) -> None:
     help="[default: bfloat16 on cuda, else float32]",
 )
 @click.option("--batch-size", default=16, show_default=True)
+@_spread_options
 def reward_command(root: str, model: str, **options: Any) -> None:
     """Score every stored rollout with a reward model.
 
@@ -249,6 +262,7 @@ def reward_command(root: str, model: str, **options: Any) -> None:
 @click.option(
     "--chunk-tokens", default=512, show_default=True, help="Steps whose logits are held at once."
 )
+@_spread_options
 def score_command(root: str, scorer: str, **options: Any) -> None:
     """Score stored rollouts under another model or policy, for cross-entropy and KL divergence.
 
@@ -266,6 +280,37 @@ def score_command(root: str, scorer: str, **options: Any) -> None:
     with bar("scoring") as progress:
         name = ingest_scores(root, scorer, progress=progress, **options)
     click.echo(f"{root}: scores as {name}")
+
+
+@ingest.command("grade")
+@STORE
+@click.option(
+    "--grader",
+    type=click.Choice(["exact", "regex"]),
+    default="exact",
+    show_default=True,
+    help="exact: the whole text is the answer; regex: the last match of --pattern is.",
+)
+@click.option("--pattern", metavar="REGEX", help="Its first group, where it has one, is the answer.")
+@click.option("--name", metavar="NAME", help="Name in the store [default: the grader's].")
+@RUNS
+@_spread_options
+def grade_command(root: str, grader: str, **options: Any) -> None:
+    r"""Grade every stored rollout against the reference of its prompt.
+
+    References come with the prompts: {"text": …, "reference": …}. Answers are compared as text, spaces
+    around them aside.
+
+    \b
+    Example:
+      canopy ingest grade --store S --grader regex --pattern '#### (-?\d+)' --name number
+      canopy sql "select run_id, avg(correct::int) from grades group by all" --store S
+    """
+    from canopy_store.ingest.grade import ingest_grades
+
+    with bar("grading") as progress:
+        name = ingest_grades(root, grader, progress=progress, **options)
+    click.echo(f"{root}: grades as {name}")
 
 
 @ingest.command("finetune")

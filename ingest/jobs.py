@@ -1,0 +1,349 @@
+"""What every batch job does alike; a job itself says its table, its settings, its units and their rows.
+
+    names checked → model loaded → plan agreed → for each run, held: units still to do → shards, each
+    with a note for the table work → one commit → canopy.duckdb
+
+A unit becomes one shard, under a name that follows from what it holds. So a job that was stopped does
+only what is missing, several jobs share the work (``--shard i/n``, ``--executor ray``), and whoever
+stores the last shard of a run commits it. One run is held at a time: thousands need one open file.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import time
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from canopy_store import sql, store
+from canopy_store.errors import ConflictError, DataError, UsageError, differences
+from canopy_store.ingest.progress import Progress
+from canopy_store.ingest.settings import options_of, require_options
+from canopy_store.schema import TABLES
+from canopy_store.store import work
+
+# How shards spread over processes; its function spread(root, open_job, options, …) does it.
+EXECUTORS = {"local": None, "ray": "canopy_store.ingest.executor_ray"}
+
+Columns = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A piece of work that becomes one shard: ``rows`` rows, made of the file ``source`` if of one."""
+
+    group: Group
+    number: int
+    rows: int
+    target: Path
+    source: Path = Path()
+
+
+@dataclass(frozen=True)
+class Group:
+    """What one commit is of: a run, or what else its keys say. ``units`` are looked up anew when asked.
+
+    Parameters
+    ----------
+    keys : of the commit record
+    run : the run, as `store.runs` gives it, with run_id at least
+    rows : rows in all, for the bar
+    units : its units, in order
+    first : which of n jobs takes its first unit
+    detail : what else the job must know of it
+    """
+
+    keys: dict[str, str]
+    run: Mapping[str, Any]
+    rows: int
+    units: Callable[[Group], list[Unit]]
+    first: int = 0
+    detail: Any = None
+
+    @property
+    def run_id(self) -> str:
+        return self.run["run_id"]
+
+
+@dataclass
+class Job:
+    """A job that is ready: its model is loaded.
+
+    Parameters
+    ----------
+    root : path of the store
+    table : what it fills; its commits are of this kind
+    name : of its plan: the embedder's, the scorer's, …; of rollouts, the run's
+    settings : what a resumed one must repeat; replaced by those that are stored when they are agreed
+    groups : what there is to do
+    rows : a unit's columns, and how many tokens were sampled or read
+    write : stores them; by default as rows of the table
+    finish : commits a group whose shards these are; by default with these files alone
+    after : what is still to be done for a group that is committed, every time
+    yielding : settings that give way to the stored ones
+    device : what it runs on, for the table work
+    """
+
+    root: Path
+    table: str
+    name: str
+    settings: dict[str, Any]
+    groups: list[Group]
+    rows: Callable[[Unit, Progress], tuple[Columns, int]]
+    write: Callable[[Unit, Columns], None] | None = None
+    finish: Callable[[Group, list[Path]], None] | None = None
+    after: Callable[[Group, Progress], None] | None = None
+    yielding: tuple[str, ...] = ()
+    device: str | None = None
+    begun: float = field(default_factory=time.monotonic)
+
+    @property
+    def kind(self) -> str:
+        """The kind of its plan."""
+        return TABLES[self.table].plan or "run"
+
+
+OpenJob = Callable[..., Job]
+
+
+def run_job(
+    root: str | Path,
+    open_job: OpenJob,
+    options: Mapping[str, Any],
+) -> str:
+    """The name of the job, whose missing shards are now stored, and its runs committed where all are.
+
+    Parameters
+    ----------
+    root : path of the store
+    open_job : loads what the job needs: ``open_job(root, progress=…, **options)``
+    options : what it takes, and what decides how the work is spread:
+
+    shard : "i/n", from 1: only every n-th unit, for the i-th of n jobs on a scheduler
+    executor : local, this process; or ray, the workers of a Ray cluster, whose nodes see the store and
+        every file that the options name under the same paths
+    workers : of a Ray cluster, how many; by default one a GPU, or one a node
+    progress : what hears of it
+
+    Raises
+    ------
+    UsageError
+        An option that is none.
+    ConflictError
+        The job's name is stored with other settings, each of which is named; or a run is in use.
+    CanopyError
+        What ``open_job`` raises, or the job at its work.
+    """
+    own = dict(options)
+    shard, executor, workers = (own.pop(name, None) for name in ("shard", "executor", "workers"))
+    progress = own.pop("progress", None) or Progress()
+    executor = executor or "local"
+    if executor not in EXECUTORS:
+        raise UsageError(f"--executor {executor}: one of {', '.join(EXECUTORS)}")
+    part = _part(shard)
+    module = EXECUTORS[executor]
+    if module is not None:
+        if shard is not None:
+            raise UsageError("--shard: not with --executor ray, which hands the shards out itself")
+        return importlib.import_module(module).spread(root, open_job, own, workers, progress)
+    if workers is not None:
+        raise UsageError("--workers: only with --executor ray")
+    job = ready(root, open_job, own, progress)
+    announce(job, part, progress)
+    for group in job.groups:
+        with store.holding(job.root, group.run_id):
+            for unit in units_to_do(job, group, part):
+                do_unit(job, unit, progress)
+            complete(job, group, progress)
+    sql.write_database(job.root)
+    return job.name
+
+
+def _part(shard: str | None) -> tuple[int, int]:
+    """The numbers (i, n) of "i/n"."""
+    if shard is None:
+        return 1, 1
+    first, _, second = shard.partition("/")
+    if not (first.isdecimal() and second.isdecimal() and 1 <= int(first) <= int(second)):
+        raise UsageError(f"--shard {shard}: needs i/n with i from 1 to n, as in 2/8")
+    return int(first), int(second)
+
+
+def ready(root: str | Path, open_job: OpenJob, options: Mapping[str, Any], progress: Progress) -> Job:
+    """The job, loaded, its plan agreed, nothing in the way that a dead one left."""
+    if "options" not in inspect.signature(open_job).parameters:
+        require_options(options, options_of(open_job)[1:-1])
+    for option in ("name", "run"):
+        if options.get(option) is not None:
+            store.check_name(f"--{option}", options[option])  # before a model is loaded for nothing
+    job = open_job(root, progress=progress, **options)
+    store.check_name("--run" if job.kind == "run" else "--name", job.name)
+    job.settings = store.plan(job.root, job.kind, job.name, job.settings, job.yielding)
+    return job
+
+
+def rollout_groups(
+    root: Path, table: str, name: str, runs: Iterable[str], **keys: Callable[[str], str]
+) -> list[Group]:
+    """A group for each complete run (or each of those named), a unit for each shard of its rollouts.
+
+    ``keys`` gives the further keys of the commit record, by run id.
+    """
+    first = TABLES[table].partitions[0]
+    groups = []
+    for run in store.complete_runs(root, runs):
+        run_id = run["run_id"]
+        of = {first: name, **{key: value(run_id) for key, value in keys.items()}, "run": run_id}
+        rows = sum(run["record"].files[each]["rows"] for each in run["record"].of("rollouts"))
+        groups.append(Group(of, run, rows, _shard_units(root, table), zlib.crc32(run_id.encode())))
+    return groups
+
+
+def _shard_units(root: Path, table: str) -> Callable[[Group], list[Unit]]:
+    def units(group: Group) -> list[Unit]:
+        record = store.record(root, "rollouts", run=group.run_id)
+        if record is None:
+            raise ConflictError(f"run {group.run_id}: removed since the job began; run it again")
+        keys = {key: group.keys[key] for key in TABLES[table].partitions}
+        where = store.folder(root, table, **keys)
+        further = "".join(f".{v}" for k, v in group.keys.items() if k not in keys)
+        return [
+            Unit(
+                group,
+                number,
+                record.files[name]["rows"],
+                where / f"part-{number:05d}{further}.parquet",
+                root / name,
+            )
+            for name in record.of("rollouts")
+            for number in [store.shard_number(Path(name))]
+        ]
+
+    return units
+
+
+# ---------------------------------------------------------------- the work
+
+
+def committed(job: Job, group: Group) -> store.Record | None:
+    """The record of a group that is done.
+
+    Raises
+    ------
+    ConflictError
+        It was made with other settings.
+    """
+    record = store.record(job.root, job.table, **group.keys)
+    if record is not None and record.settings and job.kind != "run" and record.settings != job.settings:
+        raise ConflictError(
+            f"{job.kind} {job.name} of run {group.run_id} is stored with other settings: "
+            f"{differences(record.settings, job.settings)}; give it another name with --name"
+        )
+    return record
+
+
+def units_to_do(job: Job, group: Group, part: tuple[int, int] = (1, 1)) -> list[Unit]:
+    """The units not yet stored that fall to the i-th of n jobs; none once the group is committed."""
+    if committed(job, group) is not None:
+        return []  # whatever its files are now: they may have been compacted
+    mine = list(_share(group, part))
+    names = _stored(mine)
+    return [unit for unit in mine if unit.target not in names]
+
+
+def _share(group: Group, part: tuple[int, int]) -> Iterator[Unit]:
+    for at, unit in enumerate(group.units(group)):
+        if (group.first + at) % part[1] == part[0] - 1:
+            yield unit
+
+
+def _stored(units: Iterable[Unit]) -> set[Path]:
+    """The targets that are there, after what killed writers left of them is removed."""
+    names: set[Path] = set()
+    for folder in {unit.target.parent for unit in units}:
+        store.remove_leftovers(folder)
+        names |= set(store.matching(folder, "part-*.parquet"))
+    return names
+
+
+def announce(job: Job, part: tuple[int, int], progress: Progress) -> None:
+    """Tells how many rows the job has in all, and how many of them are stored."""
+    total = done = 0
+    for group in job.groups:
+        if part == (1, 1) and committed(job, group) is not None:
+            total, done = total + group.rows, done + group.rows
+            continue
+        mine = list(_share(group, part))
+        left = {unit.target for unit in units_to_do(job, group, part)}
+        total += sum(unit.rows for unit in mine)
+        done += sum(unit.rows for unit in mine if unit.target not in left)
+    progress.start(total, done)
+
+
+def do_unit(job: Job, unit: Unit, progress: Progress) -> None:
+    """Makes and stores one shard, with a note of what it took."""
+    started = time.perf_counter()
+    columns, tokens = job.rows(unit, progress)
+    work.note(
+        job.root,
+        unit.target,
+        rows=unit.rows,
+        tokens=tokens,
+        seconds=time.perf_counter() - started,
+        device=job.device,
+    )
+    if job.write is not None:
+        job.write(unit, columns)
+    else:
+        store.write_rows(unit.target, job.table, columns)
+    progress.rollouts(unit.rows)
+
+
+def complete(job: Job, group: Group, progress: Progress) -> bool:
+    """Whether the group is committed, which it is once every unit is stored."""
+    done = committed(job, group) is not None
+    if not done:
+        units = group.units(group)
+        names = _stored(units)
+        if all(unit.target in names for unit in units):
+            shards = [unit.target for unit in units]
+            (job.finish or _finish(job))(group, shards)
+            done = True
+    if done and job.after is not None:
+        job.after(group, progress)
+    return done
+
+
+def _finish(job: Job) -> Callable[[Group, list[Path]], None]:
+    def finish(group: Group, shards: list[Path]) -> None:
+        commit_shards(job, group, shards, shards)
+
+    return finish
+
+
+def commit_shards(job: Job, group: Group, shards: list[Path], files: list[Path]) -> None:
+    """Commits a group: its files, and what its shards took."""
+    noted, _ = work.gather(job.root, job.table, job.name, group.run_id, shards)
+    store.commit(job.root, job.table, group.keys, [*files, *noted], job.settings)
+    work.forget(job.root, shards)
+
+
+def text_of(part: Mapping[str, list[Any]], column: str, what: str, run_id: str) -> list[Any]:
+    """A column of a shard, no row of which lacks it.
+
+    Raises
+    ------
+    DataError
+        One does; names it.
+    """
+    if None in part[column]:
+        at = part[column].index(None)
+        raise DataError(
+            f"run {run_id}: prompt {part['prompt_id'][at]} sample {part['sample'][at]} has no {what}; "
+            "choose other runs with --run"
+        )
+    return part[column]
