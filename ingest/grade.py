@@ -1,4 +1,4 @@
-"""The ingest of grades: every stored rollout's answer against the reference that came with its prompt."""
+"""The ingest of grades: every stored rollout's answer against the reference of its prompt."""
 
 from __future__ import annotations
 

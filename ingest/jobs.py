@@ -230,7 +230,7 @@ def _shard_units(root: Path, table: str) -> Callable[[Group], list[Unit]]:
 
 
 def committed(job: Job, group: Group) -> store.Record | None:
-    """The record of a group that is done.
+    """The record of a group that is done, None where it is not, or a shard of it is lost.
 
     Raises
     ------
@@ -243,7 +243,14 @@ def committed(job: Job, group: Group) -> store.Record | None:
             f"{job.kind} {job.name} of run {group.run_id} is stored with other settings: "
             f"{differences(record.settings, job.settings)}; give it another name with --name"
         )
-    return record
+    return record if record is None or _is_whole(job, record) else None
+
+
+def _is_whole(job: Job, record: store.Record) -> bool:
+    """Whether every shard that the record names is there: one that was lost is made again."""
+    shards = [job.root / name for name in record.of(job.table)]
+    there = {path for folder in {path.parent for path in shards} for path in store.matching(folder, "*")}
+    return there.issuperset(shards)
 
 
 def units_to_do(job: Job, group: Group, part: tuple[int, int] = (1, 1)) -> list[Unit]:
@@ -310,8 +317,10 @@ def complete(job: Job, group: Group, progress: Progress) -> bool:
         units = group.units(group)
         names = _stored(units)
         if all(unit.target in names for unit in units):
-            shards = [unit.target for unit in units]
-            (job.finish or _finish(job))(group, shards)
+            lost = store.record(job.root, job.table, **group.keys)
+            (job.finish or _finish(job))(group, [unit.target for unit in units])
+            if lost is not None:
+                store.remove_unnamed(job.root, lost.files)
             done = True
     if done and job.after is not None:
         job.after(group, progress)
