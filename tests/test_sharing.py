@@ -18,8 +18,7 @@ import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from test_sql import shell
-from test_verify import GOLDEN, flip, rewrite, same_views, views
+from stores import contents, flip, import_alpha, rewrite, same_views, shell, tables, views
 
 import canopy_store
 from canopy_store import sharing, sql, store
@@ -35,26 +34,11 @@ RUNS = [
 PROMPTS = 4  # of each task
 
 
-def imported(root: Path, file: Path) -> Path:
-    rows = pl.read_parquet(GOLDEN).filter(pl.col("family") == "alpha", pl.col("prompt_id") < PROMPTS)
-    steps = pl.col("entropy")
-    rows = rows.with_columns(
-        text=pl.format("text of {}", "sample"),
-        token_ids=steps.cast(pl.List(pl.Int32)),
-        logprob=steps.list.eval(-pl.element()),
-        eos_logprob=steps.list.eval(pl.element() * 0 - 5),
-    )
-    rows.write_parquet(file)
-    canopy_store.import_rollouts(root, file, max_new_tokens=64)
-    canopy_store.select_reward(root, 0.7)
-    return root
-
-
 @pytest.fixture(scope="module")
 def origin(tmp_path_factory) -> Path:
     """A store of four runs, for reading only."""
     folder = tmp_path_factory.mktemp("origin")
-    return imported(folder / "s", folder / "in.parquet")
+    return import_alpha(folder / "s", folder / "in.parquet", PROMPTS)
 
 
 @pytest.fixture(scope="module")
@@ -71,15 +55,6 @@ def folder(shared, tmp_path) -> Path:
 @pytest.fixture(scope="module")
 def measured(origin) -> dict[str, pl.DataFrame]:
     return views(origin)
-
-
-def tables(root: Path) -> dict[str, list[dict[str, Any]]]:
-    with canopy_store.open(root) as con:
-        return {t: sorted(con.sql(f"from {t}").pl().to_dicts(), key=str) for t in TABLES}
-
-
-def contents(root: Path) -> dict[str, str]:
-    return {str(p.relative_to(root)): store.sha256(p) for p in root.rglob("*") if p.is_file()}
 
 
 # ---------------------------------------------------------------- there and back
