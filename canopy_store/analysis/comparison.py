@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import duckdb
 import numpy as np
 import polars as pl
 
@@ -197,7 +196,7 @@ def store_panel(
 
 
 def _chosen(
-    con: duckdb.DuckDBPyConnection,
+    con: sql.Connection,
     view: str,
     root: str | Path,
     selection: str,
@@ -229,7 +228,7 @@ def _one_embedder(found: pl.Series, wanted: str | None) -> str:
 
 
 def _rollouts(
-    con: duckdb.DuckDBPyConnection, rows: pl.DataFrame, selection: str, embedder: str
+    con: sql.Connection, rows: pl.DataFrame, selection: str, embedder: str
 ) -> dict[tuple[str, str], bootstrap.Rollouts]:
     frame = con.sql(
         "select m.run_id, m.prompt_id, m.n_tokens, m.entropy_sum, m.surprisal_sum, m.entropy_rate, "
