@@ -91,7 +91,9 @@ def pooled(top: Array, bottom: Array, names: Sequence[str]) -> Array:
     """The measures (..., K) of sums (..., K) over prompts; NaN where no prompt has the value."""
     with np.errstate(invalid="ignore", divide="ignore"):
         mean = top / bottom
-    return np.stack([MEASURES[name].out(mean[..., k]) for k, name in enumerate(names)], -1)
+    # each metric by itself in memory: the last bits of exp and tanh may depend on the layout
+    one_by_one = [mean[..., k].copy() for k in range(len(names))]
+    return np.stack([MEASURES[name].out(x) for name, x in zip(names, one_by_one, strict=True)], -1)
 
 
 def columns_of(rows: pl.DataFrame) -> dict[str, Array]:

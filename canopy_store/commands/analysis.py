@@ -8,7 +8,8 @@ from typing import Any
 import click
 import duckdb
 
-from canopy_store.analysis.comparison import compare, store_panel
+from canopy_store.analysis.comparable import store_panel
+from canopy_store.analysis.comparison import compare
 from canopy_store.analysis.power import power
 from canopy_store.analysis.selections import select_lengths, select_reward
 from canopy_store.commands.shared import FORMAT, RUNS, STORE, print_rows
