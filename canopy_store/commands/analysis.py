@@ -9,7 +9,7 @@ import click
 import duckdb
 
 from canopy_store.analysis.comparable import store_panel
-from canopy_store.analysis.comparison import compare
+from canopy_store.analysis.comparison import SEED, compare
 from canopy_store.analysis.power import power
 from canopy_store.analysis.selections import select_lengths, select_reward
 from canopy_store.commands.shared import FORMAT, RUNS, STORE, print_rows
@@ -69,7 +69,7 @@ _COMPARED = (
     ),
     click.option("--selection", default="all", show_default=True, metavar="NAME"),
     click.option("--embedder", metavar="NAME", help="Needed where the store has several."),
-    click.option("--run", "runs", multiple=True, metavar="RUN", help="Only this run; repeatable."),
+    RUNS,
 )
 
 
@@ -110,7 +110,7 @@ def _comparison_options(command: Callable[..., Any]) -> Callable[..., Any]:
     metavar="NAME=SIZE",
     help="Test equivalence: |delta| below SIZE, in the metric's unit or as 5%.",
 )
-@click.option("--seed", default=42, show_default=True)
+@click.option("--seed", default=SEED, show_default=True)
 @FORMAT
 def compare_command(root: str, margins: tuple[str, ...], form: str, **options: Any) -> None:
     """Compare each variant with the baseline of its family, prompt by prompt.
@@ -265,9 +265,7 @@ def _pairs(values: dict[str, Any]) -> str:
 @STORE
 @click.option("--out", default="report.html", show_default=True, metavar="FILE", help="The page.")
 @click.option("--figures", metavar="DIR", help="Also write every chart as PDF and SVG files here.")
-@click.option("--baseline", default="base", show_default=True, metavar="V")
-@click.option("--selection", default="all", show_default=True, metavar="NAME")
-@click.option("--embedder", metavar="NAME", help="[default: the one with the most runs]")
+@_comparison_options
 @click.option(
     "--explorer-rollouts",
     default=400,
@@ -275,11 +273,18 @@ def _pairs(values: dict[str, Any]) -> str:
     metavar="N",
     help="Rollouts the page carries, to be read one by one.",
 )
-@click.option("--seed", default=0, show_default=True, help="Of samples and intervals.")
+@click.option(
+    "--seed",
+    default=SEED,
+    show_default=True,
+    help="Of the bootstrap, and of which rollouts and points are shown.",
+)
 def report_command(
     root: str, out: str, figures: str | None, explorer_rollouts: int, **options: Any
 ) -> None:
     """Write a report: one self-contained HTML page that needs no network.
+
+    Its changes and intervals are those of canopy compare with the same options.
 
     \b
     Examples:
