@@ -172,6 +172,25 @@ def test_a_model_by_itself_has_the_numbers_of_its_comparison(golden):
     assert len(alone) == 2 * len(compared)
 
 
+@pytest.mark.parametrize(("gap", "defined"), [(1e-10, True), (1e-13, False)])
+def test_a_redrawn_rate_is_constant_where_the_views_is(gap, defined):
+    """The views' rule: 1e-12. Correlations of draws that vary by more are defined."""
+    rates = np.array([0.5, 0.5 + gap, 0.5])
+    rollout = bootstrap.Rollouts(
+        n_tokens=np.arange(1, 4),
+        entropy_sum=rates * np.arange(1, 4),
+        surprisal_sum=np.zeros(3),
+        entropy_rate=rates,
+        cut=np.zeros(3),
+    )
+    found = bootstrap.redraw(rollout, 40, np.random.default_rng(0))
+    drawn = np.random.default_rng(0).integers(0, 3, (40, 3))
+    vary = np.array([len(set(draw)) > 1 and 1 in draw for draw in drawn])
+    assert 0 < vary.sum() < 40
+    for name in ("rho_pearson", "rho_spearman", "rho_kendall"):
+        assert np.array_equal(np.isfinite(found[name]), vary & defined), name
+
+
 def test_fixed_prompts_free_prompts_and_both(golden):
     names = ["ce_star", "entropy_rate", "semantic_diversity"]
     se = {

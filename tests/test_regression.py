@@ -408,6 +408,11 @@ def test_a_constant_outcome_is_refused(panel: pl.DataFrame) -> None:
     refused(panel.with_columns(D=pl.lit(0.25)), "beta", "D is constant")
 
 
+def test_a_column_that_varies_by_rounding_alone_is_constant(panel: pl.DataFrame) -> None:
+    """The rule of the views, whatever the column's size."""
+    refused(panel.with_columns(D=1e-3 + 1e-13 * pl.col("D")), "main", "D is constant")
+
+
 def test_a_constant_rate_is_refused(panel: pl.DataFrame) -> None:
     refused(panel.with_columns(R_bar=pl.lit(0.1)), "interaction", "R_bar is constant")
 

@@ -28,6 +28,7 @@ from scipy import optimize, stats
 from scipy.interpolate import CubicSpline
 from scipy.special import expit
 
+from canopy_store.analysis.bootstrap import varies
 from canopy_store.analysis.regression.beta import Array, Codes, fit_beta
 from canopy_store.errors import DataError, FitError, UsageError
 
@@ -252,7 +253,7 @@ def _data(
         row = "/".join(twice.select(_KEYS).row(0))
         raise FitError(f"more than one row of {row}: keep one embedder and one selection")
     for column in (outcome, "R_bar", "N_bar"):
-        if float(kept[column].std() or 0.0) <= 1e-12 * float(kept[column].abs().max() or 0.0):  # type: ignore[arg-type]
+        if not varies(kept[column].min(), kept[column].max()):
             raise FitError(f"{column} is constant: nothing to regress")
     for factor in FACTORS:
         if len(there[factor]) == 1 and factor not in drop:
