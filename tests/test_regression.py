@@ -14,7 +14,7 @@ from scipy import special, stats
 import canopy_store
 from canopy_store.analysis.regression import Fit, fieller, natural_spline, read_panel, regress
 from canopy_store.analysis.regression.beta import Laplace, log_density
-from canopy_store.analysis.regression.linear import _residuals
+from canopy_store.analysis.regression.residuals import quantile_residuals
 from canopy_store.errors import DataError, FitError, UsageError
 
 GOLDEN = Path(__file__).parent / "data" / "golden"
@@ -356,7 +356,7 @@ def test_residuals_flag_a_wrong_beta_model() -> None:
 def test_residuals_flag_too_much_and_too_little_spread(spread: float, wide: bool) -> None:
     """The spread is fitted, so a fit cannot show this: the simulations here come from a known law."""
     y = np.random.default_rng(5).normal(0, spread, 400)
-    found, _ = _residuals(y, lambda rng: rng.normal(0, 1, 400), 0)
+    found, _ = quantile_residuals(y, lambda rng: rng.normal(0, 1, 400), 0)
     assert (found["dispersion_p"] < 0.02) == wide
     assert found["dispersion_ratio"] == pytest.approx(spread**2, rel=0.2)
     if spread > 1:
