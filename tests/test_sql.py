@@ -227,18 +227,23 @@ def test_the_public_names_are_these():
         "pull",
         "push",
         "read",
+        "read_panel",
+        "regress",
         "remove_run",
         "select_lengths",
         "select_reward",
         "status",
         "verify",
+        "write_figures",
+        "write_report",
     ]
-    assert all(hasattr(canopy_store, name) for name in canopy_store.__all__)
+    assert all(callable(getattr(canopy_store, n)) for n in canopy_store.__all__ if n != "__version__")
+    assert not hasattr(canopy_store, "write_reports")
 
 
-def test_importing_the_package_imports_no_torch():
+def test_importing_the_package_imports_nothing_slow():
     code = "import canopy_store, canopy_store.cli, sys; print([m for m in ('torch', 'transformers', "
-    code += "'sentence_transformers') if m in sys.modules])"
+    code += "'sentence_transformers', 'altair', 'statsmodels', 'scipy.stats') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 

@@ -90,6 +90,8 @@ def store_panel(
 ) -> pl.DataFrame:
     """The view ``panel`` of one selection and one embedder, one run a family, variant and task.
 
+    Sorted by task, prompt, family and variant: a view has no order, and sums have last bits.
+
     Raises
     ------
     DataError, UsageError
@@ -97,4 +99,5 @@ def store_panel(
     """
     with sql.connect(root) as con:
         rows = view_rows(con, "panel")
-    return comparable(rows, root, selection=selection, embedder=embedder, runs=runs)[0]
+    panel, _ = comparable(rows, root, selection=selection, embedder=embedder, runs=runs)
+    return panel.sort("task", "prompt_id", "family", "variant")

@@ -8,7 +8,6 @@ from typing import Any
 import click
 import duckdb
 
-from canopy_store.analysis.comparable import store_panel
 from canopy_store.analysis.comparison import SEED, compare
 from canopy_store.analysis.power import power
 from canopy_store.analysis.selections import select_lengths, select_reward
@@ -204,6 +203,7 @@ def power_command(root: str, form: str, **options: Any) -> None:
 )
 @click.option("--selection", metavar="NAME", help="[default: all]")
 @click.option("--embedder", metavar="NAME", help="Needed where there are several.")
+@RUNS
 @click.option("--seed", default=0, show_default=True, help="Of the simulated residuals.")
 @FORMAT
 def regress_command(
@@ -211,6 +211,7 @@ def regress_command(
     panel: str | None,
     selection: str | None,
     embedder: str | None,
+    runs: tuple[str, ...],
     form: str,
     **options: Any,
 ) -> None:
@@ -232,11 +233,11 @@ def regress_command(
 
     if (root is None) == (panel is None):
         raise UsageError("regress needs either --store DIR or --panel FILE")
+    rows: dict[str, Any] = {"selection": selection, "embedder": embedder, "runs": runs}
     if panel is not None:
-        frame = read_panel(panel, embedder=embedder, selection=selection)
+        fit = regress(read_panel(panel, **rows), **options)
     else:
-        frame = store_panel(str(root), selection=selection or "all", embedder=embedder)
-    fit = regress(frame, **options)
+        fit = regress(str(root), **rows, **options)
     if form != "table":
         print_rows(duckdb.from_arrow(fit.coefficients.to_arrow()), form)
         return

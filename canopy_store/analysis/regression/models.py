@@ -17,11 +17,13 @@ interest: "Fine-Tuning Improves Information Conveyance in Language Models" (arXi
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import get_args
+from pathlib import Path
+from typing import Any, get_args
 
 import polars as pl
 from scipy import stats
 
+from canopy_store.analysis.comparable import store_panel
 from canopy_store.analysis.regression.beta_model import solve_beta
 from canopy_store.analysis.regression.design import cross, formula_of, intercept
 from canopy_store.analysis.regression.fit import Fit, Model, tables
@@ -32,7 +34,7 @@ from canopy_store.analysis.regression.panel import (
     NUMBERS,
     Columns,
     PanelData,
-    normalise,
+    one_panel,
     panel_data,
 )
 from canopy_store.analysis.regression.slopes import TESTS
@@ -40,9 +42,12 @@ from canopy_store.errors import UsageError
 
 
 def regress(
-    panel: pl.DataFrame,
+    panel: pl.DataFrame | str | Path,
     model: Model,
     *,
+    selection: str | None = None,
+    embedder: str | None = None,
+    runs: Sequence[str] = (),
     baseline: str = "base",
     outcome: str = "D",
     reference_task: str | None = None,
@@ -53,7 +58,11 @@ def regress(
 
     Parameters
     ----------
-    panel : as ``read_panel`` returns it, or the view ``panel`` itself; rows with a NULL drop out
+    panel : path of a store; or a frame, the view ``panel`` or what ``read_panel`` returns. Rows with a
+        NULL drop out
+    selection, embedder : the rows to keep; by default selection all of a store, and what the frame or
+        the store holds where that is one
+    runs : only these runs, needed where a model and task have several
     baseline : the variant that is the reference level
     outcome : column to explain; the beta model needs values between 0 and 1 (it takes |D|)
     reference_task : reference level of task; ``completion`` where there is one, else the first by name
@@ -68,7 +77,8 @@ def regress(
         The panel cannot carry the model (the term or the level is named), one task or one family only
         that is not dropped, or the fit did not converge.
     DataError
-        The panel misses a column.
+        The panel misses a column, or holds several selections, embedders, or runs of one model and
+        task, and none was named; or the store is empty.
 
     Notes
     -----
@@ -79,7 +89,11 @@ def regress(
     for factor in drop:
         if factor not in FACTORS:
             raise UsageError(f"--drop {factor}: one of {', '.join(FACTORS)}")
-    frame = normalise(panel, "panel")
+    rows: dict[str, Any] = {"embedder": embedder, "runs": runs}
+    if isinstance(panel, pl.DataFrame):
+        frame = one_panel(panel, "panel", selection=selection, **rows)
+    else:
+        frame = one_panel(store_panel(panel, selection=selection or "all", **rows), str(panel))
     if outcome not in frame.columns or outcome in KEYS:
         numbers = [c for c in frame.columns if c not in (*KEYS, *NUMBERS)]
         raise UsageError(f"--outcome {outcome}: the panel has {', '.join(numbers)}")

@@ -11,6 +11,7 @@ import polars as pl
 
 from canopy_store.analysis.bootstrap import varies
 from canopy_store.analysis.regression.beta import Array, Codes
+from canopy_store.analysis.selections import only_runs, require_one_run
 from canopy_store.errors import DataError, FitError
 
 Columns = dict[str, Array]  # the columns of a design, by the name of the term
@@ -41,7 +42,11 @@ class PanelData:
 
 
 def read_panel(
-    path: str | Path, *, embedder: str | None = None, selection: str | None = None
+    path: str | Path,
+    *,
+    embedder: str | None = None,
+    selection: str | None = None,
+    runs: Sequence[str] = (),
 ) -> pl.DataFrame:
     """Return the panel of a CSV or Parquet file.
 
@@ -51,13 +56,13 @@ def read_panel(
 
     Parameters
     ----------
-    embedder, selection : the rows to keep, where the file holds several
+    embedder, selection, runs : the rows to keep, where the file holds several
 
     Raises
     ------
     DataError
-        The file cannot be read, misses a column, or holds several embedders or selections and none
-        was named.
+        The file cannot be read, misses a column, or holds several embedders or selections, or several
+        runs of one model and task, and none was named.
     """
     try:
         if Path(path).suffix == ".parquet":
@@ -66,31 +71,34 @@ def read_panel(
             frame = pl.read_csv(path, infer_schema_length=None)
     except (OSError, pl.exceptions.PolarsError) as error:
         raise DataError(f"{path}: not a readable panel ({str(error).splitlines()[0]})") from error
+    return one_panel(frame, str(path), embedder=embedder, selection=selection, runs=runs)
+
+
+def one_panel(
+    frame: pl.DataFrame,
+    where: str,
+    *,
+    embedder: str | None = None,
+    selection: str | None = None,
+    runs: Sequence[str] = (),
+) -> pl.DataFrame:
+    """Return the rows of one embedder and selection, one run a model and task, as `read_panel` does.
+
+    ``where`` is what errors call the frame.
+    """
     for column, wanted in (("embedder", embedder), ("selection", selection)):
-        frame = _keep(frame, column, wanted, str(path))
-    return normalise(frame, str(path))
-
-
-def _keep(frame: pl.DataFrame, column: str, wanted: str | None, where: str) -> pl.DataFrame:
-    if column not in frame.columns:
-        if wanted is not None:
-            raise DataError(f"{where}: no column {column}")
-        return frame
-    there = frame[column].drop_nulls().unique().sort().to_list()
-    if wanted is not None and wanted not in there:
-        raise DataError(f"{where}: no {column} {wanted!r}; there is {', '.join(map(str, there))}")
-    if wanted is None and len(there) > 1:
-        raise DataError(f"{where}: several values of {column}, name one of {', '.join(map(str, there))}")
-    return frame if wanted is None else frame.filter(pl.col(column) == wanted)
-
-
-def normalise(frame: pl.DataFrame, where: str) -> pl.DataFrame:
+        frame = _keep(frame, column, wanted, where)
     frame = frame.rename({a: b for a, b in _OTHER_NAMES.items() if a in frame.columns})
     if "prompt" not in frame.columns and {"task", "prompt_id"} <= set(frame.columns):
         frame = frame.with_columns(prompt=pl.format("{}/{}", "task", "prompt_id"))
     missing = [c for c in KEYS + NUMBERS if c not in frame.columns]
     if missing:
         raise DataError(f"{where}: no column {', '.join(missing)}")
+    if runs and "run_id" not in frame.columns:
+        raise DataError(f"{where}: no column run_id, so --run cannot choose")
+    if "run_id" in frame.columns:
+        frame = only_runs(frame, runs)
+        require_one_run(frame)
     try:
         keys = (*KEYS, "prompt_id", *NUMBERS)
         others = [c for c, kind in frame.schema.items() if kind.is_numeric() and c not in keys]
@@ -100,21 +108,35 @@ def normalise(frame: pl.DataFrame, where: str) -> pl.DataFrame:
         raise DataError(f"{where}: {str(error).splitlines()[0]}") from error
 
 
+def _keep(frame: pl.DataFrame, column: str, wanted: str | None, where: str) -> pl.DataFrame:
+    if column not in frame.columns:
+        if wanted is not None:
+            raise DataError(f"{where}: no column {column}")
+        return frame
+    values = frame[column].drop_nulls().unique().sort().to_list()
+    named = ", ".join(map(str, values))
+    if wanted is not None and wanted not in values:
+        raise DataError(f"{where}: no {column} {wanted!r}; there is {named}")
+    if wanted is None and len(values) > 1:
+        raise DataError(f"{where}: several values of {column}, name one of {named}")
+    return frame if wanted is None else frame.filter(pl.col(column) == wanted)
+
+
 def panel_data(
     frame: pl.DataFrame, outcome: str, baseline: str, reference_task: str | None, drop: Sequence[str]
 ) -> PanelData:
     finite = pl.all_horizontal(pl.col(outcome, "R_bar", "N_bar").is_finite().fill_null(False))
     kept = frame.filter(finite)
-    there = {f: kept[f].unique().sort().to_list() for f in KEYS}
-    variants = ", ".join(there["variant"]) or "none"
-    if baseline not in there["variant"]:
+    present = {f: kept[f].unique().sort().to_list() for f in KEYS}
+    variants = ", ".join(present["variant"]) or "none"
+    if baseline not in present["variant"]:
         raise FitError(f"no rows of the baseline variant {baseline!r}; there is {variants}")
-    if len(there["variant"]) < 2:
+    if len(present["variant"]) < 2:
         raise FitError(f"nothing to compare: {variants} is the only variant with a value of {outcome}")
-    if reference_task is not None and reference_task not in there["task"]:
-        raise FitError(f"no rows of the task {reference_task!r}; there is {', '.join(there['task'])}")
-    if len(there["prompt"]) < FEWEST_PROMPTS:
-        raise FitError(f"too few prompts: {len(there['prompt'])}, and {FEWEST_PROMPTS} are the fewest")
+    if reference_task is not None and reference_task not in present["task"]:
+        raise FitError(f"no rows of the task {reference_task!r}; there is {', '.join(present['task'])}")
+    if len(present["prompt"]) < FEWEST_PROMPTS:
+        raise FitError(f"too few prompts: {len(present['prompt'])}, and {FEWEST_PROMPTS} are the fewest")
     if kept["prompt"].value_counts()["count"].max() == 1:
         raise FitError("every prompt has one row, so (1|prompt) is not told from the residual")
     twice = kept.filter(pl.struct(KEYS).is_duplicated())
@@ -125,16 +147,16 @@ def panel_data(
         if not varies(kept[column].min(), kept[column].max()):
             raise FitError(f"{column} is constant: nothing to regress")
     for factor in FACTORS:
-        if len(there[factor]) == 1 and factor not in drop:
+        if len(present[factor]) == 1 and factor not in drop:
             raise FitError(
-                f"one {factor} only ({there[factor][0]}): a {factor} effect cannot be told from the "
+                f"one {factor} only ({present[factor][0]}): a {factor} effect cannot be told from the "
                 f"intercept; leave it out with --drop {factor}"
             )
-    task = reference_task or ("completion" if "completion" in there["task"] else there["task"][0])
+    task = reference_task or ("completion" if "completion" in present["task"] else present["task"][0])
     levels = {
-        **there,
-        "variant": _first(baseline, there["variant"]),
-        "task": _first(task, there["task"]),
+        **present,
+        "variant": _first(baseline, present["variant"]),
+        "task": _first(task, present["task"]),
     }
     codes = {
         f: kept[f].replace_strict(levels[f], range(len(levels[f])), return_dtype=pl.Int64).to_numpy()
