@@ -195,7 +195,7 @@ def test_who_writes_a_file_again_removes_what_a_dead_writer_left_of_it(tmp_path)
 
 
 def test_a_run_that_a_copy_lacks_part_of_says_so(tmp_path, chain, canopy):
-    """A copy that took a record and not all of its files: an error that names the file, not fewer rows."""
+    """A copy that took a record and not all of its files: an error that names the lost one."""
     prompts = write_prompts(tmp_path / "p.jsonl", "a", "b", "c")
     assert canopy(*ingest_arguments(tmp_path / "s", chain, prompts))[0] == 0
     lost = store.files(tmp_path / "s", "rollouts")[1].relative_to(tmp_path / "s")
@@ -205,7 +205,7 @@ def test_a_run_that_a_copy_lacks_part_of_says_so(tmp_path, chain, canopy):
     assert str(lost) in err
     # the same ingest makes the lost shard again, bit for bit
     assert canopy(*ingest_arguments(tmp_path / "copy", chain, prompts))[0] == 0
-    assert shard_hashes(tmp_path / "copy") == shard_hashes(tmp_path / "s")
+    assert table_hashes(tmp_path / "copy", "rollouts") == table_hashes(tmp_path / "s", "rollouts")
 
 
 def test_ctrl_c_says_how_to_resume(tmp_path, chain, canopy):

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import duckdb
+import numpy as np
 import polars as pl
 import pytest
 from stores import import_golden, shell
 
 import canopy_store
 from canopy_store import sql
+from canopy_store.analysis import bootstrap
 from canopy_store.schema import COLUMNS, TABLES, arrow_schema, view_columns
 
 
@@ -70,6 +73,53 @@ def test_schemas_in_files_are_the_schemas_in_code(golden):
         for path in store.files(golden, table):
             want = arrow_schema(table, embedding_dim=16 if table == "embeddings" else None)
             assert pq.read_schema(path).equals(want, check_metadata=True)
+
+
+@pytest.mark.parametrize(
+    ("rule", "pattern"),
+    [
+        ("same_policy", r"\$\.temperature"),
+        ("varies", r"1e-12 \* "),
+        ("diversity_of_sum", r"1 - \(\w*\.?squared_norm|embedding_sum\) - "),
+    ],
+)
+def test_a_rule_is_written_once(rule, pattern):
+    """In the macro; the views call it, and `analysis.bootstrap` repeats two of them for its draws."""
+    written = {name for name in ("macros", *sql.VIEWS) if re.search(pattern, sql.source(name))}
+    calling = {name for name in sql.VIEWS if f"{rule}(" in sql.source(name)}
+    assert written == {"macros"}
+    assert len(re.findall(pattern, sql.source("macros"))) == 1
+    assert calling
+
+
+def in_duckdb(expression: str, **columns: np.ndarray) -> np.ndarray:
+    """What DuckDB gives for an expression of columns, with the macros; NULL as NaN."""
+    with duckdb.connect() as con:
+        con.execute(sql.source("macros"))
+        con.register("given", pl.DataFrame(columns))
+        return con.sql(f"select ({expression})::double as x from given").pl()["x"].to_numpy()
+
+
+def test_sql_and_python_decide_alike_what_is_constant():
+    sizes = [0.0, 1e-9, 1e-3, 0.7, 1.0, 1.5, 300.0, 1e6, 1e12]
+    gaps = [0, 1e-16, 1e-13, 0.9e-12, 0.999e-12, 1e-12, 1.001e-12, 1.1e-12, 2e-12, 1e-10, 1e-9]
+    low, gap, sign = (a.ravel() for a in np.meshgrid(sizes, gaps, [1, -1]))
+    low, high = sign * low, sign * low + gap * np.maximum(1, low)
+    ours = bootstrap.varies(low, high)
+    theirs = in_duckdb("varies(lo, hi)", lo=low, hi=high)
+    assert (ours == theirs.astype(bool)).all()
+    assert not bootstrap.varies(1.0, 1 + 0.9e-12)
+    assert bootstrap.varies(1.0, 1 + 1e-10)
+
+
+def test_sql_and_python_give_one_diversity():
+    rng = np.random.default_rng(0)
+    n = np.array([0, 1, 2, 3, 40, 1000] * 20, float)
+    squared_norm = rng.uniform(0, 1, len(n)) * n**2
+    ours = bootstrap.diversity_of_sum(squared_norm, n)
+    theirs = in_duckdb("diversity_of_sum(s, n)", s=squared_norm, n=n)
+    assert np.array_equal(ours, theirs, equal_nan=True)
+    assert np.isnan(ours).tolist() == (n < 2).tolist()
 
 
 def test_the_plain_shell_runs_every_view(golden, tmp_path):
@@ -162,18 +212,23 @@ def test_the_public_names_are_these():
         "pull",
         "push",
         "read",
+        "read_panel",
+        "regress",
         "remove_run",
         "select_lengths",
         "select_reward",
         "status",
         "verify",
+        "write_figures",
+        "write_report",
     ]
-    assert all(hasattr(canopy_store, name) for name in canopy_store.__all__)
+    assert all(callable(getattr(canopy_store, n)) for n in canopy_store.__all__ if n != "__version__")
+    assert not hasattr(canopy_store, "write_reports")
 
 
-def test_importing_the_package_imports_no_torch():
+def test_importing_the_package_imports_nothing_slow():
     code = "import canopy_store, canopy_store.cli, sys; print([m for m in ('torch', 'transformers', "
-    code += "'sentence_transformers') if m in sys.modules])"
+    code += "'sentence_transformers', 'altair', 'statsmodels', 'scipy.stats') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 
