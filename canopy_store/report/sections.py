@@ -11,7 +11,7 @@ from canopy_store.report import charts as draw
 from canopy_store.report import facts as read
 from canopy_store.report import intervals
 from canopy_store.report.facts import Facts
-from canopy_store.schema import COLUMNS
+from canopy_store.sql.columns import column_of
 
 _EMBED = "Nothing is embedded yet. Run: canopy ingest embed --store … --embedder …"
 _NAMED_ARROWS = 16
@@ -317,6 +317,7 @@ def tables(facts: Facts) -> list[dict[str, Any]]:
             "Measures",
             "Every measure",
             "One row per run, embedder and selection, pooled over prompts.",
+            "model_metrics",
             facts.metrics.select(_METRICS).sort([*keys, "embedder", "selection"]),
         ),
         _table(
@@ -325,6 +326,7 @@ def tables(facts: Facts) -> list[dict[str, Any]]:
             "Were the numbers logged honestly?",
             "Had entropies been logged from another distribution than the one sampled from, z would "
             "not look standard normal; ok means |z| ≤ 5. Runs without log-probabilities are not listed.",
+            "logging_check",
             logging.sort("family", "task", "variant", "selection").select(_LOGGING),
         ),
         _table(
@@ -332,16 +334,22 @@ def tables(facts: Facts) -> list[dict[str, Any]]:
             "Runs",
             "Runs",
             "Every run begun; one that is not complete is left out of all measures.",
+            "runs",
             facts.runs.sort(keys).select(_RUNS),
         ),
     ]
 
 
-def _table(identity: str, short: str, title: str, how: str, frame: pl.DataFrame) -> dict[str, Any]:
+def _table(
+    identity: str, short: str, title: str, how: str, relation: str, frame: pl.DataFrame
+) -> dict[str, Any]:
     columns = []
     for name, kind in frame.schema.items():
-        known = COLUMNS.get(name)
-        doc = _DOCS.get(name) or (f"{known.doc} {known.unit}".strip() if known else "")
+        if name in _DOCS:
+            doc = _DOCS[name]
+        else:
+            column = column_of(relation, name)
+            doc = f"{column.doc} {column.unit}".strip()
         columns.append({"name": name, "doc": doc, "number": kind.is_numeric()})
     rounded = frame.with_columns(pl.col(pl.Float64).round(7).round_sig_figs(6))
     return {
