@@ -255,17 +255,3 @@ def test_importing_the_package_imports_no_torch():
     code += "'sentence_transformers') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
-
-
-def test_every_command_is_documented_with_an_example():
-    from canopy_store.cli import cli
-
-    def walk(command, path):
-        for name, child in getattr(command, "commands", {}).items():
-            yield from walk(child, [*path, name])
-        if not getattr(command, "commands", None):
-            yield path, command
-
-    for path, command in walk(cli, ["canopy"]):
-        assert "Example" in (command.help or ""), path
-        assert " ".join(path) in command.help, path
