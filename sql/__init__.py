@@ -21,7 +21,8 @@ import polars as pl
 
 from canopy_store import store
 from canopy_store.errors import DataError, StoreError, UsageError
-from canopy_store.schema import COLUMNS, TABLES, view_columns
+from canopy_store.schema import TABLES, view_columns
+from canopy_store.sql.columns import column_of
 from canopy_store.sql.connection import Connection, spill_folder
 from canopy_store.store import format1
 
@@ -293,11 +294,10 @@ def _comment(con: duckdb.DuckDBPyConnection) -> None:
     grains |= {v: source(v).splitlines()[0].removeprefix("-- grain: ") for v in VIEWS}
     for relation, grain in grains.items():
         statements.append(f"comment on view {relation} is '{_literal(grain)}'")
-    own = {(table, c.name): c for table in TABLES for c in view_columns(table)}
     for relation, name in con.execute(
         "select table_name, column_name from duckdb_columns() where not internal"
     ).fetchall():
-        column = own.get((relation, name)) or COLUMNS[name]
+        column = column_of(relation, name)
         text = f"{column.doc} [{column.unit}]" if column.unit else column.doc
         statements.append(f"comment on column {relation}.\"{name}\" is '{_literal(text)}'")
     con.execute(";\n".join(statements))

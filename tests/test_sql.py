@@ -17,7 +17,8 @@ from stores import import_golden, shell
 import canopy_store
 from canopy_store import sql
 from canopy_store.analysis import bootstrap
-from canopy_store.schema import COLUMNS, TABLES, arrow_schema, view_columns
+from canopy_store.schema import COLUMNS, TABLES, arrow_schema
+from canopy_store.sql.columns import METRICS, VIEW_DOCS, column_of
 
 
 @pytest.fixture(scope="module")
@@ -59,9 +60,87 @@ def test_every_column_is_explained_in_the_database_itself(golden):
             "select table_name, column_name, comment from duckdb_columns() where not internal"
         ).fetchall()
     assert {name for name, _, _ in rows} == {*TABLES, *sql.VIEWS}
-    assert [row for row in rows if not row[2]] == []
-    used = {column for _, column, _ in rows}
-    assert used == {*COLUMNS, *(c.name for t in TABLES for c in view_columns(t))}
+    for relation, name, comment in rows:
+        column = column_of(relation, name)
+        assert column.doc
+        assert comment == (f"{column.doc} [{column.unit}]" if column.unit else column.doc)
+
+
+def described(view: str, root: Path) -> dict[str, str]:
+    """The type of each of a view's columns."""
+    with canopy_store.open(root) as con:
+        return {name: kind for name, kind, *_ in con.sql(f"describe {view}").fetchall()}
+
+
+@pytest.mark.parametrize("view", sql.VIEWS)
+def test_every_column_of_a_view_is_defined_with_its_type(golden, view):
+    kinds = described(view, golden)
+    assert {name: column_of(view, name).type for name in kinds} == kinds
+    assert {column.name for column in VIEW_DOCS.get(view, ())} <= set(kinds)  # nothing beside them
+    with pytest.raises(KeyError):
+        column_of(view, "no such column")
+
+
+def test_no_definition_of_a_column_is_idle_or_hidden(golden):
+    shown = {name for view in sql.VIEWS for name in described(view, golden)}
+    shared = [column.name for column in METRICS]
+    assert len(set(shared)) == len(shared)
+    assert set(shared) <= shown
+    assert set(VIEW_DOCS) <= set(sql.VIEWS)
+    # what holds in every view is in no view another
+    assert not {c.name for columns in VIEW_DOCS.values() for c in columns} & {*shared, *COLUMNS}
+
+
+@pytest.mark.parametrize(
+    ("relation", "name", "grain"),
+    [
+        ("runs", "n_rollouts", "Rollouts in the run."),
+        ("prompt_metrics", "n_rollouts", "Rollouts of the prompt in the selection."),
+        ("model_metrics", "n_rollouts", "Rollouts of the run in the selection."),
+        ("length_terciles", "n_rollouts", "of the prompt in the tercile"),
+        ("model_length_terciles", "n_rollouts", "of all prompts in the tercile"),
+        ("logging_check", "n_rollouts", "with logprob and entropy"),
+        ("cross_entropy", "n_rollouts", "Scored rollouts of the prompt"),
+        ("kl_divergence", "n_rollouts", "Scored rollouts of the run"),
+        ("runs", "n_prompts", "Prompts in the run."),
+        ("model_metrics", "n_prompts", "with a rollout in the selection"),
+        ("model_length_terciles", "n_prompts", "with a rollout in the tercile"),
+        ("kl_divergence", "n_prompts", "with a scored rollout"),
+        ("rollouts", "n_tokens", "N: generated tokens"),
+        ("rollout_metrics", "n_tokens", "N: generated tokens"),
+        ("scored_rollouts", "n_tokens", "N: generated tokens"),
+        ("prompt_metrics", "n_tokens", "of the prompt's rollouts"),
+        ("model_metrics", "n_tokens", "of the run's rollouts"),
+        ("rollout_metrics", "entropy_rate", "r_i: entropy_sum / n_tokens of the rollout."),
+        ("prompt_metrics", "entropy_rate", "Mean over the prompt's rollouts"),
+        ("model_metrics", "entropy_rate", "Mean over prompts"),
+        ("length_terciles", "entropy_rate", "Mean over the tercile's rollouts"),
+        ("model_length_terciles", "entropy_rate", "Mean over prompts of the tercile's"),
+        ("prompt_metrics", "ce_star", "other than 'all' the mean of that subset, and no entropy"),
+        ("model_metrics", "ce_star", "CE*: mean over prompts"),
+        ("ce_star_decomposition", "ce_star", "stop_entropy + content_entropy"),
+        ("ce_star_decomposition", "stop_entropy", "mean stop_entropy_sum"),
+        ("eos_trajectory", "stop_entropy", "at the position"),
+        ("entropy_trajectory", "active", "reach the position."),
+        ("eos_trajectory", "active", "of those with eos_logprob"),
+        ("prompt_metrics", "rho_pearson", "over the prompt's rollouts"),
+        ("model_metrics", "rho_pearson", "weighted by n_rollouts - 3"),
+        ("model_metrics", "rho_kendall", "weighted by pairs"),
+        ("model_metrics", "vendi_score", "Geometric mean over prompts"),
+        ("panel", "vendi_score", "the prompt's spectrum"),
+        ("cross_entropy", "kl_se", "over the prompt's rollouts"),
+        ("kl_divergence", "kl_se", "these prompts given"),
+        ("kl_divergence", "kl_se_prompts", "over prompts"),
+        ("kl_trajectory", "kl_se", "over active rollouts"),
+        ("cross_entropy", "n_outside", "the prompt's n_rollouts"),
+        ("kl_trajectory", "n_outside", "steps here"),
+        ("rollouts", "entropy", "NULL where the engine gave none"),
+        ("selected_rollouts", "entropy", "whole support; where the engine gave none, from scores"),
+        ("rollout_metrics", "surprisal_sum", "where the engine gave none, from scores"),
+    ],
+)
+def test_a_columns_meaning_is_that_of_its_view(relation, name, grain):
+    assert grain in column_of(relation, name).doc
 
 
 def test_schemas_in_files_are_the_schemas_in_code(golden):
@@ -231,17 +310,3 @@ def test_importing_the_package_imports_nothing_slow():
     code += "'sentence_transformers', 'altair', 'statsmodels', 'scipy.stats') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
-
-
-def test_every_command_is_documented_with_an_example():
-    from canopy_store.cli import cli
-
-    def walk(command, path):
-        for name, child in getattr(command, "commands", {}).items():
-            yield from walk(child, [*path, name])
-        if not getattr(command, "commands", None):
-            yield path, command
-
-    for path, command in walk(cli, ["canopy"]):
-        assert "Example" in (command.help or ""), path
-        assert " ".join(path) in command.help, path

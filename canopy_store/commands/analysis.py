@@ -223,6 +223,7 @@ def regress_command(
     quadratic    interaction with and without R_bar squared, and their likelihood-ratio test
     beta         a beta mixed model with its dispersion model: how many times as strongly
                  entropy rate turns into diversity is the ratio (beta+eta)/beta
+
     \b
     Examples:
       canopy regress --model interaction --store S

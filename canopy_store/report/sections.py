@@ -11,7 +11,7 @@ from canopy_store.analysis.lines import fitted_lines
 from canopy_store.analysis.pairing import widest
 from canopy_store.report import charts as draw
 from canopy_store.report.facts import Facts
-from canopy_store.schema import COLUMNS
+from canopy_store.sql.columns import column_of
 
 _EMBED = "Nothing is embedded yet. Run: canopy ingest embed --store … --embedder …"
 _NAMED_ARROWS = 16
@@ -348,6 +348,7 @@ def tables(facts: Facts) -> list[dict[str, Any]]:
             "Measures",
             "Every measure",
             "One row per run, embedder and selection, pooled over prompts.",
+            "model_metrics",
             facts.metrics.select(_METRICS).sort([*keys, "embedder", "selection"]),
         ),
         _table(
@@ -356,6 +357,7 @@ def tables(facts: Facts) -> list[dict[str, Any]]:
             "Were entropies and samples logged from one distribution?",
             "If the entropies came from another distribution than the one that was sampled, z would "
             "not look standard normal; ok means |z| ≤ 5. Runs without log-probabilities are not listed.",
+            "logging_check",
             _logging(facts),
         ),
         _table(
@@ -363,6 +365,7 @@ def tables(facts: Facts) -> list[dict[str, Any]]:
             "Runs",
             "Runs",
             "Every run that was started; one that is not complete is left out of all measures.",
+            "runs",
             facts.runs.sort(keys).select(_RUNS),
         ),
     ]
@@ -374,11 +377,16 @@ def _logging(facts: Facts) -> pl.DataFrame:
     return facts.logging.sort("family", "task", "variant", "selection").select(_LOGGING)
 
 
-def _table(identity: str, short: str, title: str, how: str, frame: pl.DataFrame) -> dict[str, Any]:
+def _table(
+    identity: str, short: str, title: str, how: str, relation: str, frame: pl.DataFrame
+) -> dict[str, Any]:
     columns = []
     for name, kind in frame.schema.items():
-        column = COLUMNS.get(name)
-        doc = _DOCS.get(name) or (f"{column.doc} {column.unit}".strip() if column else "")
+        if name in _DOCS:
+            doc = _DOCS[name]
+        else:
+            column = column_of(relation, name)
+            doc = f"{column.doc} {column.unit}".strip()
         columns.append({"name": name, "doc": doc, "number": kind.is_numeric()})
     rounded = frame.with_columns(_SHORT)
     return {
