@@ -7,11 +7,7 @@ way is asked for, what comes is read, and an answer that leaves the tokens in do
 
 from __future__ import annotations
 
-import email.utils
 import itertools
-import os
-import random
-import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,20 +16,16 @@ import httpx2
 import numpy as np
 from anyio.from_thread import start_blocking_portal
 
-from canopy_store.errors import CanopyError, DataError, UsageError
+from canopy_store.errors import DataError, UsageError
 from canopy_store.ingest import models
 from canopy_store.ingest.engines import Engine
+from canopy_store.ingest.openai_client import Server
 from canopy_store.ingest.progress import Progress
 from canopy_store.ingest.sample import Job, Rollout, Sampling
 from canopy_store.ingest.tokenizer import load_tokenizer
-from canopy_store.readers import get, parse
+from canopy_store.readers import get
 from canopy_store.readers.openai_batch import token_table
 
-_PASSING = {408, 409, 425, 429, 500, 502, 503, 504}  # statuses that a later attempt may not meet
-_ATTEMPTS = 8
-_FIRST_WAIT, _LONGEST_WAIT = 1.0, 60.0  # seconds; doubled from attempt to attempt
-_LONGEST_ASKED = 600.0  # seconds of a Retry-After that are waited for
-_TIMEOUT = httpx2.Timeout(1800.0, connect=10.0, pool=None)  # seconds: a long rollout in a long queue
 _UNKNOWN = -9999.0  # at or below it a server's number is its word for 'no log-probability'
 
 # What servers add to the API. Their defaults may come from the model's generation_config.json or from
@@ -73,20 +65,20 @@ def open_model(
         raise UsageError("--engine openai needs --base-url, as in http://localhost:8000/v1")
     if concurrency is not None and concurrency < 1:
         raise UsageError(f"--concurrency {concurrency}: needs at least 1")
-    server = _Server(base_url, concurrency or 32)
+    server = Server(base_url, concurrency or 32)
     listed = server.models()
-    served = _served(base_url, [entry["id"] for entry in listed], served_model)
+    served = _served(server, [entry["id"] for entry in listed], served_model)
     entry = next((e for e in listed if e["id"] == served), {})
     path = models.resolve_model(source)
     tokenizer, config = load_tokenizer(source), models.read_config(path)
     ends = tuple(models.end_token_ids(config, tokenizer))
     windows = [models.context_window(config), entry.get("max_model_len")]
-    kind = str(entry.get("owned_by"))
+    kind = str(entry.get("owned_by"))[:80]
     completions = _Completions(server, served, kind, tokenizer, ends)
     return Engine(
         tokenizer=tokenizer,
         end_ids=ends,
-        window=min((w for w in windows if isinstance(w, int)), default=None),
+        window=min((w for w in windows if type(w) is int and w > 0), default=None),
         checkpoint=models.checkpoint(source, path, tokenizer),
         # the server's lists are those before temperature, top-k and top-p, unless it was told otherwise
         settings={"server": kind, "served_model": served, "top_logprobs_of": "server"},
@@ -96,142 +88,18 @@ def open_model(
     )
 
 
-def _served(base_url: str, names: list[str], asked: str | None) -> str:
+def _served(server: Server, names: list[str], asked: str | None) -> str:
     """The model to ask for, of those the server lists; an empty list is a server that lists none."""
-    shown = ", ".join(names[:20])
+    shown = ", ".join(server.shown(name, 80) for name in names[:20])
     if asked is not None:
         if names and asked not in names:
-            raise UsageError(f"--served-model {asked}: {base_url} serves {shown}")
+            raise UsageError(f"--served-model {asked}: {server.url} serves {shown}")
         return asked
     if len(names) == 1:
         return names[0]
     if not names:
-        raise UsageError(f"{base_url} lists no models: say which with --served-model")
-    raise UsageError(f"{base_url} serves {shown}: choose one with --served-model")
-
-
-# ---------------------------------------------------------------- the server
-
-
-class _Server:
-    """An address, the key for it, and what to do when it fails."""
-
-    def __init__(self, base_url: str, concurrency: int) -> None:
-        try:
-            url = httpx2.URL(base_url)
-        except httpx2.InvalidURL:
-            url = httpx2.URL("")
-        if url.scheme not in ("http", "https") or not url.host or url.userinfo or url.query:
-            raise UsageError(
-                "--base-url: needs an address like http://HOST:8000/v1, with no password "
-                "in it: a key goes in the environment as OPENAI_API_KEY"
-            )
-        self.url, self.concurrency = base_url.rstrip("/"), concurrency
-        self.key = os.environ.get("OPENAI_API_KEY", "").strip()
-
-    def client(self, kind: Any) -> Any:
-        """A client (httpx2.Client or AsyncClient) with as many connections as there are requests."""
-        return kind(
-            base_url=self.url + "/",
-            timeout=_TIMEOUT,
-            headers={"Authorization": f"Bearer {self.key}"} if self.key else {},
-            limits=httpx2.Limits(
-                max_connections=self.concurrency, max_keepalive_connections=self.concurrency
-            ),
-        )
-
-    def models(self) -> list[dict[str, Any]]:
-        """The models that the server lists; none where it has no such list."""
-        try:
-            with self.client(httpx2.Client) as client:
-                response = client.get("models", timeout=30.0)
-        except httpx2.TransportError as error:
-            raise CanopyError(f"{self.url}: no answer ({_reason(error)}); is the server up?") from None
-        if response.status_code == 404:
-            return []
-        entries = get(self.body(response), "data", list, f"{self.url}/models")
-        return [e for e in entries if isinstance(e, dict) and isinstance(e.get("id"), str)]
-
-    async def complete(self, client: httpx2.AsyncClient, body: dict[str, Any]) -> httpx2.Response:
-        """The answer to a request, asked for again while the server fails in ways that pass.
-
-        Raises
-        ------
-        CanopyError
-            It failed `_ATTEMPTS` times.
-        """
-        said, asked = "", 0.0  # what the server said last, and the seconds it asks to wait
-        for attempt in range(_ATTEMPTS):
-            if attempt:
-                wait = min(_LONGEST_WAIT, _FIRST_WAIT * 2 ** (attempt - 1))
-                await anyio.sleep(max(asked, random.uniform(0.5, 1) * wait))
-            try:
-                response = await client.post("completions", json=body)
-            except httpx2.TransportError as error:
-                said, asked = _reason(error), 0.0
-                continue
-            if response.status_code not in _PASSING:
-                return response
-            said, asked = self.said(response), _retry_after(response)
-        raise CanopyError(
-            f"{self.url}: failed {_ATTEMPTS} times, last with {said}; what was stored is "
-            "whole: run the same command again to resume"
-        )
-
-    def body(self, response: httpx2.Response) -> dict[str, Any]:
-        """The object that an answer holds.
-
-        Raises
-        ------
-        UsageError
-            The server refused; says what it said.
-        DataError
-            The answer is no JSON object.
-        """
-        if response.status_code != 200:
-            raise UsageError(f"{self.url}: {self.said(response)}{_HINTS.get(response.status_code, '')}")
-        body = parse(response.content, self.url)
-        if not isinstance(body, dict):
-            raise DataError(f"{self.url}: the answer needs to be a JSON object")
-        return body
-
-    def said(self, response: httpx2.Response) -> str:
-        """Status and message of a failure, on one line, without the key."""
-        try:
-            body = response.json()
-        except ValueError:
-            body = response.text
-        for name in ("error", "message", "detail"):
-            if isinstance(body, dict) and body.get(name):
-                body = body[name]
-        text = " ".join(str(body).split())[:300]
-        if self.key:
-            text = text.replace(self.key, "…")
-        return f"status {response.status_code}" + (f" ({text})" if text else "")
-
-
-_HINTS = {
-    401: "; put the server's key in the environment as OPENAI_API_KEY",
-    403: "; put the server's key in the environment as OPENAI_API_KEY",
-    404: "; --base-url needs the part before /completions, most often ending in /v1",
-}
-
-
-def _reason(error: Exception) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
-
-
-def _retry_after(response: httpx2.Response) -> float:
-    """Seconds that the server asks to wait: its header has seconds or a date."""
-    value = response.headers.get("retry-after", "")
-    try:
-        seconds = float(value)
-    except ValueError:
-        try:
-            seconds = email.utils.parsedate_to_datetime(value).timestamp() - time.time()
-        except (ValueError, TypeError):
-            return 0.0
-    return min(max(seconds, 0.0), _LONGEST_ASKED) if seconds == seconds else 0.0
+        raise UsageError(f"{server.url} lists no models: name one with --served-model")
+    raise UsageError(f"{server.url} serves {shown}: choose one with --served-model")
 
 
 # ---------------------------------------------------------------- rollouts
@@ -241,7 +109,7 @@ class _Completions:
     """Rollouts of one served model."""
 
     def __init__(
-        self, server: _Server, served: str, kind: str, tokenizer: Any, end_ids: tuple[int, ...]
+        self, server: Server, served: str, kind: str, tokenizer: Any, end_ids: tuple[int, ...]
     ) -> None:
         self.server, self.served, self.kind, self.tokenizer = server, served, kind, tokenizer
         self.end_ids = end_ids  # the model's own
@@ -306,7 +174,7 @@ class _Completions:
                 bodies[place] = await self._answer(client, asked[place][1], sampling, progress)
             progress.tokens(get(bodies[place], "usage.completion_tokens", int, self.server.url, 0))
 
-        async with self.server.client(httpx2.AsyncClient) as client:
+        async with self.server.client() as client:
             try:
                 async with anyio.create_task_group() as group:
                     for place in range(len(asked)):
@@ -319,13 +187,13 @@ class _Completions:
         self, client: httpx2.AsyncClient, body: dict[str, Any], sampling: Sampling, progress: Progress
     ) -> dict[str, Any]:
         """The body of one answer; once a server refuses what is not OpenAI's, it is left out."""
+        most = _longest(body)
         if self.added:
             more = {"top_k": sampling.top_k or -1, **_ADDED}
-            response = await self.server.complete(client, body | more)
-            if response.status_code not in (400, 422) or sampling.top_k:
-                return self.server.body(response)
-        response = await self.server.complete(client, body)
-        found = self.server.body(response)
+            answer = await self.server.complete(client, body | more, most)
+            if answer.status not in (400, 422) or sampling.top_k:
+                return self.server.body(answer)
+        found = self.server.body(await self.server.complete(client, body, most))
         if self.added:
             self.added = False
             self._say(
@@ -350,7 +218,9 @@ class _Completions:
         choice = choices[0]
         reason = get(choice, "finish_reason", str, where)
         if reason not in ("stop", "length"):
-            raise DataError(f"{where}: the server ended it for another reason: {reason[:80]!r}")
+            raise DataError(
+                f"{where}: the server ended it for another reason: {self.server.shown(reason, 80)!r}"
+            )
         logged = _logged(choice, where)
         ids = self._token_ids(choice, logged, where)
         counted = get(body, "usage.completion_tokens", int, where, None)
@@ -404,11 +274,11 @@ class _Completions:
         ended = next((end for end in named if end is not None), None)
         if ended is None and ids and not self.tokenizer.decode(ids[-1:], skip_special_tokens=True):
             ended = ids[-1]  # a special token
-        if ended is not None and ended not in sampling.end_ids:
+        if ended is not None and (type(ended) is not int or ended not in sampling.end_ids):
             raise DataError(
-                f"{where}: it ended with {str(ended)[:80]!r}, and the model's end tokens are "
-                f"{list(sampling.end_ids)}: the generation_config.json of --model needs those of the "
-                "served model"
+                f"{where}: it ended with {self.server.shown(ended, 80)!r}, and the model's end tokens "
+                f"are {list(sampling.end_ids)}: the generation_config.json of --model needs those of "
+                "the served model"
             )
         if ended is None and len(sampling.end_ids) != 1:
             raise DataError(
@@ -461,6 +331,11 @@ class _Completions:
         if line not in self.told:
             self.told.add(line)
             progress.say(line)
+
+
+def _longest(body: dict[str, Any]) -> int:
+    """Bytes that an answer may have: what its tokens, their lists and the prompt's ids can take."""
+    return (1 << 20) + 16 * len(body["prompt"]) + 512 * body["max_tokens"] * (2 + body["logprobs"])
 
 
 # ---------------------------------------------------------------- an answer's log

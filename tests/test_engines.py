@@ -24,7 +24,7 @@ from test_ground_truth import PROMPTS, chain_policy, closed_form
 
 import canopy_store
 from canopy_store import store
-from canopy_store.ingest import engine_openai
+from canopy_store.ingest import openai_client
 
 KINDS = ("vllm", "vllm-old", "sglang", "llamacpp", "openai")
 
@@ -32,7 +32,7 @@ KINDS = ("vllm", "vllm-old", "sglang", "llamacpp", "openai")
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch):
     """Retries at once, and no key of the environment's."""
-    monkeypatch.setattr(engine_openai, "_FIRST_WAIT", 0.001)
+    monkeypatch.setattr(openai_client, "_FIRST_WAIT", 0.001)
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
 
 
@@ -335,11 +335,7 @@ def test_a_server_that_fails_for_good_is_named_and_the_run_resumes(tmp_path, cha
 
 
 def test_retry_after_is_waited_for():
-    response = engine_openai.httpx2.Response
-
-    def seconds(value: str) -> float:
-        return engine_openai._retry_after(response(429, headers={"Retry-After": value}))
-
+    seconds = openai_client._retry_after
     assert seconds("7") == 7
     assert seconds("-1") == seconds("soon") == seconds("nan") == 0
     assert seconds("1e9") == seconds("Fri, 31 Dec 2999 23:59:59 GMT") == 600
@@ -350,7 +346,7 @@ def test_retry_after_is_waited_for():
     [
         ({"models": ("a", "b")}, (), 2, "serves a, b: choose one with --served-model"),
         ({"models": ("a", "b")}, ("--served-model", "c"), 2, "--served-model c: "),
-        ({"models": ()}, (), 2, "lists no models: say which with --served-model"),
+        ({"models": ()}, (), 2, "lists no models: name one with --served-model"),
         ({"key": "s3cret"}, (), 2, "put the server's key in the environment as OPENAI_API_KEY"),
         ({"always": 418}, (), 2, "status 418 (busy)"),
         ({"kind": "openai"}, ("--top-k", 5), 2, "Unrecognized request argument: "),
@@ -442,8 +438,8 @@ def test_the_key_goes_to_the_server_and_nowhere_else(tmp_path, chain, canopy, pr
 DRIVER = """
 import json, os, sys
 from canopy_store.cli import main
-from canopy_store.ingest import engine_openai, rollouts  # noqa
-engine_openai._FIRST_WAIT = 0.2
+from canopy_store.ingest import openai_client, rollouts  # noqa
+openai_client._FIRST_WAIT = 0.2
 for word in sys.stdin:
     if word.strip() == "start":
         pid = os.fork()
