@@ -24,9 +24,7 @@ from canopy_store.ingest.progress import Progress
 from canopy_store.ingest.sample import Job, Rollout, Sampling
 from canopy_store.ingest.tokenizer import load_tokenizer
 from canopy_store.readers import get
-from canopy_store.readers.openai_batch import token_table
-
-_UNKNOWN = -9999.0  # at or below it a server's number is its word for 'no log-probability'
+from canopy_store.readers.openai_logprobs import LoggedToken, check_ids, logged_tokens, token_table
 
 # What servers add to the API. Their defaults may come from the model's generation_config.json or from
 # their own command line, so every sampler but the three of the policy is switched off by name.
@@ -74,7 +72,8 @@ def open_model(
     ends = tuple(models.end_token_ids(config, tokenizer))
     windows = [models.context_window(config), entry.get("max_model_len")]
     kind = str(entry.get("owned_by"))[:80]
-    completions = _Completions(server, served, kind, tokenizer, ends)
+    vocabulary = models.vocabulary_size(config, tokenizer)
+    completions = _Completions(server, served, kind, tokenizer, ends, vocabulary)
     return Engine(
         tokenizer=tokenizer,
         end_ids=ends,
@@ -109,10 +108,16 @@ class _Completions:
     """Rollouts of one served model."""
 
     def __init__(
-        self, server: Server, served: str, kind: str, tokenizer: Any, end_ids: tuple[int, ...]
+        self,
+        server: Server,
+        served: str,
+        kind: str,
+        tokenizer: Any,
+        end_ids: tuple[int, ...],
+        vocabulary: int,
     ) -> None:
         self.server, self.served, self.kind, self.tokenizer = server, served, kind, tokenizer
-        self.end_ids = end_ids  # the model's own
+        self.end_ids, self.vocabulary = end_ids, vocabulary  # the model's own
         self.added = True  # whether the server takes what is not OpenAI's
         self.told: set[str] = set()
         self.table: dict[bytes, int] | None = None
@@ -172,7 +177,8 @@ class _Completions:
         async def one(place: int) -> None:
             async with limit:
                 bodies[place] = await self._answer(client, asked[place][1], sampling, progress)
-            progress.tokens(get(bodies[place], "usage.completion_tokens", int, self.server.url, 0))
+            counted = get(bodies[place], "usage.completion_tokens", int, self.server.url, 0)
+            progress.tokens(min(max(counted, 0), sampling.max_new_tokens))
 
         async with self.server.client() as client:
             try:
@@ -221,7 +227,7 @@ class _Completions:
             raise DataError(
                 f"{where}: the server ended it for another reason: {self.server.shown(reason, 80)!r}"
             )
-        logged = _logged(choice, where)
+        logged = logged_tokens(choice, where)
         ids = self._token_ids(choice, logged, where)
         counted = get(body, "usage.completion_tokens", int, where, None)
         if ids is None:
@@ -230,6 +236,8 @@ class _Completions:
             ids = self._with_end(ids, choice, sampling, where)
         _check(ids, counted, reason, sampling, where)
         logprob, top_ids, top_logprobs = _logs(logged, ids, sampling)
+        for tops in top_ids or ():
+            check_ids(tops, f"{where}: top_logprobs", self.vocabulary)
         return Rollout(
             sample=sample,
             token_ids=np.array(ids, np.int32),
@@ -243,21 +251,22 @@ class _Completions:
         )
 
     def _token_ids(
-        self, choice: dict[str, Any], logged: list[dict[str, Any]], where: str
+        self, choice: dict[str, Any], logged: list[LoggedToken], where: str
     ) -> list[int] | None:
         """The ids that an answer names, or whose texts no other token has; else None."""
         ids = get(choice, "token_ids", list, where, None)
-        if ids is None and (logged or not get(choice, "text", str, where)):
-            ids = [entry["id"] for entry in logged]
-        if ids is not None and None in ids:
+        if ids is not None or (not logged and get(choice, "text", str, where)):
+            check_ids(ids or [], where, self.vocabulary)
+            return ids
+        ids = [token.number for token in logged if token.number is not None]
+        if len(ids) < len(logged):
             if self.table is None:
                 self.table = token_table(self.tokenizer) or {}
-            table = self.table
-            ids = [table.get(entry["bytes"]) for entry in logged]
-            if None in ids or get(choice, "text", str, where) not in self._texts(ids):
+            told = [token.token_id(self.table) for token in logged]
+            ids = [number for number in told if number is not None]
+            if len(ids) < len(logged) or get(choice, "text", str, where) not in self._texts(ids):
                 return None
-        if ids is not None and not all(type(i) is int and 0 <= i < 2**31 for i in ids):
-            raise DataError(f"{where}: token_ids needs whole numbers from 0")
+        check_ids(ids, where, self.vocabulary)
         return ids
 
     def _texts(self, ids: list[int]) -> list[str]:
@@ -291,7 +300,7 @@ class _Completions:
         self,
         sample: int,
         choice: dict[str, Any],
-        logged: list[dict[str, Any]],
+        logged: list[LoggedToken],
         counted: int | None,
         sampling: Sampling,
         where: str,
@@ -300,6 +309,11 @@ class _Completions:
         length = counted if counted is not None else len(logged)
         if length < 1:
             raise DataError(f"{where}: the server tells neither tokens nor their number")
+        if length > sampling.max_new_tokens:
+            raise DataError(
+                f"{where}: the server counts {str(length)[:20]} tokens, asked for "
+                f"{sampling.max_new_tokens} at most"
+            )
         logprob = _logs(logged, None, sampling)[0] if length == len(logged) else None
         return Rollout(
             sample=sample,
@@ -341,59 +355,8 @@ def _longest(body: dict[str, Any]) -> int:
 # ---------------------------------------------------------------- an answer's log
 
 
-def _logged(choice: dict[str, Any], where: str) -> list[dict[str, Any]]:
-    """Per logged token its id (or None), the bytes of its text, logprob (or None) and tops (id, value).
-
-    Two forms: lists side by side (OpenAI, vLLM, SGLang), or a list of objects (llama.cpp).
-    """
-    entries = get(choice, "logprobs.content", list, where, None)
-    if entries is not None:
-        return [
-            {
-                **_token(entry, where),
-                "tops": [
-                    (_token(top, where)["id"], _token(top, where)["logprob"])
-                    for top in get(entry, "top_logprobs", list, where, [])
-                ],
-            }
-            for entry in entries
-        ]
-    tokens = get(choice, "logprobs.tokens", list, where, [])
-    values = get(choice, "logprobs.token_logprobs", list, where, None) or [None] * len(tokens)
-    tops = get(choice, "logprobs.top_logprobs", list, where, None) or [None] * len(tokens)
-    if not len(tokens) == len(values) == len(tops):
-        raise DataError(f"{where}: logprobs.tokens, token_logprobs and top_logprobs differ in length")
-    return [
-        {
-            **_token({"token": token, "logprob": value}, where),
-            "tops": [
-                (_token({"token": t, "logprob": v}, where)["id"], v)
-                for t, v in (top.items() if isinstance(top, dict) else ())
-            ],
-        }
-        for token, value, top in zip(tokens, values, tops, strict=True)
-    ]
-
-
-def _token(entry: Any, where: str) -> dict[str, Any]:
-    """Id, bytes and logprob of a token that is named by number, as ``token_id:N``, or by its text."""
-    text = get(entry, "token", str, where)
-    number = get(entry, "id", int, where, None)
-    digits = text.removeprefix("token_id:")
-    if number is None and digits != text and digits.isdecimal() and len(digits) < 10:
-        number = int(digits)
-    value = get(entry, "logprob", (int, float), where, None)
-    given = entry.get("bytes")
-    known = isinstance(given, list) and all(type(b) is int and 0 <= b < 256 for b in given)
-    return {
-        "id": number,
-        "bytes": bytes(given) if known else text.encode(errors="replace"),
-        "logprob": None if value is None or value <= _UNKNOWN else float(value),
-    }
-
-
 def _logs(
-    logged: list[dict[str, Any]], ids: list[int] | None, sampling: Sampling
+    logged: list[LoggedToken], ids: list[int] | None, sampling: Sampling
 ) -> tuple[np.ndarray | None, Any, Any]:
     """logprob, top_token_ids and top_logprobs of a rollout, each None where it is not whole.
 
@@ -401,17 +364,17 @@ def _logs(
     softmax. Of an end token that was not logged nothing is known: its top list is empty.
     """
     steps = len(logged) if ids is None else len(ids)
-    logprob, values = None, [entry["logprob"] for entry in logged]
+    logprob, values = None, [token.logprob for token in logged]
     if sampling.is_model and len(values) == steps and None not in values:
         logprob = np.array(values, np.float32)
     if not sampling.top_logprobs or ids is None or len(logged) not in (steps, steps - 1):
         return logprob, None, None
     rows = [
         sorted(
-            (top for top in entry["tops"] if top[1] is not None and top[1] > _UNKNOWN),
+            ((top.number, top.logprob) for top in token.tops if top.logprob is not None),
             key=lambda top: -top[1],
         )[: sampling.top_logprobs]
-        for entry in logged
+        for token in logged
     ]
     if any(token is None for row in rows for token, _ in row):
         return logprob, None, None
@@ -429,7 +392,7 @@ def _check(ids: list[int], counted: int | None, reason: str, sampling: Sampling,
         )
     # a server that leaves the end token out may or may not count it
     if counted is not None and len(ids) - counted not in ((0, 1) if reason == "stop" else (0,)):
-        raise DataError(f"{where}: {len(ids)} tokens came and the server counts {counted}")
+        raise DataError(f"{where}: {len(ids)} tokens came and the server counts {str(counted)[:20]}")
     if len(ids) > sampling.max_new_tokens:
         raise DataError(f"{where}: {len(ids)} tokens came, asked for {sampling.max_new_tokens} at most")
     if reason == "length" and len(ids) < sampling.max_new_tokens:

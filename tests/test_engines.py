@@ -372,6 +372,70 @@ def test_a_refusal_is_one_line(tmp_path, chain, canopy, prompts, server, more, c
     assert "s3cret" not in err
 
 
+def first_id(value):
+    return lambda choice: choice["token_ids"].__setitem__(0, value)
+
+
+def first_logged(**values):
+    return lambda choice: choice["logprobs"]["content"][0].update(values)
+
+
+@pytest.mark.parametrize(
+    ("kind", "spoil", "says"),
+    [
+        ("vllm", first_id(-1), "token 1 has id -1, and token ids go from 0 to 7"),
+        ("vllm", first_id(8), "token 1 has id 8, and token ids go from 0 to 7"),
+        ("vllm", first_id(10**300), "token 1 has id 10000000000"),
+        ("vllm", first_id(True), "token 1 has an id that is no whole number"),
+        ("vllm", first_id(1.0), "token 1 has an id that is no whole number"),
+        ("vllm", first_id(None), "token 1 has an id that is no whole number"),
+        ("vllm", first_id("s3cret-key"), "token 1 has an id that is no whole number"),
+        ("llamacpp", first_logged(id=-3), "token 1 has id -3, and token ids go from 0 to 7"),
+        ("llamacpp", first_logged(id=2**40), "token 1 has id 1099511627776, and"),
+        ("llamacpp", first_logged(id=True), "token 1: id needs a whole number"),
+        ("llamacpp", first_logged(logprob=float("nan")), "token 1: logprob nan is no log-prob"),
+        ("llamacpp", first_logged(logprob=10**400), "token 1: logprob inf is no log-prob"),
+        (
+            "llamacpp",
+            lambda choice: choice["logprobs"]["content"][0]["top_logprobs"][0].update(id=8),
+            "top_logprobs: token 1 has id 8, and token ids go from 0 to 7",
+        ),
+        (
+            "vllm-old",
+            lambda choice: choice["logprobs"]["tokens"].__setitem__(0, "token_id:8"),
+            "token 1 has id 8, and token ids go from 0 to 7",
+        ),
+        (
+            "vllm",
+            lambda choice: choice.update(token_ids=[*choice["token_ids"][:-1], 5], stop_reason=False),
+            "it ended with 'False', and the model's end tokens are [0]",
+        ),
+        (
+            "vllm",
+            lambda choice: choice.update(finish_reason="s3cret-key\x1b[2J" + "x" * 999),
+            "the server ended it for another reason: '…xxx",
+        ),
+    ],
+)
+def test_tokens_that_are_none_are_refused(
+    tmp_path, chain, canopy, prompts, monkeypatch, kind, spoil, says
+):
+    monkeypatch.setenv("OPENAI_API_KEY", "s3cret-key")
+
+    def spoil_stopped(choice):
+        if choice["finish_reason"] == "stop":
+            spoil(choice)
+
+    with serving(kind=kind, spoil=spoil_stopped) as running:
+        line = arguments(tmp_path / "s", chain, running.url, prompts, "--top-logprobs", 2)
+        code, _, err = canopy(*line)
+    assert code == 1, err
+    assert says in err
+    assert len(err.strip().splitlines()) == 1
+    assert len(err) < 400
+    assert "s3cret" not in err
+
+
 def test_no_server_and_no_address(tmp_path, chain, canopy, prompts):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
