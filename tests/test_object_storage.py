@@ -533,3 +533,26 @@ def test_verify_export_and_pull(tmp_path, chain, prompts, bucket, server, canopy
     code, out, _ = canopy("verify", "--store", there, "--deep", "--format", "json")
     assert code == 1
     assert path.relative_to(store.locate(there)).as_posix() in out
+
+
+def test_upkeep_needs_to_be_told_that_no_other_job_uses_the_store(tmp_path, bucket, server, canopy):
+    """There are no locks: upgraded, compacted and rid of a run only with --without-locks."""
+    old, there = Path(__file__).parent / "data" / "format1" / "sampled", f"s3://{bucket}/s"
+    for path in old.rglob("*"):
+        if path.is_file():
+            server.client.upload_file(str(path), bucket, f"s/{path.relative_to(old).as_posix()}")
+    before = rollouts(there)
+    for command, said in (
+        (["upgrade"], "a store of format 2: 34 files rewritten"),
+        (["compact"], "chain.base.walk: 4 shards are now 1"),
+        (["rm-run", "chain.base.walk", "--yes"], "chain.base.walk removed"),
+    ):
+        code, _, err = canopy(*command, "--store", there)
+        assert (code, "no locks can be had here" in err) == (1, True), err
+        assert_frame_equal(rollouts(there), before)
+        code, out, err = canopy(*command, "--store", there, "--without-locks")
+        assert (code, said in out) == (0, True), (out, err)
+    assert rollouts(there).is_empty()
+    left = server.keys(bucket)
+    assert not [key for key in left if "chain.base.walk" in key]
+    assert [key for key in left if "chain.base.half" in key]

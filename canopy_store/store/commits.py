@@ -309,6 +309,10 @@ def uncommitted(root: Path, run_id: str) -> list[Path]:
     return sorted(path for path in paths if path.relative_to(root).as_posix() not in named)
 
 
+def _is_folder(path: Path) -> bool:
+    return path.is_dir() and not path.is_symlink()
+
+
 def check_folders(root: Path, every: Iterable[str]) -> list[str]:
     """The folders of committed files, once every name in them proves to be a file's.
 
@@ -319,7 +323,8 @@ def check_folders(root: Path, every: Iterable[str]) -> list[str]:
     """
     folders = sorted({name.rpartition("/")[0] for name in every})
     seen: set[str] = set()
-    for folder in folders:
+    looked_at = list(folders)
+    for folder in looked_at:
         parts = folder.split("/")
         for depth in range(1, len(parts) + 1):
             part = "/".join(parts[:depth])
@@ -330,9 +335,12 @@ def check_folders(root: Path, every: Iterable[str]) -> list[str]:
         try:
             with os.scandir(root / folder) as entries:
                 odd = [e.name for e in entries if not e.is_file(follow_symlinks=False)]
+                # while a store is upgraded, the new places of models and runs stand beside the old ones
+                deeper = [name for name in odd if "=" in name and _is_folder(root / folder / name)]
         except FileNotFoundError:
             continue  # the query that needs it will say so
-        for name in odd:
+        looked_at += [f"{folder}/{name}" for name in deeper]
+        for name in sorted({*odd} - {*deeper}):
             path = root / folder / name
             try:
                 regular = stat.S_ISREG(os.stat(path).st_mode)
