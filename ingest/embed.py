@@ -70,6 +70,7 @@ def open_embeddings(
         "weights_sha256": store.content_id([store.sha256(file) for file in weights]),
         "prompt_prefix": prompt_prefix,
     }
+    models.quiet()
     try:
         encoder = SentenceTransformer(
             str(path),

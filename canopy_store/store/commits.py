@@ -16,6 +16,7 @@ import os
 import re
 import stat
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -57,7 +58,8 @@ class Record:
 
     def of(self, table: str) -> list[str]:
         """Its files of one table, in name order."""
-        return sorted(name for name in self.files if name.startswith(f"{table}/"))
+        start = f"{table}/"
+        return sorted(name for name in self.files if name.startswith(start))
 
     def path(self, root: Path) -> Path:
         """Where the record stands."""
@@ -135,7 +137,7 @@ def _check_entry(name: str, said: Mapping[str, Any], run: str | None) -> None:
     counts = type(said["rows"]) is int and type(said["bytes"]) is int
     if not counts or not _SHA256.fullmatch(said["sha256"]) or not _PLAIN.fullmatch(name):
         raise ValueError
-    if not {".", ".."}.isdisjoint(name.split("/")):
+    if name[: name.index("/")] not in TABLES or not {".", ".."}.isdisjoint(name.split("/")):
         raise ValueError
 
 
@@ -248,6 +250,15 @@ def names(every: Iterable[Record], table: str) -> list[str]:
     return sorted({name for each in every for name in each.of(table)})
 
 
+def tables(every: Iterable[Record]) -> dict[str, list[str]]:
+    """The files that these records name, by table, each once, in name order."""
+    named: dict[str, set[str]] = {table: set() for table in TABLES}
+    for each in every:
+        for name in each.files:
+            named[name[: name.index("/")]].add(name)
+    return {table: sorted(files) for table, files in named.items()}
+
+
 def files(root: Path, table: str) -> list[Path]:
     """A table's committed files, in name order."""
     return [root / name for name in names(records(root), table)]
@@ -309,35 +320,38 @@ def uncommitted(root: Path, run_id: str) -> list[Path]:
     return sorted(path for path in paths if path.relative_to(root).as_posix() not in named)
 
 
-def check_folders(root: Path, every: Iterable[str]) -> list[str]:
-    """The folders of committed files, once every name in them proves to be a file's.
+def check_folders(root: Path) -> list[str]:
+    """The tables' folders, once all that stands in them proves to be folders and regular files.
 
     Raises
     ------
     StoreError
-        A folder that is a link, or one in which a folder, a pipe or a device stands.
+        A link that leads to a folder, by which a path could leave the store; a pipe or a device, which
+        could be opened for a file.
     """
-    folders = sorted({name.rpartition("/")[0] for name in every})
-    seen: set[str] = set()
+    folders = [table for table in TABLES if os.path.lexists(root / table)]
+    waiting = list(folders)
     for folder in folders:
-        parts = folder.split("/")
-        for depth in range(1, len(parts) + 1):
-            part = "/".join(parts[:depth])
-            if part not in seen:
-                seen.add(part)
-                if (root / part).is_symlink():
-                    raise StoreError(f"{root / part}: a link, not a folder; put the folder itself there")
-        try:
-            with os.scandir(root / folder) as entries:
-                odd = [e.name for e in entries if not e.is_file(follow_symlinks=False)]
-        except FileNotFoundError:
-            continue  # the query that needs it will say so
-        for name in odd:
-            path = root / folder / name
-            try:
-                regular = stat.S_ISREG(os.stat(path).st_mode)
-            except OSError:
-                regular = False
-            if not regular:
-                raise StoreError(f"{path}: not a regular file; move it out of the store")
+        if os.path.islink(root / folder) or not os.path.isdir(root / folder):
+            raise StoreError(f"{root / folder}: not a folder; put the folder itself there")
+    while waiting:
+        folder = waiting.pop()
+        with suppress(FileNotFoundError), os.scandir(root / folder) as entries:
+            for each in entries:
+                if each.is_dir(follow_symlinks=False):
+                    waiting.append(f"{folder}/{each.name}")
+                elif not each.is_file(follow_symlinks=False):
+                    _check_link(root / folder / each.name)
     return folders
+
+
+def _check_link(path: Path) -> None:
+    """Raises StoreError for what is no file, and for a link that leads to anything else."""
+    try:
+        regular = stat.S_ISREG(os.stat(path).st_mode)
+    except FileNotFoundError:
+        return  # a link to nothing: the query that needs it will say so
+    except OSError:
+        regular = False
+    if not regular:
+        raise StoreError(f"{path}: not a regular file; move it out of the store")
