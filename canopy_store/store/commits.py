@@ -28,8 +28,8 @@ from canopy_store.store.files import exists, reaching, read_json, read_many, rem
 from canopy_store.store.layout import commit_path, now, quoted, shard_number, unquoted
 from canopy_store.store.parquet import check_file
 
-_SHA256 = re.compile(r"[0-9a-f]{64}")
-_PLAIN = re.compile(r"[^/\0\\]+(/[^/\0\\]+)*\.parquet")
+# a table's folder, no part of a path that leaves it, a file's name
+_PLAIN = re.compile(r"(\w+)/(?:(?!\.\.?/)[^/\0\\]+/)*[^/\0\\]+\.parquet")
 
 
 @dataclass(frozen=True)
@@ -121,23 +121,27 @@ def read_record(path: Path, value: Any = None) -> Record:
             raise ValueError
         keys = {key: keys[key] for key in TABLES[kind].commit}
         record = Record(kind, keys, value["files"], value["settings"], value["committed_at"])
-        if not isinstance(record.settings, dict) or tuple(path.parts[-2 - len(keys) :]) != (
-            record.path(Path()).parts
-        ):
+        if not isinstance(record.settings, dict) or not str(path).endswith(_end(kind, keys)):
             raise ValueError
         for name, said in record.files.items():
-            _check_entry(name, said, record.run)
+            _check_entry(name, said)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise DataError(f"{path}: not a readable record of a commit; take it from a copy") from None
     return record
 
 
-def _check_entry(name: str, said: Mapping[str, Any], run: str | None) -> None:
+def _end(kind: str, keys: Mapping[str, str]) -> str:
+    """What the path of a record ends in."""
+    parts = "/".join(f"{key}={quoted(value)}" for key, value in keys.items())
+    return f"/commits/{kind}/{parts}.json"
+
+
+def _check_entry(name: str, said: Mapping[str, Any]) -> None:
     """Raises ValueError for what no record says of a file."""
-    counts = type(said["rows"]) is int and type(said["bytes"]) is int
-    if not counts or not _SHA256.fullmatch(said["sha256"]) or not _PLAIN.fullmatch(name):
+    plain = _PLAIN.fullmatch(name)
+    if plain is None or plain[1] not in TABLES:
         raise ValueError
-    if name[: name.index("/")] not in TABLES or not {".", ".."}.isdisjoint(name.split("/")):
+    if type(said["rows"]) is not int or type(said["bytes"]) is not int or len(said["sha256"]) != 64:
         raise ValueError
 
 
