@@ -6,11 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from sentence_transformers import SentenceTransformer
-
 from canopy_store import sql, store
-from canopy_store.errors import DataError, StoreError
+from canopy_store.errors import DataError
 from canopy_store.ingest import models
+from canopy_store.ingest.embedder import open_embedder, weights_sha256
 from canopy_store.ingest.progress import Progress
 from canopy_store.store.embeddings import add_spectra, write_embeddings
 
@@ -47,30 +46,13 @@ def ingest_embeddings(
     """
     progress = progress or Progress()
     root = store.require(root)
-    path = models.resolve_model(embedder)
     name = store.check_name("--name", name or models.short_name(embedder))
     with store.using_runs(root, runs) as chosen:
-        weights = sorted(path.rglob("*.safetensors"))
-        if not weights:
-            raise StoreError(f"{path}: no *.safetensors; pickled weights are not loaded")
-        settings = {
-            "embedder": name,
-            "weights_sha256": store.content_id([store.sha256(file) for file in weights]),
-            "prompt_prefix": prompt_prefix,
-        }
-        try:
-            encoder = SentenceTransformer(
-                str(path),
-                device=device or models.default_device(),
-                trust_remote_code=False,
-                local_files_only=True,
-                model_kwargs={"use_safetensors": True},
-            )
-        except (OSError, ValueError, KeyError, ImportError) as error:
-            raise StoreError(f"{path}: cannot be loaded: {' '.join(str(error).split())[:300]}") from None
-        if encoder.tokenizer is not None and getattr(encoder.tokenizer, "pad_token", "") is None:
-            # texts of several lengths share a batch: any token can fill, the mask hides it
-            encoder.tokenizer.pad_token = encoder.tokenizer.eos_token or encoder.tokenizer.unk_token
+        encoder, identity = open_embedder(embedder, device)
+        plan = store.plan_path(root, "embedder", name)
+        if store.exists(plan) and "weights_sha256" in store.read_plan(plan)["settings"]:
+            identity = {"weights_sha256": weights_sha256(embedder)}  # as it was stored at first
+        settings = {"embedder": name, **identity, "prompt_prefix": prompt_prefix}
         store.plan(root, "embedder", name, settings)
 
         def spectra(run: Mapping[str, Any], number: int) -> Path:
