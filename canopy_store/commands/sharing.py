@@ -9,10 +9,11 @@ import click
 import duckdb
 
 from canopy_store import store
-from canopy_store.commands.shared import FORMAT, RUNS, STORE, bar, print_rows
+from canopy_store.commands.shared import FORMAT, RUNS, STORE, bar, echo, print_rows
 from canopy_store.errors import DataError
 from canopy_store.sharing import export, pull, push
 from canopy_store.sharing.merge import merge
+from canopy_store.terminal import printable
 from canopy_store.upkeep.maintenance import compact, remove_run, require_run
 from canopy_store.upkeep.verify import verify
 
@@ -39,7 +40,7 @@ def verify_command(root: str, deep: bool, form: str) -> None:
     if len(bad):
         raise DataError(f"{root}: {len(bad)} problems, the first in {bad['file'][0]}: {bad['what'][0]}")
     if form == "table":
-        click.echo(f"{root}: all is well" + (f", {len(problems)} leftovers" if len(problems) else ""))
+        echo(f"{root}: all is well" + (f", {len(problems)} leftovers" if len(problems) else ""))
 
 
 @click.command("export")
@@ -69,7 +70,7 @@ def export_command(
     named = [name.strip() for names in tables for name in names.split(",")]
     out = export(root, tables=named or None, text=not no_text, embeddings=not no_embeddings, **options)
     size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
-    click.echo(f"{out}: {size:,} bytes, described in README.md and MANIFEST")
+    echo(f"{out}: {size:,} bytes, described in README.md and MANIFEST")
 
 
 @click.command("pull")
@@ -88,7 +89,7 @@ def pull_command(source: str, root: str) -> None:
     """
     with bar("pulling") as progress:
         runs = pull(source, root, on_run=_counter(progress))
-    click.echo(f"{root}: {len(runs)} runs from {source}: {', '.join(runs)}")
+    echo(f"{root}: {len(runs)} runs from {source}: {', '.join(runs)}")
 
 
 @click.command("push")
@@ -107,9 +108,9 @@ def push_command(folder: str, repo: str, dry_run: bool, public: bool) -> None:
     """
     sent = push(folder, repo, dry_run=dry_run, private=not public)
     for name, size in sent if dry_run else ():
-        click.echo(f"{size:>14,}  {name}")
+        echo(f"{size:>14,}  {name}")
     verb = "would send" if dry_run else "sent"
-    click.echo(f"{verb} {len(sent)} files, {sum(s for _, s in sent):,} bytes, to {repo}")
+    echo(f"{verb} {len(sent)} files, {sum(s for _, s in sent):,} bytes, to {repo}")
 
 
 @click.command("merge")
@@ -127,7 +128,7 @@ def merge_command(sources: tuple[str, ...], root: str) -> None:
     """
     with bar("merging") as progress:
         runs = merge(sources, root, on_run=_counter(progress))
-    click.echo(f"{root}: {len(runs)} runs from {len(sources)} stores: {', '.join(runs)}")
+    echo(f"{root}: {len(runs)} runs from {len(sources)} stores: {', '.join(runs)}")
 
 
 @click.command("compact")
@@ -153,9 +154,9 @@ def compact_command(root: str, runs: tuple[str, ...], target_mb: float) -> None:
     with bar("compacting") as progress:
         done = compact(root, runs, target_mb=target_mb, on_run=_counter(progress))
     for run_id, (before, after) in done.items():
-        click.echo(f"{root}: {run_id}: {before} shards are now {after}")
+        echo(f"{root}: {run_id}: {before} shards are now {after}")
     if not done:
-        click.echo(f"{root}: nothing to do: no two neighbouring shards fit in {target_mb:g} MB")
+        echo(f"{root}: nothing to do: no two neighbouring shards fit in {target_mb:g} MB")
 
 
 @click.command("rm-run")
@@ -174,9 +175,9 @@ def remove_run_command(runs: tuple[str, ...], root: str, yes: bool) -> None:
     for run_id in runs:
         require_run(store.require(root), run_id)
     if not yes:
-        click.confirm(f"Remove every file of {', '.join(runs)}?", abort=True)
+        click.confirm(printable(f"Remove every file of {', '.join(runs)}?"), abort=True)
     for run_id in runs:
-        click.echo(f"{root}: {run_id} removed, {remove_run(root, run_id)} files")
+        echo(f"{root}: {run_id} removed, {remove_run(root, run_id)} files")
 
 
 def _counter(progress: Any) -> Callable[[int, int], None]:
