@@ -29,8 +29,10 @@ from canopy_store.sharing.merge import merge
 from canopy_store.sql import connect as open
 from canopy_store.sql import read
 from canopy_store.store import init
-from canopy_store.upkeep.maintenance import compact, remove_run
+from canopy_store.upkeep.compact import compact
+from canopy_store.upkeep.remove import remove_run
 from canopy_store.upkeep.status import status
+from canopy_store.upkeep.upgrade import upgrade
 from canopy_store.upkeep.verify import verify
 
 if TYPE_CHECKING:
@@ -70,6 +72,7 @@ __all__ = [
     "select_lengths",
     "select_reward",
     "status",
+    "upgrade",
     "verify",
     "write_figures",
     "write_report",

@@ -253,6 +253,7 @@ for command in (
     cli_sharing.merge_command,
     cli_sharing.compact_command,
     cli_sharing.remove_run_command,
+    cli_sharing.upgrade_command,
 ):
     cli.add_command(command)
 

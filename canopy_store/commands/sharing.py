@@ -14,7 +14,9 @@ from canopy_store.errors import DataError
 from canopy_store.sharing import export, pull, push
 from canopy_store.sharing.merge import merge
 from canopy_store.terminal import printable
-from canopy_store.upkeep.maintenance import compact, remove_run, require_run
+from canopy_store.upkeep.compact import compact
+from canopy_store.upkeep.remove import remove_run, require_run
+from canopy_store.upkeep.upgrade import upgrade
 from canopy_store.upkeep.verify import verify
 
 
@@ -131,6 +133,13 @@ def merge_command(sources: tuple[str, ...], root: str) -> None:
     echo(f"{root}: {len(runs)} runs from {len(sources)} stores: {', '.join(runs)}")
 
 
+WITHOUT_LOCKS = click.option(
+    "--without-locks",
+    is_flag=True,
+    help="Where no locks can be had, as on object storage: no other job uses these runs.",
+)
+
+
 @click.command("compact")
 @STORE
 @RUNS
@@ -141,10 +150,11 @@ def merge_command(sources: tuple[str, ...], root: str) -> None:
     metavar="MB",
     help="Size up to which shards are joined.",
 )
-def compact_command(root: str, runs: tuple[str, ...], target_mb: float) -> None:
+@WITHOUT_LOCKS
+def compact_command(root: str, runs: tuple[str, ...], target_mb: float, without_locks: bool) -> None:
     """Make few shards of many small ones; no value, no order and no view changes.
 
-    Needs a local store whose runs no other job uses. Stopped at any moment, the same call finishes it.
+    No other job may use the runs. Stopped at any moment, the same call finishes it.
 
     \b
     Examples:
@@ -152,7 +162,8 @@ def compact_command(root: str, runs: tuple[str, ...], target_mb: float) -> None:
       canopy compact --store S --run llama.base.math --target-mb 256
     """
     with bar("compacting") as progress:
-        done = compact(root, runs, target_mb=target_mb, on_run=_counter(progress))
+        count = _counter(progress)
+        done = compact(root, runs, target_mb=target_mb, on_run=count, without_locks=without_locks)
     for run_id, (before, after) in done.items():
         echo(f"{root}: {run_id}: {before} shards are now {after}")
     if not done:
@@ -163,8 +174,9 @@ def compact_command(root: str, runs: tuple[str, ...], target_mb: float) -> None:
 @click.argument("runs", nargs=-1, required=True, metavar="RUN...")
 @STORE
 @click.option("--yes", is_flag=True, help="Do not ask.")
-def remove_run_command(runs: tuple[str, ...], root: str, yes: bool) -> None:
-    """Remove runs: rollouts, embeddings, spectra, rewards, scores, selected rollouts and plan.
+@WITHOUT_LOCKS
+def remove_run_command(runs: tuple[str, ...], root: str, yes: bool, without_locks: bool) -> None:
+    """Remove runs: their rollouts, all that was made of these, and their plans.
 
     Stopped half way, the run is incomplete and hidden; the same call finishes it.
 
@@ -177,7 +189,27 @@ def remove_run_command(runs: tuple[str, ...], root: str, yes: bool) -> None:
     if not yes:
         click.confirm(printable(f"Remove every file of {', '.join(runs)}?"), abort=True)
     for run_id in runs:
-        echo(f"{root}: {run_id} removed, {remove_run(root, run_id)} files")
+        count = remove_run(root, run_id, without_locks=without_locks)
+        echo(f"{root}: {run_id} removed, {count} files")
+
+
+@click.command("upgrade")
+@STORE
+@WITHOUT_LOCKS
+def upgrade_command(root: str, without_locks: bool) -> None:
+    """Make a store of format 1 one of this version's format, in place; no value and no view changes.
+
+    No other job may use the store. It shows what it showed until the last step; stopped at any moment,
+    the same call finishes it.
+
+    \b
+    Example:
+      canopy upgrade --store S
+    """
+    with bar("upgrading") as progress:
+        count = upgrade(root, on_file=_counter(progress), say=progress.say, without_locks=without_locks)
+    done = f"{count} files rewritten" if count else "nothing to do"
+    echo(f"{root}: a store of format {store.FORMAT_VERSION}: {done}")
 
 
 def _counter(progress: Any) -> Callable[[int, int], None]:

@@ -86,10 +86,24 @@ def add_spectra(root: Path, run_id: str) -> None:
             _select_spectra(root, embedded, selection)
 
 
+def spectra_settings(selected: Record) -> dict[str, str]:
+    """The settings of the record of a selection's spectra: they are made anew where it has changed."""
+    return {"selection": content_id({name: said["sha256"] for name, said in selected.files.items()})}
+
+
+def add_shard_spectra(root: Path, embedder: str, run_id: str, shard: int) -> Path:
+    """The spectra of all rollouts of a shard whose embeddings are stored without them."""
+    embeddings, spectra = embedding_paths(root, embedder, run_id, shard)
+    data = read_rows(embeddings)
+    prompt_ids, samples = data["prompt_id"].to_pylist(), data["sample"].to_pylist()
+    _write_spectra(spectra, run_id, prompt_ids, samples, _matrix(data))
+    return spectra
+
+
 def _select_spectra(root: Path, embedded: Record, selected: Record) -> None:
     run_id, embedder = embedded.keys["run"], embedded.keys["embedder"]
     keys = {"embedder": embedder, "selection": selected.keys["selection"], "run": run_id}
-    made_of = {"selection": content_id({n: f["sha256"] for n, f in selected.files.items()})}
+    made_of = spectra_settings(selected)
     old = record(root, "embedding_spectra", **keys)
     whole = old is not None and all(exists(root / name) for name in old.files)
     if (whole and old is not None and old.settings == made_of) or not embedded.of("embeddings"):
@@ -100,7 +114,7 @@ def _select_spectra(root: Path, embedded: Record, selected: Record) -> None:
     for shard in embedded.of("embeddings"):
         data = read_rows(root / shard)
         pairs = _keys(data)
-        unit = data["embedding"].combine_chunks().flatten().to_numpy().reshape(len(data), -1)
+        unit = _matrix(data)
         rows = [at for at, key in enumerate(pairs) if key in chosen]
         written.append(shard_path(where, number + len(written)))
         prompt_ids, samples = [pairs[at][0] for at in rows], [pairs[at][1] for at in rows]
@@ -108,6 +122,11 @@ def _select_spectra(root: Path, embedded: Record, selected: Record) -> None:
     commit(root, "embedding_spectra", keys, written, made_of)
     if old is not None:
         remove_unnamed(root, old.files)
+
+
+def _matrix(rows: pa.Table) -> np.ndarray:
+    """The embeddings (rows, d)."""
+    return rows["embedding"].combine_chunks().flatten().to_numpy().reshape(len(rows), -1)
 
 
 def _keys(rows: pa.Table) -> list[tuple[str, int]]:
