@@ -73,6 +73,7 @@ bench: install
 bench-ingest: install
 	test -e demo-real-output/base || $(PYTHON) demo/demo_real.py
 	$(PYTHON) benchmarks/bench_ingest.py demo-real-output/base
+	$(PYTHON) benchmarks/bench_memory.py
 
 # writes the table of docs/reliability.md
 faults: install

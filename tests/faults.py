@@ -32,9 +32,9 @@ from canopy_store.schema import TABLES
 from canopy_store.upkeep.verify import verify
 
 sys.path.insert(0, str(Path(__file__).parent))
-from conftest import save_chain, write_prompts
-from test_crash import ingest_arguments
-from test_reward import save_reward_model
+
+from chain import save_chain, save_reward_model
+from stores import ingest_arguments, write_prompts
 
 DOCS = Path(__file__).parent.parent / "docs" / "reliability.md"
 BEGIN, END = "<!-- faults: made by make faults -->", "<!-- end of faults -->"

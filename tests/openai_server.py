@@ -16,7 +16,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import numpy as np
-from conftest import CHAIN_LOGITS, STATES
+from chain import CHAIN_LOGITS, STATES
 
 OPENAI = {"model", "prompt", "max_tokens", "temperature", "top_p", "seed", "logprobs"}
 

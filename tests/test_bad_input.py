@@ -13,8 +13,8 @@ import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import CHAIN_LOGITS, save_chain, write_prompts
-from test_crash import ingest_arguments
+from chain import CHAIN_LOGITS, save_chain
+from stores import ingest_arguments, refused, write_prompts
 
 import canopy_store
 from canopy_store import store
@@ -26,16 +26,6 @@ def filled(tmp_path, chain, canopy) -> Path:
     prompts = write_prompts(tmp_path / "good.jsonl", "a", "b")
     assert canopy(*ingest_arguments(tmp_path / "s", chain, prompts, samples=4))[0] == 0
     return tmp_path / "s"
-
-
-def refused(result: tuple[int, str, str], code: int, *parts: str) -> None:
-    """Asserts the exit code and one line on stderr that holds every part."""
-    assert result[0] == code, result
-    lines = result[2].strip().splitlines()
-    assert len(lines) == 1, result[2]
-    assert lines[0].startswith("canopy: ")
-    for part in parts:
-        assert part in lines[0], lines[0]
 
 
 @pytest.mark.parametrize(

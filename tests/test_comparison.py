@@ -6,8 +6,7 @@ import numpy as np
 import polars as pl
 import pytest
 import reference
-from test_golden import EXPECTED, GOLDEN
-from test_selections import rollouts, write
+from stores import EXPECTED, import_golden, rollout_rows, write_parquet
 
 import canopy_store
 from canopy_store import DataError, UsageError, compare
@@ -28,7 +27,7 @@ PARTS = {"base": "baseline", "instruct": "treated", "delta": "delta", "percent_d
 @pytest.fixture(scope="module")
 def golden(tmp_path_factory):
     root = tmp_path_factory.mktemp("golden") / "s"
-    canopy_store.import_rollouts(root, GOLDEN / "rollouts.parquet", max_new_tokens=64)
+    import_golden(root)
     return root
 
 
@@ -166,7 +165,7 @@ def simulated(tmp_path, seed, prompts, shift, variants=("base", "sft"), tasks=("
                         }
                     )
     root = tmp_path / f"s{seed}"
-    canopy_store.import_rollouts(root, write(tmp_path / "in.parquet", rows), max_new_tokens=64)
+    canopy_store.import_rollouts(root, write_parquet(tmp_path / "in.parquet", rows), max_new_tokens=64)
     return root
 
 
@@ -209,9 +208,11 @@ def test_no_effect_is_found_equivalent_and_an_effect_is_not(tmp_path):
 
 
 def test_prompts_of_one_variant_only_are_left_out_and_counted(tmp_path, canopy):
-    rows = rollouts(prompts=["1", "2", "3", "10"]) + rollouts("sft", prompts=["2", "3", "4", "10"])
+    rows = rollout_rows(prompts=["1", "2", "3", "10"]) + rollout_rows(
+        "sft", prompts=["2", "3", "4", "10"]
+    )
     root = tmp_path / "s"
-    canopy_store.import_rollouts(root, write(tmp_path / "in.parquet", rows), max_new_tokens=64)
+    canopy_store.import_rollouts(root, write_parquet(tmp_path / "in.parquet", rows), max_new_tokens=64)
     frame = compare(root, metrics=["ce_star"])
     assert frame.select("n_prompts", "n_left_out").rows() == [(3, 2)]
     code, out, _ = canopy("compare", "--store", root)
@@ -249,14 +250,16 @@ def test_what_is_refused(golden, tmp_path, canopy):
     code, err = refused(empty)
     assert (code, "no complete run" in err) == (1, True)
     alone = tmp_path / "alone"
-    canopy_store.import_rollouts(alone, write(tmp_path / "a.parquet", rollouts()), max_new_tokens=64)
+    canopy_store.import_rollouts(
+        alone, write_parquet(tmp_path / "a.parquet", rollout_rows()), max_new_tokens=64
+    )
     code, err = refused(alone)
     assert (code, "only variant" in err) == (1, True)
-    apart = rollouts("sft", prompts=["q"])
-    canopy_store.import_rollouts(alone, write(tmp_path / "b.parquet", apart), max_new_tokens=64)
+    apart = rollout_rows("sft", prompts=["q"])
+    canopy_store.import_rollouts(alone, write_parquet(tmp_path / "b.parquet", apart), max_new_tokens=64)
     code, err = refused(alone)
     assert (code, "no prompt is in both" in err) == (1, True)
-    twice = write(tmp_path / "c.parquet", rollouts("sft"))
+    twice = write_parquet(tmp_path / "c.parquet", rollout_rows("sft"))
     canopy_store.import_rollouts(alone, twice, max_new_tokens=64, run="again")
     code, err = refused(alone)
     assert (code, "f sft t has several runs, again, f.sft.t" in err) == (1, True)
@@ -267,8 +270,8 @@ def test_what_is_refused(golden, tmp_path, canopy):
 
 def test_an_outcome_that_never_varies(tmp_path):
     root = tmp_path / "s"
-    rows = rollouts(lengths=(2, 2, 2), prompts="abc") + rollouts("sft", (2, 2, 2), "abc")
-    canopy_store.import_rollouts(root, write(tmp_path / "in.parquet", rows), max_new_tokens=64)
+    rows = rollout_rows(lengths=(2, 2, 2), prompts="abc") + rollout_rows("sft", (2, 2, 2), "abc")
+    canopy_store.import_rollouts(root, write_parquet(tmp_path / "in.parquet", rows), max_new_tokens=64)
     frame = compare(root, metrics=["mean_length", "rho_pearson"])
     length, rho = frame.sort("metric").to_dicts()
     assert (length["delta"], length["delta_se"], length["p"]) == (0, 0, 1)
@@ -315,9 +318,9 @@ def test_a_prompt_without_the_value_in_one_variant_leaves_both(tmp_path):
                     }
                 )
     root, apart = tmp_path / "s", tmp_path / "apart"
-    canopy_store.import_rollouts(root, write(tmp_path / "in.parquet", rows), max_new_tokens=9)
+    canopy_store.import_rollouts(root, write_parquet(tmp_path / "in.parquet", rows), max_new_tokens=9)
     kept = [row for row in rows if row["prompt_id"] >= 2]
-    canopy_store.import_rollouts(apart, write(tmp_path / "kept.parquet", kept), max_new_tokens=9)
+    canopy_store.import_rollouts(apart, write_parquet(tmp_path / "kept.parquet", kept), max_new_tokens=9)
     rho, length = compare(root, metrics=["rho_pearson", "mean_length"]).to_dicts()
     assert (rho["n_prompts"], rho["n_left_out"]) == (4, 2)
     assert (length["n_prompts"], length["n_left_out"]) == (6, 0)

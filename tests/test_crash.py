@@ -12,10 +12,9 @@ import sys
 import time
 from pathlib import Path
 
-import polars as pl
 import torch
-from conftest import write_prompts
 from polars.testing import assert_frame_equal
+from stores import ingest_arguments, rollouts, table_hashes, write_prompts
 
 import canopy_store
 from canopy_store import store
@@ -110,36 +109,6 @@ def drive(
     return int(done.stdout.split()[-1])
 
 
-def ingest_arguments(root: Path, model: Path, prompts: Path, **more: object) -> list[str]:
-    settings = {
-        "store": root,
-        "model": model,
-        "family": "chain",
-        "variant": "base",
-        "task": "walk",
-        "prompts": prompts,
-        "samples": 30,
-        "max-new-tokens": 60,
-        "seed": 5,
-        "batch-size": 30,
-        "prompts-per-shard": 1,
-        **more,
-    }
-    return ["ingest", "rollouts", *(x for k, v in settings.items() for x in (f"--{k}", str(v)))]
-
-
-def hashes(root: Path, *tables: str) -> dict[str, str]:
-    return {str(p.relative_to(root)): store.sha256(p) for t in tables for p in store.files(root, t)}
-
-
-def rollouts(root: Path) -> pl.DataFrame:
-    return canopy_store.read(root, "rollouts").sort("run_id", "prompt_id", "sample")
-
-
-def shard_hashes(root: Path) -> dict[str, str]:
-    return hashes(root, "rollouts")
-
-
 def test_killed_again_and_again_a_run_equals_an_unbroken_one(tmp_path, chain):
     prompts = write_prompts(tmp_path / "p.jsonl", *(f"{a} {b}" for a in "abcd" for b in "abcdef"))
     tasks = ("walk", "run", "swim")  # three runs, so that early kills never use up the work
@@ -151,7 +120,7 @@ def test_killed_again_and_again_a_run_equals_an_unbroken_one(tmp_path, chain):
     kills = drive(calls(tmp_path / "broken"), 25, 1, slow=0.02, longest=0.9)
     assert kills >= 20
     assert rollouts(tmp_path / "broken").equals(rollouts(tmp_path / "whole"))
-    assert shard_hashes(tmp_path / "broken") == shard_hashes(tmp_path / "whole")
+    assert table_hashes(tmp_path / "broken", "rollouts") == table_hashes(tmp_path / "whole", "rollouts")
     assert not list((tmp_path / "broken" / "rollouts").rglob("*.tmp"))  # a resume tidies up
     for view in ("model_metrics", "logging_check"):
         same = [canopy_store.read(tmp_path / r, view).sort("run_id") for r in ("whole", "broken")]
@@ -172,7 +141,7 @@ def test_embeddings_and_scores_killed_again_and_again(tmp_path, chain, canopy):
     both = [*calls(tmp_path / "whole"), *calls(tmp_path / "broken")]
     assert drive(both, 4, 2, slow=0.02, longest=1, driver=AMID) >= 6
     for table, rows in (("embeddings", 128), ("embedding_spectra", 16), ("scores", 128)):
-        assert hashes(tmp_path / "broken", table) == hashes(tmp_path / "whole", table)
+        assert table_hashes(tmp_path / "broken", table) == table_hashes(tmp_path / "whole", table)
         same = [canopy_store.read(tmp_path / r, table) for r in ("whole", "broken")]
         keys = ["prompt_id", *(["sample"] if rows == 128 else [])]
         assert same[0].sort(keys).equals(same[1].sort(keys))

@@ -18,9 +18,9 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 import pytest
-from conftest import CHAIN_LOGITS, STATES, save_chain, write_prompts
+from chain import CHAIN_LOGITS, PROMPTS_TO_A, STATES, chain_policy, closed_form, save_chain
 from openai_server import serving
-from test_ground_truth import PROMPTS, chain_policy, closed_form
+from stores import rollouts, write_prompts
 
 import canopy_store
 from canopy_store import store
@@ -87,10 +87,6 @@ def arguments(root: Path, model: Path, url: str, prompts: Path, *more: object) -
     ]
 
 
-def rollouts(root: Path) -> pl.DataFrame:
-    return canopy_store.read(root, "rollouts").sort("prompt_id", "sample")
-
-
 # ---------------------------------------------------------------- what is stored
 
 
@@ -98,7 +94,7 @@ def rollouts(root: Path) -> pl.DataFrame:
 def test_rescored_by_its_own_model_a_servers_run_matches_the_closed_form(
     tmp_path, chain, canopy, kind, temperature, top_k
 ):
-    prompts = write_prompts(tmp_path / "p.jsonl", *PROMPTS)
+    prompts = write_prompts(tmp_path / "p.jsonl", *PROMPTS_TO_A)
     root, samples = tmp_path / "s", 100
     with serving(kind=kind) as server:
         code, _, err = canopy(
@@ -121,7 +117,7 @@ def test_rescored_by_its_own_model_a_servers_run_matches_the_closed_form(
         )
     assert code == 0, err
     stored = rollouts(root)
-    assert len(stored) == len(PROMPTS) * samples
+    assert len(stored) == len(PROMPTS_TO_A) * samples
     assert stored["entropy"].null_count() == len(stored)  # never made up from a short list
     whole = kind == "vllm"  # only there is the policy the model's and every token logged
     assert stored["logprob"].null_count() == (0 if whole else len(stored))

@@ -19,8 +19,8 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from conftest import CHAIN_LOGITS, save_chain, write_prompts
-from test_crash import ingest_arguments, rollouts, shard_hashes
+from chain import CHAIN_LOGITS, save_chain
+from stores import ingest_arguments, rollouts, table_hashes, write_prompts
 
 import canopy_store
 from canopy_store import store
@@ -70,7 +70,7 @@ def whole(tmp_path_factory, call) -> Path:
 
 def assert_same_run(root: Path, whole: Path) -> None:
     assert rollouts(root).equals(rollouts(whole))
-    assert shard_hashes(root) == shard_hashes(whole)
+    assert table_hashes(root, "rollouts") == table_hashes(whole, "rollouts")
     assert canopy_store.read(root, "runs")["n_shards"].to_list() == [SHARDS]
     counted = ("run_id", "n_rollouts", "n_tokens", "n_prompts", "settings")
     assert (

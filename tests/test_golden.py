@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-from pathlib import Path
 
 import pytest
+from stores import EXPECTED, GOLDEN, import_golden
 
 import canopy_store
 
-GOLDEN = Path(__file__).parent / "data" / "golden"
-EXPECTED = json.loads((GOLDEN / "metrics_expected.json").read_text())
 POLICIES = json.loads((GOLDEN / "policy_entropy_expected.json").read_text())
 
 # golden name -> column of prompt_metrics and model_metrics
@@ -68,8 +66,7 @@ def close(found: float | None, expected: float | None) -> bool:
 @pytest.fixture(scope="module")
 def store(tmp_path_factory):
     root = tmp_path_factory.mktemp("golden") / "store"
-    limit = EXPECTED["max_new_tokens"]
-    canopy_store.import_rollouts(root, GOLDEN / "rollouts.parquet", max_new_tokens=limit)
+    import_golden(root)
     assert canopy_store.select_reward(root, 0.7) == "reward_top_70"
     with canopy_store.open(root) as con:
         yield con

@@ -4,48 +4,17 @@ import itertools
 
 import numpy as np
 import pytest
-from conftest import CHAIN_LOGITS, write_prompts
+from chain import PROMPTS_TO_A, chain_policy, closed_form
+from stores import write_prompts
 
 import canopy_store
 
-PROMPTS = [f"{s} a" for s in "abcdefg"] + ["b c a", "c d a", "d e a"]  # all end in state a
 SAMPLES = 2000
-
-
-def chain_policy(temperature: float, top_k: int) -> np.ndarray:
-    """The chain's transition matrix under the policy, derived here from the logits alone."""
-    logits = CHAIN_LOGITS / temperature
-    if top_k:
-        edge = np.sort(logits, axis=1)[:, -top_k][:, None]
-        logits = np.where(logits >= edge, logits, -np.inf)
-    weight = np.exp(logits - logits.max(axis=1, keepdims=True))
-    return weight / weight.sum(axis=1, keepdims=True)
-
-
-def closed_form(policy: np.ndarray, start: int) -> dict[str, float]:
-    """Expected totals through the fundamental matrix (I - Q)^-1, and the length's own entropy."""
-    transient = policy[1:, 1:]
-    visits = np.linalg.inv(np.eye(len(transient)) - transient)[start - 1]
-
-    def entropy(p: np.ndarray) -> np.ndarray:
-        return -np.where(p > 0, p * np.log(np.where(p > 0, p, 1)), 0).sum(axis=-1)
-
-    ends = policy[1:, 0]
-    reach, lengths = np.eye(len(transient))[start - 1], []
-    for _ in range(3000):
-        lengths.append(reach @ ends)
-        reach = reach @ transient
-    return {
-        "ce_star": visits @ entropy(policy[1:]),
-        "mean_length": visits.sum(),
-        "stop_entropy": visits @ entropy(np.stack([ends, 1 - ends], axis=1)),
-        "length_entropy": float(entropy(np.array(lengths))),
-    }
 
 
 @pytest.mark.parametrize(("temperature", "top_k"), [(1.0, 0), (1.5, 6)])
 def test_twenty_thousand_rollouts_match_the_closed_form(tmp_path, chain, canopy, temperature, top_k):
-    prompts = write_prompts(tmp_path / "p.jsonl", *PROMPTS)
+    prompts = write_prompts(tmp_path / "p.jsonl", *PROMPTS_TO_A)
     code, _, err = canopy(
         "ingest",
         "rollouts",
@@ -131,7 +100,7 @@ def test_every_width_matches_the_closed_form(chain, width):
 
 def test_a_wrong_log_is_found_out(tmp_path, chain, canopy):
     """logging_check must fail a record logged at another temperature than was sampled."""
-    prompts = write_prompts(tmp_path / "p.jsonl", *PROMPTS[:2])
+    prompts = write_prompts(tmp_path / "p.jsonl", *PROMPTS_TO_A[:2])
     for name, temperature in (("right", 1.0), ("hot", 1.5)):
         assert (
             canopy(

@@ -14,7 +14,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import CHAIN_LOGITS, write_prompts
+from chain import CHAIN_LOGITS
+from stores import write_prompts
 from transformers import AutoModelForCausalLM, AutoTokenizer, LogitsProcessorList
 from transformers.generation import (
     TemperatureLogitsWarper,

@@ -14,10 +14,20 @@ from pathlib import Path
 import polars as pl
 import pyarrow.parquet as pq
 import pytest
-from conftest import save_chain, write_prompts
-from test_crash import ingest_arguments
-from test_sharing import contents, imported, tables
-from test_verify import RUN, fill, flip, rewrite, same_views, views
+from chain import save_chain
+from stores import (
+    RUN,
+    contents,
+    fill,
+    flip,
+    import_alpha,
+    ingest_arguments,
+    rewrite,
+    same_views,
+    tables,
+    views,
+    write_prompts,
+)
 
 import canopy_store
 from canopy_store import store
@@ -447,7 +457,7 @@ def test_a_removal_killed_anywhere_is_finished_by_the_same_call(origin, tmp_path
 def other(tmp_path_factory) -> Path:
     """Another store, of four imported runs and a selection; for reading only."""
     folder = tmp_path_factory.mktemp("other")
-    return imported(folder / "s", folder / "in.parquet")
+    return import_alpha(folder / "s", folder / "in.parquet", 4)
 
 
 def test_stores_and_exports_are_merged_and_twice_is_once(origin, other, tmp_path):

@@ -24,9 +24,9 @@ import duckdb
 import numpy as np
 import polars as pl
 import pytest
-from conftest import write_prompts
 from moto.server import ThreadedMotoServer
 from polars.testing import assert_frame_equal
+from stores import rollouts, write_prompts
 
 import canopy_store
 from canopy_store import sql, store
@@ -122,10 +122,6 @@ def wait_for_shards(server: Server, bucket: str, count: int) -> None:
     while sum("/rollouts/" in key for key in server.keys(bucket)) < count:
         assert time.monotonic() < deadline
         time.sleep(0.05)
-
-
-def rollouts(root: object) -> pl.DataFrame:
-    return canopy_store.read(str(root), "rollouts").sort("run_id", "prompt_id", "sample")
 
 
 def many_prompts(path: Path, count: int = 60) -> Path:

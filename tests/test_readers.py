@@ -14,9 +14,8 @@ import duckdb
 import numpy as np
 import polars as pl
 import pytest
-from conftest import save_chain, write_prompts
-from test_bad_input import refused
-from test_crash import ingest_arguments
+from chain import save_chain
+from stores import ingest_arguments, refused, write_prompts
 
 import canopy_store
 from canopy_store import readers, sql, store

@@ -10,6 +10,7 @@ import numpy as np
 import polars as pl
 import pytest
 from scipy import special, stats
+from stores import GOLDEN, import_golden
 
 import canopy_store
 from canopy_store.analysis.regression import Fit, fieller, natural_spline, read_panel, regress
@@ -17,7 +18,6 @@ from canopy_store.analysis.regression.beta import Laplace, log_density
 from canopy_store.analysis.regression.linear import _residuals
 from canopy_store.errors import DataError, FitError, UsageError
 
-GOLDEN = Path(__file__).parent / "data" / "golden"
 EXPECTED = json.loads((GOLDEN / "regression_expected.json").read_text())
 ETA = "R_bar:variant[instruct]"
 
@@ -519,7 +519,7 @@ def test_the_command_prints_what_people_expect(canopy) -> None:
 
 def test_the_command_on_a_store(canopy, tmp_path: Path) -> None:
     root = tmp_path / "s"
-    canopy_store.import_rollouts(root, GOLDEN / "rollouts.parquet", max_new_tokens=64)
+    import_golden(root)
     code, out, err = canopy("regress", "--model", "interaction", "--store", root)
     assert (code, err) == (0, "")
     assert "rows 96" in out

@@ -12,12 +12,12 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 import pytest
+from stores import GOLDEN_ROLLOUTS, import_golden
 
 import canopy_store
 from canopy_store.errors import StoreError, UsageError
 from canopy_store.report import facts, intervals, rho_intervals, sections, write_figures, write_report
 
-GOLDEN = Path(__file__).parent / "data" / "golden" / "rollouts.parquet"
 CHROMIUM = os.environ.get("CHROMIUM", "/usr/bin/chromium")
 CHROMEDRIVER = os.environ.get("CHROMEDRIVER", "/usr/bin/chromedriver")
 FLAGS = (
@@ -485,8 +485,8 @@ def test_the_same_store_and_seed_make_the_same_page(root, page, tmp_path):
 
 
 def test_of_two_runs_of_a_model_and_task_the_latest_is_shown(tmp_path):
-    canopy_store.import_rollouts(tmp_path / "s", GOLDEN, max_new_tokens=64)
-    golden = pl.read_parquet(GOLDEN)
+    import_golden(tmp_path / "s")
+    golden = pl.read_parquet(GOLDEN_ROLLOUTS)
     keys = ["family", "variant", "task"]
     one = golden.join(golden.select(keys).head(1), on=keys, how="semi")
     one.write_parquet(tmp_path / "again.parquet")

@@ -2,31 +2,14 @@
 
 from __future__ import annotations
 
-import shutil
-from pathlib import Path
-
-import numpy as np
 import pytest
 import torch
-from conftest import STATES, write_prompts
+from chain import STATES, WORTH, save_reward_model
 from safetensors.torch import load_file, save_file
+from stores import write_prompts
 from transformers import LlamaForSequenceClassification
 
 import canopy_store
-
-WORTH = np.array([0.0, 1.5, -2.0, 0.25, 3.0, -0.5, 0.75, 2.0])
-
-
-def save_reward_model(chain: Path, folder: Path) -> Path:
-    """Saves the chain's body under a head that reads a worth off the last state."""
-    model = LlamaForSequenceClassification.from_pretrained(chain, num_labels=1, dtype=torch.float32)
-    with torch.no_grad():
-        scale = float(np.sqrt(1 / len(WORTH) + model.config.rms_norm_eps))
-        model.score.weight.copy_(torch.from_numpy(WORTH[None] * scale))
-    model.save_pretrained(folder)
-    for file in chain.glob("tokenizer*"):
-        shutil.copy(file, folder)
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -100,46 +100,34 @@ def test_width_follows_from_the_budget():
     assert width_for(model, sampling, [50]) >= 1
 
 
-MEASURED = """
-import sys, torch
-from pathlib import Path
-from transformers import LlamaConfig, LlamaForCausalLM
-from canopy_store.ingest.sample import Job, Sampling, footprint, sample_prompts, uniforms
-torch.set_num_threads(1)
-family, vocabulary, top_k, top_p, length, width, steps = eval(sys.argv[1])
-model = LlamaForCausalLM(LlamaConfig(
-    vocab_size=vocabulary, hidden_size=128, intermediate_size=256, num_hidden_layers=8,
-    num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=4096)).eval()
-if family == "repeated":
-    model.config.model_type = "another"  # not known to share prompts
-job = lambda ids, n: Job(ids, range(n), lambda s: uniforms("m", 0, str(len(ids)), s, steps))
-sampling = Sampling(1.0, top_k, top_p, steps, (), 0, width)
-sample_prompts(model, [job([1, 2], 2)], sampling)  # what is allocated once
-held = lambda what: int(next(x for x in Path("/proc/self/status").read_text().splitlines()
-                             if x.startswith(what)).split()[1]) * 1024
-Path("/proc/self/clear_refs").write_text("5")
-before = held("VmRSS")
-sample_prompts(model, [job([1] * length, width)], sampling)
-fixed, slot = footprint(model, sampling, [length])
-print((held("VmHWM") - before) / (fixed + width * slot))
-"""
+def test_the_foretold_memory_counts_what_is_kept():
+    """Keys and values to the byte; of a vocabulary's scores more, the longer the policy's way is."""
+    model, length = llama(), 7
+    with torch.inference_mode():
+        cache = model(torch.ones(1, length, dtype=torch.long)).past_key_values
+    token = sum(x.nbytes for layer in cache.layers for x in (layer.keys, layer.values)) // length
 
+    def foretold(lengths=(9,), steps=64, model=model, **more) -> tuple[int, int]:
+        return sample.footprint(model, Sampling(max_new_tokens=steps, **more), lengths)
 
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux")
-@pytest.mark.parametrize(
-    "case",
-    [
-        ("shared", 60_000, 100, 1.0, 64, 64, 8),
-        ("shared", 60_000, 0, 1.0, 64, 64, 8),
-        ("shared", 500, 0, 1.0, 64, 128, 180),
-        ("repeated", 500, 0, 1.0, 500, 64, 20),
-    ],
-)
-def test_memory_is_as_foretold(case):
-    done = subprocess.run(
-        [sys.executable, "-c", MEASURED, repr(case)], capture_output=True, text=True, check=True
-    )
-    assert 0.6 < float(done.stdout) < 1.3
+    fixed, slot = foretold()
+    assert foretold([9, length]) == (fixed + token * length, slot)  # a prompt is kept once
+    at_edge, beyond, further = (foretold(steps=n)[1] for n in (64, 65, 66))
+    growth = shared_prompt.GROWTH * token  # a slot's own room grows by so much, and not at each step
+    assert (beyond - at_edge) - (further - beyond) == growth
+    assert 0 < further - beyond < token
+    assert foretold(top_logprobs=3)[1] > slot
+
+    large = llama(vocab_size=2 * SMALL["vocab_size"])
+    policies = ({"top_k": 5}, {}, {"top_p": 0.9})
+    scores = [foretold(model=large, **p)[1] - foretold(**p)[1] for p in policies]
+    assert sorted(set(scores)) == scores
+    assert scores[0] >= 2 * 4 * SMALL["vocab_size"]
+
+    another = llama()
+    another.config.model_type = "another"  # not known to share prompts: each slot has a copy
+    per_token = foretold([10], model=another)[1] - foretold([9], model=another)[1]
+    assert per_token >= token > foretold([10])[1] - slot
 
 
 def same(a: list, b: list) -> bool:

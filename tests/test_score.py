@@ -16,8 +16,8 @@ import numpy as np
 import polars as pl
 import pytest
 import torch
-from conftest import CHAIN_LOGITS, save_chain, write_prompts
-from test_ground_truth import chain_policy
+from chain import CHAIN_LOGITS, chain_policy, save_chain
+from stores import write_prompts
 from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,

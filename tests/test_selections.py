@@ -11,32 +11,10 @@ import reference
 from polars.testing import assert_frame_equal
 from scipy.sparse import csr_array
 from scipy.sparse.csgraph import maximum_bipartite_matching
-from test_golden import GOLDEN
+from stores import GOLDEN_ROLLOUTS, import_golden, rollout_rows, write_parquet
 
 import canopy_store
 from canopy_store import ConflictError, DataError, UsageError
-
-
-def write(path, rows):
-    pl.DataFrame(rows).write_parquet(path)
-    return path
-
-
-def rollouts(variant="base", lengths=(1, 2, 3, 4, 5), prompts=("p",), task="t", **more):
-    """Rollouts of these lengths for each prompt; a further column holds one value a rollout."""
-    return [
-        {
-            "family": "f",
-            "variant": variant,
-            "task": task,
-            "prompt_id": p,
-            "sample": i,
-            "entropy": [0.5 + 0.1 * i] * n,
-            **{name: values[i] for name, values in more.items()},
-        }
-        for p in prompts
-        for i, n in enumerate(lengths)
-    ]
 
 
 @pytest.fixture
@@ -45,7 +23,9 @@ def store(tmp_path):
 
     def make(rows):
         root = tmp_path / "s"
-        canopy_store.import_rollouts(root, write(tmp_path / "in.parquet", rows), max_new_tokens=64)
+        canopy_store.import_rollouts(
+            root, write_parquet(tmp_path / "in.parquet", rows), max_new_tokens=64
+        )
         return root
 
     return make
@@ -56,7 +36,7 @@ def store(tmp_path):
     [(0.2, {1}), (0.21, {0, 1}), (0.6, {0, 1, 3}), (1, {0, 1, 2, 3, 4}), (0.7, {0, 1, 2, 3})],
 )
 def test_the_best_are_kept_and_ties_go_to_the_lower_sample(store, keep, kept):
-    root = store(rollouts(reward=[0.5, 0.9, 0.1, 0.5, 0.1]))
+    root = store(rollout_rows(reward=[0.5, 0.9, 0.1, 0.5, 0.1]))
     name = canopy_store.select_reward(root, keep)
     frame = canopy_store.read(root, "rollout_metrics").filter(selection=name)
     assert set(frame["sample"]) == kept
@@ -64,7 +44,7 @@ def test_the_best_are_kept_and_ties_go_to_the_lower_sample(store, keep, kept):
 
 def test_rounding_does_not_keep_one_more(store):
     rng = np.random.default_rng(0)
-    root = store(rollouts(lengths=[3] * 40, reward=rng.normal(size=40)))
+    root = store(rollout_rows(lengths=[3] * 40, reward=rng.normal(size=40)))
     frame = canopy_store.read(root, "selections")
     assert frame.is_empty()
     canopy_store.select_reward(root, 0.7)
@@ -74,11 +54,11 @@ def test_rounding_does_not_keep_one_more(store):
 def test_every_view_carries_the_selection_as_if_it_were_all(tmp_path):
     """A store of the chosen rollouts alone says the same of them."""
     root, alone = tmp_path / "s", tmp_path / "alone"
-    every = pl.read_parquet(GOLDEN / "rollouts.parquet").with_columns(
+    every = pl.read_parquet(GOLDEN_ROLLOUTS).with_columns(
         pl.col("entropy").list.eval(-1.3 * pl.element()).alias("logprob"),
         pl.col("entropy").list.eval(-0.1 - pl.element()).alias("eos_logprob"),
     )
-    canopy_store.import_rollouts(root, write(tmp_path / "all.parquet", every), max_new_tokens=64)
+    canopy_store.import_rollouts(root, write_parquet(tmp_path / "all.parquet", every), max_new_tokens=64)
     canopy_store.select_reward(root, 0.3, name="few")
     chosen = canopy_store.read(root, "selections").select("run_id", "prompt_id", "sample")
     rows = every.with_columns(
@@ -93,7 +73,7 @@ def test_every_view_carries_the_selection_as_if_it_were_all(tmp_path):
         how="semi",
     )
     rows = rows.drop("run_id", "key", "number")
-    write(tmp_path / "in.parquet", rows)
+    write_parquet(tmp_path / "in.parquet", rows)
     canopy_store.import_rollouts(alone, tmp_path / "in.parquet", max_new_tokens=64)
     for view in canopy_store.sql.VIEWS:
         if view in ("scored_rollouts", "cross_entropy", "kl_divergence", "kl_trajectory"):
@@ -110,9 +90,9 @@ def test_later_runs_and_later_embeddings_are_taken_up(store, tmp_path):
     from canopy_store.store.embeddings import write_embeddings
 
     rewards = [0.1, 0.2, 0.3, 0.4, 0.5]
-    root = store(rollouts(reward=rewards))
+    root = store(rollout_rows(reward=rewards))
     canopy_store.select_reward(root, 0.6)
-    later = write(tmp_path / "later.parquet", rollouts("sft", reward=rewards))
+    later = write_parquet(tmp_path / "later.parquet", rollout_rows("sft", reward=rewards))
     canopy_store.import_rollouts(root, later, max_new_tokens=64)
     vectors = np.random.default_rng(0).normal(size=(5, 4))
     for run in ("f.base.t", "f.sft.t"):
@@ -129,7 +109,7 @@ def test_later_runs_and_later_embeddings_are_taken_up(store, tmp_path):
 
 def test_a_break_between_rows_and_spectra_is_mended(tmp_path):
     root = tmp_path / "s"
-    canopy_store.import_rollouts(root, GOLDEN / "rollouts.parquet", max_new_tokens=64)
+    import_golden(root)
     canopy_store.select_reward(root, 0.7)
     before = canopy_store.read(root, "model_metrics").sort("run_id", "selection")
     lost = sorted((root / "embedding_spectra").rglob("*reward_top_70/run=*/*.parquet"))
@@ -172,7 +152,11 @@ def test_matched_lengths_are_pairs_and_as_many_as_can_be(seed, caliper):
 
 
 def test_matched_lengths_of_each_variant(store, canopy):
-    rows = rollouts("base", (10, 20, 30)) + rollouts("sft", (11, 50, 29)) + rollouts("dpo", (20, 20, 7))
+    rows = (
+        rollout_rows("base", (10, 20, 30))
+        + rollout_rows("sft", (11, 50, 29))
+        + rollout_rows("dpo", (20, 20, 7))
+    )
     root = store(rows)
     code, out, _ = canopy("select", "lengths", "--store", root)
     assert code == 0
@@ -193,7 +177,7 @@ def test_matched_lengths_of_each_variant(store, canopy):
 
 
 def test_what_is_refused(store, tmp_path):
-    root = store(rollouts(reward=[0.1] * 5))
+    root = store(rollout_rows(reward=[0.1] * 5))
     for keep in (0, 1.1, float("nan")):
         with pytest.raises(UsageError, match="--keep"):
             canopy_store.select_reward(root, keep)
@@ -208,14 +192,14 @@ def test_what_is_refused(store, tmp_path):
         canopy_store.select_lengths(root)
     with pytest.raises(UsageError, match="--caliper"):
         canopy_store.select_lengths(root, caliper=-1)
-    some = rollouts("sft", reward=[0.1, None, 0.3, 0.2, 0.1])
-    canopy_store.import_rollouts(root, write(tmp_path / "some.parquet", some), max_new_tokens=64)
+    some = rollout_rows("sft", reward=[0.1, None, 0.3, 0.2, 0.1])
+    canopy_store.import_rollouts(root, write_parquet(tmp_path / "some.parquet", some), max_new_tokens=64)
     with pytest.raises(DataError, match=r"run f\.sft\.t: 4 of 5"):
         canopy_store.select_reward(root, 0.5, name="best")
 
 
 def test_no_rewards_and_no_match(store, canopy):
-    root = store(rollouts() + rollouts("sft", (40, 41)))
+    root = store(rollout_rows() + rollout_rows("sft", (40, 41)))
     code, _, err = canopy("select", "reward", "--store", root, "--keep", 0.7)
     assert (code, err.count("\n")) == (1, 1)
     assert "no rewards" in err
@@ -225,7 +209,7 @@ def test_no_rewards_and_no_match(store, canopy):
 
 
 def test_the_rule_is_written_down(store):
-    root = store(rollouts(reward=[0.1] * 5))
+    root = store(rollout_rows(reward=[0.1] * 5))
     canopy_store.select_reward(root, 0.7)
     plan = json.loads((root / "plans" / "selection=reward_top_70.json").read_text())
     assert plan["settings"] == {"rule": "reward", "keep": 0.7, "reward_model": "imported"}

@@ -18,13 +18,13 @@ import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from test_sql import shell
-from test_verify import GOLDEN, flip, rewrite, same_views, views
+from stores import contents, flip, import_alpha, rewrite, same_views, shell, tables, views
 
 import canopy_store
-from canopy_store import sharing, sql, store
+from canopy_store import sql, store
 from canopy_store.schema import TABLES, arrow_schema
 from canopy_store.sharing import export, pull, push, untrusted
+from canopy_store.sharing.export import _no_token
 from canopy_store.upkeep.verify import verify
 
 RUNS = [
@@ -35,26 +35,11 @@ RUNS = [
 PROMPTS = 4  # of each task
 
 
-def imported(root: Path, file: Path) -> Path:
-    rows = pl.read_parquet(GOLDEN).filter(pl.col("family") == "alpha", pl.col("prompt_id") < PROMPTS)
-    steps = pl.col("entropy")
-    rows = rows.with_columns(
-        text=pl.format("text of {}", "sample"),
-        token_ids=steps.cast(pl.List(pl.Int32)),
-        logprob=steps.list.eval(-pl.element()),
-        eos_logprob=steps.list.eval(pl.element() * 0 - 5),
-    )
-    rows.write_parquet(file)
-    canopy_store.import_rollouts(root, file, max_new_tokens=64)
-    canopy_store.select_reward(root, 0.7)
-    return root
-
-
 @pytest.fixture(scope="module")
 def origin(tmp_path_factory) -> Path:
     """A store of four runs, for reading only."""
     folder = tmp_path_factory.mktemp("origin")
-    return imported(folder / "s", folder / "in.parquet")
+    return import_alpha(folder / "s", folder / "in.parquet", PROMPTS)
 
 
 @pytest.fixture(scope="module")
@@ -71,15 +56,6 @@ def folder(shared, tmp_path) -> Path:
 @pytest.fixture(scope="module")
 def measured(origin) -> dict[str, pl.DataFrame]:
     return views(origin)
-
-
-def tables(root: Path) -> dict[str, list[dict[str, Any]]]:
-    with canopy_store.open(root) as con:
-        return {t: sorted(con.sql(f"from {t}").pl().to_dicts(), key=str) for t in TABLES}
-
-
-def contents(root: Path) -> dict[str, str]:
-    return {str(p.relative_to(root)): store.sha256(p) for p in root.rglob("*") if p.is_file()}
 
 
 # ---------------------------------------------------------------- there and back
@@ -676,10 +652,7 @@ def test_pickled_weights_that_come_with_a_store_are_not_loaded(shared, tmp_path)
 
 
 def test_a_dry_run_lists_what_would_be_sent(shared, folder, monkeypatch):
-    def no_hub():
-        raise AssertionError("a dry run needs no hub")
-
-    monkeypatch.setattr(sharing, "_hub", no_hub)
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)  # a dry run needs no hub
     monkeypatch.setenv("HF_TOKEN", "hf_thisisnotatoken")
     (folder / "notes.txt").write_text("at home")
     sent = push(folder, "someone/rollouts", dry_run=True)
@@ -744,4 +717,4 @@ def test_no_token_is_ever_shown(folder, monkeypatch):
     with pytest.raises(canopy_store.StoreError, match="push again to resume") as error:
         push(folder, "someone/rollouts")  # the tests are offline
     assert "hf_this" not in str(error.value)
-    assert sharing._no_token(ValueError("Bearer abc hf_secret\nx")) == "hf_… hf_… x"
+    assert _no_token(ValueError("Bearer abc hf_secret\nx")) == "hf_… hf_… x"

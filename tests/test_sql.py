@@ -10,18 +10,17 @@ from pathlib import Path
 import duckdb
 import polars as pl
 import pytest
+from stores import import_golden, shell
 
 import canopy_store
 from canopy_store import sql
 from canopy_store.schema import COLUMNS, TABLES, arrow_schema, view_columns
 
-GOLDEN = Path(__file__).parent / "data" / "golden" / "rollouts.parquet"
-
 
 @pytest.fixture(scope="module")
 def golden(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("golden") / "s"
-    canopy_store.import_rollouts(root, GOLDEN, max_new_tokens=64)
+    import_golden(root)
     return root
 
 
@@ -71,20 +70,6 @@ def test_schemas_in_files_are_the_schemas_in_code(golden):
         for path in store.files(golden, table):
             want = arrow_schema(table, embedding_dim=16 if table == "embeddings" else None)
             assert pq.read_schema(path).equals(want, check_metadata=True)
-
-
-def shell(root: Path, query: str) -> list[dict]:
-    """What a plain DuckDB shell, in the store's folder, answers."""
-    program = Path(sys.executable).parent / "duckdb"
-    done = subprocess.run(
-        [program, "-json", "-readonly", "canopy.duckdb", query],
-        cwd=root,
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout or "[]")
 
 
 def test_the_plain_shell_runs_every_view(golden, tmp_path):

@@ -9,50 +9,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import duckdb
 import numpy as np
 import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import write_prompts
-from test_crash import ingest_arguments
+from stores import RUN, fill, flip, import_golden, rewrite, same_views, views, write_prompts
 
 import canopy_store
-from canopy_store import sql, store
-from canopy_store.schema import TABLES, arrow_schema
-from canopy_store.store.embeddings import write_embeddings
+from canopy_store import store
+from canopy_store.schema import arrow_schema
 from canopy_store.upkeep.verify import verify
-
-GOLDEN = Path(__file__).parent / "data" / "golden" / "rollouts.parquet"
-RUN = "chain.base.walk"
-
-
-def fill(root: Path, chain: Path, prompts: Path) -> Path:
-    """A store with rows in every table: sampled rollouts, made-up embeddings, rewards and scores."""
-    from canopy_store.cli import main
-
-    more = {"top-k": 5, "top-logprobs": 3, "samples": 12, "prompts-per-shard": 2}
-    assert main(ingest_arguments(root, chain, prompts, **more)) == 0
-    rng = np.random.default_rng(0)
-    store.plan(root, "embedder", "E", {"embedder": "E"})
-    for number, path in enumerate(store.files(root, "rollouts")):
-        rows = store.read_rows(path)
-        keys = {name: rows[name] for name in ("run_id", "prompt_id", "sample")}
-        ids, samples = keys["prompt_id"].to_pylist(), keys["sample"].to_pylist()
-        write_embeddings(root, "E", RUN, number, ids, samples, rng.normal(size=(len(rows), 8)))
-        where = store.folder(root, "rewards", reward_model="R", run=RUN)
-        reward = {**keys, "reward": rng.normal(size=len(rows))}
-        store.write_rows(store.shard_path(where, number), "rewards", reward)
-        where = store.folder(root, "scores", scorer_id="S", run=RUN)
-        scored = {name: rows[name] for name in rows.column_names if name in SCORED}
-        scored |= {**keys, "policy": ['{"temperature":1.0}'] * len(rows)}
-        store.write_rows(where / f"part-{number:05d}.0123456789abcdef.parquet", "scores", scored)
-    canopy_store.select_reward(root, 0.5)
-    return root
-
-
-SCORED = {c.name for c in TABLES["scores"].columns}
 
 
 @pytest.fixture(scope="session")
@@ -68,28 +35,12 @@ def copy(whole, tmp_path) -> Path:
     return Path(shutil.copytree(whole, tmp_path / "s"))
 
 
-def views(root: Path) -> dict[str, pl.DataFrame]:
-    """Every view, sorted; one thread, so that sums are added up in one order."""
-    found = {}
-    with duckdb.connect(config={"threads": 1}) as con:
-        sql.create_views(con, root, str(root), False)
-        for view in sql.VIEWS:
-            frame = con.sql(f"from {view}").pl()
-            keys = sql.source(view).splitlines()[1].removeprefix("-- keys: ").split(", ")
-            found[view] = frame.sort(keys)
-    return found
-
-
-def same_views(one: dict[str, pl.DataFrame], other: dict[str, pl.DataFrame]) -> bool:
-    return all(one[view].equals(other[view]) for view in sql.VIEWS)
-
-
 def test_a_store_that_is_well_has_no_problem(whole):
     assert verify(whole, deep=True).rows() == []
 
 
 def test_a_golden_import_has_no_problem(tmp_path):
-    canopy_store.import_rollouts(tmp_path / "s", GOLDEN, max_new_tokens=64)
+    import_golden(tmp_path / "s")
     assert verify(tmp_path / "s", deep=True).rows() == []
 
 
@@ -102,15 +53,6 @@ def test_an_empty_store_has_no_problem_and_no_store_is_an_error(tmp_path):
 
 
 # ---------------------------------------------------------------- one fault, one test
-
-
-def rewrite(path: Path, table: str, change: Callable[[dict[str, list[Any]]], Any]) -> None:
-    """Changes a file's columns and writes it as the package would."""
-    columns = store.read_rows(path).to_pydict()
-    changed = change(columns)
-    columns = columns if changed is None else changed
-    size = {"embedding_dim": len(columns["embedding"][0])} if table == "embeddings" else {}
-    store.write_rows(path, table, columns, **size)
 
 
 def at(name: str, row: int, value: Any) -> Callable[[dict[str, list[Any]]], None]:
@@ -342,12 +284,6 @@ def test_two_texts_of_one_prompt(copy):
 
 
 # ---------------------------------------------------------------- one flipped byte
-
-
-def flip(path: Path, place: int, mask: int) -> None:
-    data = bytearray(path.read_bytes())
-    data[place] ^= mask
-    path.write_bytes(data)
 
 
 def test_a_flipped_byte_is_found_or_changes_no_view(copy):

@@ -8,9 +8,9 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from stores import GOLDEN_ROLLOUTS
 
 ROOT = Path(__file__).parent.parent
-GOLDEN = ROOT / "tests" / "data" / "golden" / "rollouts.parquet"
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +68,7 @@ def test_the_wheel_works_in_a_fresh_environment(wheel, tmp_path):
     def call(*arguments: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run([canopy, *arguments], cwd=away, capture_output=True, text=True)
 
-    assert call("import", str(GOLDEN), "--store", "s", "--max-new-tokens", "64").returncode == 0
+    assert call("import", str(GOLDEN_ROLLOUTS), "--store", "s", "--max-new-tokens", "64").returncode == 0
     done = call("sql", "select count(*) as n from model_metrics", "--store", "s", "--format", "csv")
     assert done.stdout.split() == ["n", "8"], done.stderr
     missing = call("ingest", "embed", "--store", "s", "--embedder", "x")

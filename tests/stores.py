@@ -1,0 +1,210 @@
+"""Stores for the tests, ways to damage them and ways to look at all that they hold."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import duckdb
+import numpy as np
+import polars as pl
+
+import canopy_store
+from canopy_store import sql, store
+from canopy_store.schema import TABLES
+from canopy_store.store.embeddings import write_embeddings
+
+GOLDEN = Path(__file__).parent / "data" / "golden"  # rollouts and what the paper's code gives of them
+GOLDEN_ROLLOUTS = GOLDEN / "rollouts.parquet"
+EXPECTED = json.loads((GOLDEN / "metrics_expected.json").read_text())
+RUN = "chain.base.walk"  # the run that ingest_arguments() names
+
+
+# ---------------------------------------------------------------- made by sampling
+
+
+def write_prompts(path: Path, *texts: str) -> Path:
+    """A JSONL file of these prompts."""
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return path
+
+
+def ingest_arguments(root: Path, model: Path, prompts: Path, **more: object) -> list[str]:
+    """The command line that samples RUN; ``more`` adds options or replaces them."""
+    settings = {
+        "store": root,
+        "model": model,
+        "family": "chain",
+        "variant": "base",
+        "task": "walk",
+        "prompts": prompts,
+        "samples": 30,
+        "max-new-tokens": 60,
+        "seed": 5,
+        "batch-size": 30,
+        "prompts-per-shard": 1,
+        **more,
+    }
+    return ["ingest", "rollouts", *(x for k, v in settings.items() for x in (f"--{k}", str(v)))]
+
+
+def fill(root: Path, chain: Path, prompts: Path) -> Path:
+    """A store with rows in every table: sampled rollouts, made-up embeddings, rewards and scores."""
+    from canopy_store.cli import main
+
+    more = {"top-k": 5, "top-logprobs": 3, "samples": 12, "prompts-per-shard": 2}
+    assert main(ingest_arguments(root, chain, prompts, **more)) == 0
+    rng = np.random.default_rng(0)
+    store.plan(root, "embedder", "E", {"embedder": "E"})
+    in_scores = {c.name for c in TABLES["scores"].columns}
+    for number, path in enumerate(store.files(root, "rollouts")):
+        rows = store.read_rows(path)
+        keys = {name: rows[name] for name in ("run_id", "prompt_id", "sample")}
+        ids, samples = keys["prompt_id"].to_pylist(), keys["sample"].to_pylist()
+        write_embeddings(root, "E", RUN, number, ids, samples, rng.normal(size=(len(rows), 8)))
+        where = store.folder(root, "rewards", reward_model="R", run=RUN)
+        reward = {**keys, "reward": rng.normal(size=len(rows))}
+        store.write_rows(store.shard_path(where, number), "rewards", reward)
+        where = store.folder(root, "scores", scorer_id="S", run=RUN)
+        scored = {name: rows[name] for name in rows.column_names if name in in_scores}
+        scored |= {**keys, "policy": ['{"temperature":1.0}'] * len(rows)}
+        store.write_rows(where / f"part-{number:05d}.0123456789abcdef.parquet", "scores", scored)
+    canopy_store.select_reward(root, 0.5)
+    return root
+
+
+# ---------------------------------------------------------------- made by an import
+
+
+def write_parquet(path: Path, rows: list[dict[str, Any]]) -> Path:
+    """A Parquet file of these rows."""
+    pl.DataFrame(rows).write_parquet(path)
+    return path
+
+
+def rollout_rows(variant="base", lengths=(1, 2, 3, 4, 5), prompts=("p",), task="t", **more):
+    """Rollouts of these lengths for each prompt; a further column holds one value a rollout."""
+    return [
+        {
+            "family": "f",
+            "variant": variant,
+            "task": task,
+            "prompt_id": p,
+            "sample": i,
+            "entropy": [0.5 + 0.1 * i] * n,
+            **{name: values[i] for name, values in more.items()},
+        }
+        for p in prompts
+        for i, n in enumerate(lengths)
+    ]
+
+
+def import_golden(root: Path) -> Path:
+    """A store of the golden rollouts."""
+    canopy_store.import_rollouts(root, GOLDEN_ROLLOUTS, max_new_tokens=EXPECTED["max_new_tokens"])
+    return root
+
+
+def import_alpha(root: Path, file: Path, prompts: int) -> Path:
+    """A store of so many golden prompts of a task, of family alpha, with every column of a rollout."""
+    rows = pl.read_parquet(GOLDEN_ROLLOUTS)
+    rows = rows.filter(pl.col("family") == "alpha", pl.col("prompt_id") < prompts)
+    steps = pl.col("entropy")
+    rows = rows.with_columns(
+        text=pl.format("text of {}", "sample"),
+        token_ids=steps.cast(pl.List(pl.Int32)),
+        logprob=steps.list.eval(-pl.element()),
+        eos_logprob=steps.list.eval(pl.element() * 0 - 5),
+    )
+    rows.write_parquet(file)
+    canopy_store.import_rollouts(root, file, max_new_tokens=64)
+    canopy_store.select_reward(root, 0.7)
+    return root
+
+
+# ---------------------------------------------------------------- damaged
+
+
+def flip(path: Path, place: int, mask: int) -> None:
+    """Flips the bits of ``mask`` in one byte of a file."""
+    data = bytearray(path.read_bytes())
+    data[place] ^= mask
+    path.write_bytes(data)
+
+
+def rewrite(path: Path, table: str, change: Callable[[dict[str, list[Any]]], Any]) -> None:
+    """Changes a file's columns and writes it as the package would."""
+    columns = store.read_rows(path).to_pydict()
+    changed = change(columns)
+    columns = columns if changed is None else changed
+    size = {"embedding_dim": len(columns["embedding"][0])} if table == "embeddings" else {}
+    store.write_rows(path, table, columns, **size)
+
+
+# ---------------------------------------------------------------- looked at
+
+
+def rollouts(root: object) -> pl.DataFrame:
+    """Every rollout of complete runs, in the order of their keys."""
+    return canopy_store.read(str(root), "rollouts").sort("run_id", "prompt_id", "sample")
+
+
+def tables(root: Path) -> dict[str, list[dict[str, Any]]]:
+    """Every table's rows, in an order of their own."""
+    with canopy_store.open(root) as con:
+        return {t: sorted(con.sql(f"from {t}").pl().to_dicts(), key=str) for t in TABLES}
+
+
+def views(root: Path) -> dict[str, pl.DataFrame]:
+    """Every view, sorted; one thread, so that sums are added up in one order."""
+    found = {}
+    with duckdb.connect(config={"threads": 1}) as con:
+        sql.create_views(con, root, str(root), False)
+        for view in sql.VIEWS:
+            frame = con.sql(f"from {view}").pl()
+            keys = sql.source(view).splitlines()[1].removeprefix("-- keys: ").split(", ")
+            found[view] = frame.sort(keys)
+    return found
+
+
+def same_views(one: dict[str, pl.DataFrame], other: dict[str, pl.DataFrame]) -> bool:
+    """Whether every view is the same to the last bit."""
+    return all(one[view].equals(other[view]) for view in sql.VIEWS)
+
+
+def contents(root: Path) -> dict[str, str]:
+    """The hash of every file under a folder, by its path."""
+    return {str(p.relative_to(root)): store.sha256(p) for p in root.rglob("*") if p.is_file()}
+
+
+def table_hashes(root: Path, *names: str) -> dict[str, str]:
+    """The hash of every file of these tables, by its path."""
+    return {str(p.relative_to(root)): store.sha256(p) for t in names for p in store.files(root, t)}
+
+
+def shell(root: Path, query: str) -> list[dict]:
+    """What a plain DuckDB shell, in the store's folder, answers."""
+    program = Path(sys.executable).parent / "duckdb"
+    done = subprocess.run(
+        [program, "-json", "-readonly", "canopy.duckdb", query],
+        cwd=root,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout or "[]")
+
+
+def refused(result: tuple[int, str, str], code: int, *parts: str) -> None:
+    """Asserts the exit code and one line on stderr that holds every part."""
+    assert result[0] == code, result
+    lines = result[2].strip().splitlines()
+    assert len(lines) == 1, result[2]
+    assert lines[0].startswith("canopy: ")
+    for part in parts:
+        assert part in lines[0], lines[0]
