@@ -168,10 +168,11 @@ every step, kept by canopy_store.
 ## Use
 
 ```python
-import datasets, polars as pl
+import datasets, pandas, polars as pl
 
 rollouts = datasets.load_dataset("PATH_OR_REPO", "rollouts", split="train")
-rollouts = pl.scan_parquet("PATH/rollouts", hive_partitioning=True)  # with family, variant, task
+rollouts = pl.scan_parquet("PATH/rollouts")
+rollouts = pandas.read_parquet("PATH/rollouts", partitioning=None)  # what the paths say is in the files
 ```
 
 Inside the folder, `duckdb canopy.duckdb "from model_metrics"` has every view; `views.sql` makes them in

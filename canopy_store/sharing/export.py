@@ -87,6 +87,7 @@ def export(
     with _scratch(out) as scratch:
         _fill(root, scratch, runs, wanted, text)
         sql.write_database(scratch)
+        shutil.rmtree(scratch / ".work", ignore_errors=True)  # locks, which nobody has there
         describe(scratch, out.name, text, license)
         require_sound(scratch)
         with store.writing(out):
