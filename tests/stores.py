@@ -61,18 +61,26 @@ def fill(root: Path, chain: Path, prompts: Path) -> Path:
     rng = np.random.default_rng(0)
     store.plan(root, "embedder", "E", {"embedder": "E"})
     in_scores = {c.name for c in TABLES["scores"].columns}
+    policy = "0123456789abcdef"
+    embeddings, rewards, scores = [], [], []
     for number, path in enumerate(store.files(root, "rollouts")):
         rows = store.read_rows(path)
         keys = {name: rows[name] for name in ("run_id", "prompt_id", "sample")}
         ids, samples = keys["prompt_id"].to_pylist(), keys["sample"].to_pylist()
-        write_embeddings(root, "E", RUN, number, ids, samples, rng.normal(size=(len(rows), 8)))
+        matrix = rng.normal(size=(len(rows), 8))
+        embeddings += write_embeddings(root, "E", RUN, number, ids, samples, matrix)
         where = store.folder(root, "rewards", reward_model="R", run=RUN)
         reward = {**keys, "reward": rng.normal(size=len(rows))}
-        store.write_rows(store.shard_path(where, number), "rewards", reward)
+        rewards.append(store.shard_path(where, number))
+        store.write_rows(rewards[-1], "rewards", reward)
         where = store.folder(root, "scores", scorer_id="S", run=RUN)
         scored = {name: rows[name] for name in rows.column_names if name in in_scores}
         scored |= {**keys, "policy": ['{"temperature":1.0}'] * len(rows)}
-        store.write_rows(where / f"part-{number:05d}.0123456789abcdef.parquet", "scores", scored)
+        scores.append(where / f"part-{number:05d}.{policy}.parquet")
+        store.write_rows(scores[-1], "scores", scored)
+    store.commit(root, "embeddings", {"embedder": "E", "run": RUN}, embeddings, {"embedder": "E"})
+    store.commit(root, "rewards", {"reward_model": "R", "run": RUN}, rewards, {})
+    store.commit(root, "scores", {"scorer_id": "S", "policy": policy, "run": RUN}, scores, {})
     canopy_store.select_reward(root, 0.5)
     return root
 
@@ -163,7 +171,7 @@ def views(root: Path) -> dict[str, pl.DataFrame]:
     """Every view, sorted; one thread, so that sums are added up in one order."""
     found = {}
     with duckdb.connect(config={"threads": 1}) as con:
-        sql.create_views(con, root, str(root), False)
+        sql.create_views(con, root)
         for view in sql.VIEWS:
             frame = con.sql(f"from {view}").pl()
             keys = sql.source(view).splitlines()[1].removeprefix("-- keys: ").split(", ")
