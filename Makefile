@@ -5,6 +5,7 @@
 #   make bench, make bench-ingest   the benchmarks of docs/performance.md
 #   make faults     what docs/reliability.md says of kills, full disks and flipped bytes
 #   make simulate   the simulation study of docs/measures.md
+#   make docs       docs/dictionary.md and docs/commands.md, from the code
 #   make test-vllm  the vLLM engines for real, on the CPU, in an environment of their own (3.4 GB)
 
 VENV ?= .venv
@@ -83,8 +84,10 @@ simulate: install
 	$(PYTHON) benchmarks/simulation_compare.py
 	$(PYTHON) benchmarks/simulation.py
 
+# the pages that are made from the code, and are tested to be
 docs: install
 	$(PYTHON) docs/dictionary.py
+	$(PYTHON) docs/commands.py
 
 clean:
 	rm -rf $(VENV) $(VLLM_VENV) build dist *.egg-info demo-output demo-real-output

@@ -15,7 +15,7 @@ import argparse
 import numpy as np
 
 from canopy_store.analysis import bootstrap, comparison
-from canopy_store.analysis.comparison import Side
+from canopy_store.analysis.pairing import Side, evaluate
 
 METRICS = ["ce_star", "entropy_rate", "mean_length", "rho_pearson"]
 SAMPLES = 16
@@ -50,7 +50,7 @@ def one(rng: np.random.Generator, prompts: int, shift: float) -> list[dict]:
     seed = int(rng.integers(2**32))
     drawn = bootstrap.draw_prompts(prompts, 1000, seed)
     counts = bootstrap.counts_of(drawn)
-    values, replicates, _ = comparison._evaluate(
+    values, replicates, _ = evaluate(
         {("f", "v", "t"): (sides[0], sides[1])}, METRICS, lambda *_: (drawn, counts), 1000, seed, {}
     )
     rows = []

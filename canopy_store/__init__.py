@@ -4,7 +4,12 @@
 >>> con = canopy_store.open("my-store")                    # DuckDB, with every view
 >>> con.sql("select * from model_metrics").pl()            # a polars frame
 >>> canopy_store.read("my-store", "model_metrics")         # the same in one call
+>>> canopy_store.compare("my-store")                       # what a treatment changed, with intervals
+>>> canopy_store.write_report("my-store", "report.html")
 """
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 from canopy_store._version import __version__
 from canopy_store.analysis.comparison import compare
@@ -28,6 +33,18 @@ from canopy_store.upkeep.maintenance import compact, remove_run
 from canopy_store.upkeep.status import status
 from canopy_store.upkeep.verify import verify
 
+if TYPE_CHECKING:
+    from canopy_store.analysis.regression import read_panel, regress
+    from canopy_store.report import write_figures, write_report
+
+# Imported when they are first used: scipy and the report's pages take longer than the rest together.
+_ON_FIRST_USE = {
+    "read_panel": "canopy_store.analysis.regression",
+    "regress": "canopy_store.analysis.regression",
+    "write_figures": "canopy_store.report",
+    "write_report": "canopy_store.report",
+}
+
 __all__ = [
     "CanopyError",
     "ConflictError",
@@ -47,9 +64,19 @@ __all__ = [
     "pull",
     "push",
     "read",
+    "read_panel",
+    "regress",
     "remove_run",
     "select_lengths",
     "select_reward",
     "status",
     "verify",
+    "write_figures",
+    "write_report",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _ON_FIRST_USE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_ON_FIRST_USE[name]), name)

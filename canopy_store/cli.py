@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
+import textwrap
+from collections.abc import Iterable
 from typing import Any
 
 import click
@@ -17,6 +19,7 @@ from canopy_store.commands import sharing as cli_sharing
 from canopy_store.commands.shared import FORMAT, STORE, bar, print_rows, require_ingest
 from canopy_store.errors import CanopyError
 from canopy_store.readers.importing import import_rollouts
+from canopy_store.schema import TABLES
 from canopy_store.upkeep.status import status
 
 # From here on small files cost a query more than what is in them.
@@ -144,29 +147,33 @@ def import_command(source: str, root: str, tokenizer: str | None, **options: Any
     click.echo(f"{root}: {done} rollouts in {len(runs)} runs: {', '.join(runs)}")
 
 
-@cli.command("sql")
+def _listed(title: str, names: Iterable[str]) -> str:
+    indent = " " * 9
+    return textwrap.fill(f"{title:9}" + ", ".join(names), 98, subsequent_indent=indent)
+
+
+_SQL_HELP = f"""
+Run a DuckDB QUERY over the store's tables and views; nothing else can be read or written.
+
+\b
+{_listed("Views:", sql.VIEWS)}
+{_listed("Tables:", TABLES)}
+Macro:   vendi_score(eigenvalues, q)
+
+\b
+Examples:
+  canopy sql "select family, variant, task, ce_star, rho_pearson from model_metrics" --store S
+  canopy sql "from panel" --store S --format csv > panel.csv
+  canopy sql "describe prompt_metrics" --store S
+"""
+
+
+@cli.command("sql", help=_SQL_HELP)
 @click.argument("query")
 @STORE
 @FORMAT
 @click.option("--incomplete", is_flag=True, help="Also show rollouts of incomplete runs.")
 def sql_command(query: str, root: str, form: str, incomplete: bool) -> None:
-    """Run a DuckDB QUERY over the store's tables and views; nothing else can be read or written.
-
-    \b
-    Views:   selected_rollouts, rollout_metrics, prompt_metrics, model_metrics, ce_star_decomposition,
-             entropy_trajectory, eos_trajectory, length_terciles, model_length_terciles,
-             panel, logging_check, scored_rollouts, cross_entropy, kl_divergence,
-             kl_trajectory
-    Tables:  models, prompts, runs, rollouts, scores, embeddings, embedding_spectra, selections,
-             rewards
-    Macro:   vendi_score(eigenvalues, q)
-    \b
-    Examples:
-      canopy sql "select family, variant, task, ce_star, rho_pearson from model_metrics" --store S
-      canopy sql "from panel" --store S --format csv > panel.csv
-      canopy sql "describe prompt_metrics" --store S
-    """
-
     def ask() -> None:
         with sql.connect(root, incomplete=incomplete) as con:
             relation = con.sql(query)

@@ -1,6 +1,6 @@
-"""The one definition of every table and of every column a view shows.
+"""The one definition of every table; the columns that only views have are in sql/columns.py.
 
-Arrow schemas, zero-row views, DuckDB comments and the data dictionary derive from it.
+Arrow schemas, zero-row views, DuckDB comments and the data dictionary derive from both.
 """
 
 from __future__ import annotations
@@ -413,135 +413,11 @@ _PATH_DOCS = (
     _c("name", "VARCHAR", "Name of the job: its embedder, scorer, …; of rollouts, their run."),
 )
 
-# Columns that only views have. Definitions: docs/measures.md.
-METRICS: tuple[Column, ...] = (
-    _c(
-        "entropy_rate",
-        "DOUBLE",
-        "r: entropy_sum / n_tokens, averaged above the rollout.",
-        "nats per token",
-    ),
-    _c(
-        "content_entropy_sum",
-        "DOUBLE",
-        "entropy_sum - stop_entropy_sum: what to say, given that the rollout goes on.",
-        "nats",
-    ),
-    _c("semantic_distance", "DOUBLE", "1 - mean cosine similarity to the prompt's other rollouts."),
-    _c("n_rollouts", "BIGINT", "Rollouts behind the row."),
-    _c("n_prompts", "BIGINT", "Prompts behind the row."),
-    _c("ce_star", "DOUBLE", "CE*: mean entropy_sum, the estimate of H(N, Y | X).", "nats"),
-    _c("surprisal_mean", "DOUBLE", "Mean surprisal_sum: a second, noisier estimate of CE*.", "nats"),
-    _c("mean_length", "DOUBLE", "Mean n_tokens.", "tokens"),
-    _c("gen_ppl", "DOUBLE", "exp(ce_star / mean_length)."),
-    _c("branching_factor", "DOUBLE", "exp(entropy_rate)."),
-    _c(
-        "canopy_size_log10",
-        "DOUBLE",
-        "log10 of exp(ce_star), the effective number of rollouts.",
-        "powers of ten",
-    ),
-    _c("rho_pearson", "DOUBLE", "Pearson correlation of length and entropy rate."),
-    _c("rho_spearman", "DOUBLE", "Spearman correlation of length and entropy rate (mid-ranks)."),
-    _c("rho_kendall", "DOUBLE", "Kendall's tau-b of length and entropy rate."),
-    _c("cov_length_rate", "DOUBLE", "Sample covariance of length and entropy rate.", "nats"),
-    _c("truncation_rate", "DOUBLE", "Share of rollouts cut at max_new_tokens."),
-    _c("semantic_diversity", "DOUBLE", "1 - mean cosine similarity over pairs of rollouts."),
-    _c("rho_length_diversity_pearson", "DOUBLE", "Pearson, length and semantic distance."),
-    _c("rho_length_diversity_spearman", "DOUBLE", "Spearman, length and semantic distance."),
-    _c("rho_length_diversity_kendall", "DOUBLE", "Kendall's tau-b, length and semantic distance."),
-    _c("cov_length_diversity", "DOUBLE", "Sample covariance, length and semantic distance.", "tokens"),
-    _c(
-        "vendi_score",
-        "DOUBLE",
-        "exp of the spectrum's Shannon entropy: effective number of distinct rollouts.",
-    ),
-    _c("length_rate_product", "DOUBLE", "E[N] · E[r].", "nats"),
-    _c("cov_within", "DOUBLE", "Mean over prompts of the population covariance of N and r.", "nats"),
-    _c("cov_between", "DOUBLE", "Population covariance over prompts of E[N|X] and E[r|X].", "nats"),
-    _c(
-        "stop_entropy",
-        "DOUBLE",
-        "Entropy of ending against going on, summed over a rollout or at one position.",
-        "nats",
-    ),
-    _c(
-        "content_entropy",
-        "DOUBLE",
-        "Entropy of the next token given that the rollout goes on, weighted by going on.",
-        "nats",
-    ),
-    _c("position", "INTEGER", "Step of the rollout, from 1.", "tokens"),
-    _c("active", "BIGINT", "Rollouts that reach the position."),
-    _c("mean_entropy", "DOUBLE", "Mean entropy of the step over active rollouts.", "nats"),
-    _c(
-        "mean_entropy_rate",
-        "DOUBLE",
-        "Mean over active rollouts of their entropy rate so far.",
-        "nats per token",
-    ),
-    _c("stop_probability", "DOUBLE", "Mean probability of ending at the position."),
-    _c("stopped", "BIGINT", "Rollouts that did end by themselves at the position."),
-    _c("tercile", "VARCHAR", "Length tercile within the prompt: short, medium or long."),
-    _c("D", "DOUBLE", "semantic_diversity, as the regressions call it."),
-    _c("R_bar", "DOUBLE", "entropy_rate, as the regressions call it.", "nats per token"),
-    _c("N_bar", "DOUBLE", "mean_length, as the regressions call it.", "tokens"),
-    _c("vendi_share", "DOUBLE", "vendi_score / n_rollouts: the Vendi score as a share, at most 1."),
-    _c("mean_excess", "DOUBLE", "Mean over rollouts of surprisal_sum - entropy_sum.", "nats"),
-    _c("sd", "DOUBLE", "Standard deviation of that excess.", "nats"),
-    _c("z", "DOUBLE", "mean_excess in standard errors; standard normal when logging is right."),
-    _c("ok", "BOOLEAN", "|z| <= 5: logged from the distribution that was sampled."),
-    _c("same_policy", "BOOLEAN", "Scored under the policy that the run was sampled with."),
-    _c(
-        "scorer_logprob",
-        "FLOAT[]",
-        "Per step, log-probability of the token under scorer and policy; "
-        "-inf outside the policy's support.",
-        "nats",
-    ),
-    _c("scorer_entropy", "FLOAT[]", "Per step, entropy of the scorer's policy.", "nats"),
-    _c(
-        "scorer_surprisal_sum",
-        "DOUBLE",
-        "Sum of -scorer_logprob; infinite where a token is outside the policy's support.",
-        "nats",
-    ),
-    _c("scorer_entropy_sum", "DOUBLE", "Sum of scorer_entropy over the rollout.", "nats"),
-    _c(
-        "log_ratio",
-        "DOUBLE",
-        "log p - log q of the rollout: p the run's policy, q the scorer's.",
-        "nats",
-    ),
-    _c(
-        "n_outside",
-        "BIGINT",
-        "Rollouts with a token outside the scorer's support (at a position: "
-        "such steps). Left out of the means: above 0, cross-entropy and divergence are infinite.",
-    ),
-    _c(
-        "cross_entropy",
-        "DOUBLE",
-        "Mean of -log q: of the rollout, or of the step at a position.",
-        "nats",
-    ),
-    _c("cross_entropy_se", "DOUBLE", "Standard error of cross_entropy over rollouts.", "nats"),
-    _c(
-        "kl",
-        "DOUBLE",
-        "KL(run || scorer), mean of log p - log q over the run's rollouts, or steps at a position.",
-        "nats",
-    ),
-    _c("kl_se", "DOUBLE", "Standard error of kl over rollouts, these prompts given.", "nats"),
-    _c("kl_se_prompts", "DOUBLE", "Standard error of kl over prompts: other prompts, too.", "nats"),
-)
-
-# Every column a table or view can show, by name: the first definition wins.
+# Keys and path columns, by name: they mean the same in every table and view.
 COLUMNS: dict[str, Column] = {}
 for _column in (
-    *(c for t in TABLES.values() for c in t.columns if t.name != "prompts"),
+    *(c for t in TABLES.values() for c in t.columns if c.name in t.keys),
     *_PATH_DOCS,
-    *METRICS,
 ):
     COLUMNS.setdefault(_column.name, _column)
 

@@ -7,13 +7,15 @@ from pathlib import Path
 
 import canopy_store
 from canopy_store import sql
-from canopy_store.schema import COLUMNS, TABLES, Column, view_columns
+from canopy_store.schema import TABLES, Column, view_columns
+from canopy_store.sql.columns import column_of
 
 INTRO = """# Data dictionary
 
-Made by `python docs/dictionary.py` from `canopy_store/schema.py` and `sql/`; a test compares the two.
-Definitions and sources of the measures: [measures.md](measures.md). A store says the same of itself:
-`select table_name, column_name, comment from duckdb_columns()` in `canopy.duckdb`.
+Made by `python docs/dictionary.py` from `canopy_store/schema.py`, `sql/columns.py` and the views in
+`sql/`; a test compares the two. Definitions and sources of the measures: [measures.md](measures.md). A
+store says the same of itself: `select table_name, column_name, comment from duckdb_columns()` in
+`canopy.duckdb`.
 
 Path columns are hive partitions (`family=…/`), not columns of the files.
 """
@@ -42,9 +44,7 @@ def dictionary() -> str:
             grain, keys, _ = sql.source(view).splitlines()[:3]
             lines += [f"### {view}\n", f"{grain[10:]}; key: {keys[9:]}.\n", header]
             described = con.sql(f"describe {view}").fetchall()
-            for name, kind, *_ in described:
-                known = COLUMNS[name]
-                lines.append(row(Column(name, kind, known.doc, known.unit), ""))
+            lines += [row(column_of(view, name), "") for name, *_ in described]
             lines.append("")
         con.close()
     return "\n".join(lines)

@@ -12,10 +12,8 @@ from canopy_store.errors import StoreError
 from canopy_store.ingest import models
 from canopy_store.ingest.jobs import (
     Columns,
-    Group,
     Job,
     Unit,
-    commit_shards,
     rollout_groups,
     run_job,
     text_of,
@@ -104,12 +102,10 @@ def open_embeddings(
         of = (root, name, unit.group.run_id, unit.number)
         write_embeddings(*of, part["prompt_id"], part["sample"], part["embedding"])
 
-    def finish(group: Group, shards: list[Path]) -> None:
-        numbers = map(store.shard_number, shards)
-        both = [path for n in numbers for path in embedding_paths(root, name, group.run_id, n)]
-        commit_shards(job, group, shards, both)
+    def files(unit: Unit) -> list[Path]:
+        return list(embedding_paths(root, name, unit.group.run_id, unit.number))
 
-    job = Job(
+    return Job(
         root,
         "embeddings",
         name,
@@ -117,8 +113,7 @@ def open_embeddings(
         rollout_groups(root, "embeddings", name, runs),
         rows,
         write,
-        finish,
+        files,
         after=lambda group, _: add_spectra(root, group.run_id),
         device=str(encoder.device),
     )
-    return job

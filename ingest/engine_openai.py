@@ -7,11 +7,7 @@ way is asked for, what comes is read, and an answer that leaves the tokens in do
 
 from __future__ import annotations
 
-import email.utils
 import itertools
-import os
-import random
-import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,21 +16,15 @@ import httpx2
 import numpy as np
 from anyio.from_thread import start_blocking_portal
 
-from canopy_store.errors import CanopyError, DataError, UsageError
+from canopy_store.errors import DataError, UsageError
 from canopy_store.ingest import models
 from canopy_store.ingest.engines import Engine
+from canopy_store.ingest.openai_client import Server
 from canopy_store.ingest.progress import Progress
 from canopy_store.ingest.sample import Job, Rollout, Sampling
 from canopy_store.ingest.tokenizer import load_tokenizer
-from canopy_store.readers import get, parse
-from canopy_store.readers.openai_batch import token_table
-
-_PASSING = {408, 409, 425, 429, 500, 502, 503, 504}  # statuses that a later attempt may not meet
-_ATTEMPTS = 8
-_FIRST_WAIT, _LONGEST_WAIT = 1.0, 60.0  # seconds; doubled from attempt to attempt
-_LONGEST_ASKED = 600.0  # seconds of a Retry-After that are waited for
-_TIMEOUT = httpx2.Timeout(1800.0, connect=10.0, pool=None)  # seconds: a long rollout in a long queue
-_UNKNOWN = -9999.0  # at or below it a server's number is its word for 'no log-probability'
+from canopy_store.readers import get
+from canopy_store.readers.openai_logprobs import LoggedToken, check_ids, logged_tokens, token_table
 
 # What servers add to the API. Their defaults may come from the model's generation_config.json or from
 # their own command line, so every sampler but the three of the policy is switched off by name.
@@ -73,20 +63,21 @@ def open_model(
         raise UsageError("--engine openai needs --base-url, as in http://localhost:8000/v1")
     if concurrency is not None and concurrency < 1:
         raise UsageError(f"--concurrency {concurrency}: needs at least 1")
-    server = _Server(base_url, concurrency or 32)
+    server = Server(base_url, concurrency or 32)
     listed = server.models()
-    served = _served(base_url, [entry["id"] for entry in listed], served_model)
+    served = _served(server, [entry["id"] for entry in listed], served_model)
     entry = next((e for e in listed if e["id"] == served), {})
     path = models.resolve_model(source)
     tokenizer, config = load_tokenizer(source), models.read_config(path)
     ends = tuple(models.end_token_ids(config, tokenizer))
     windows = [models.context_window(config), entry.get("max_model_len")]
-    kind = str(entry.get("owned_by"))
-    completions = _Completions(server, served, kind, tokenizer, ends)
+    kind = str(entry.get("owned_by"))[:80]
+    vocabulary = models.vocabulary_size(config, tokenizer)
+    completions = _Completions(server, served, kind, tokenizer, ends, vocabulary)
     return Engine(
         tokenizer=tokenizer,
         end_ids=ends,
-        window=min((w for w in windows if isinstance(w, int)), default=None),
+        window=min((w for w in windows if type(w) is int and w > 0), default=None),
         checkpoint=models.checkpoint(source, path, tokenizer),
         # the server's lists are those before temperature, top-k and top-p, unless it was told otherwise
         settings={"server": kind, "served_model": served, "top_logprobs_of": "server"},
@@ -96,142 +87,18 @@ def open_model(
     )
 
 
-def _served(base_url: str, names: list[str], asked: str | None) -> str:
+def _served(server: Server, names: list[str], asked: str | None) -> str:
     """The model to ask for, of those the server lists; an empty list is a server that lists none."""
-    shown = ", ".join(names[:20])
+    shown = ", ".join(server.shown(name, 80) for name in names[:20])
     if asked is not None:
         if names and asked not in names:
-            raise UsageError(f"--served-model {asked}: {base_url} serves {shown}")
+            raise UsageError(f"--served-model {asked}: {server.url} serves {shown}")
         return asked
     if len(names) == 1:
         return names[0]
     if not names:
-        raise UsageError(f"{base_url} lists no models: say which with --served-model")
-    raise UsageError(f"{base_url} serves {shown}: choose one with --served-model")
-
-
-# ---------------------------------------------------------------- the server
-
-
-class _Server:
-    """An address, the key for it, and what to do when it fails."""
-
-    def __init__(self, base_url: str, concurrency: int) -> None:
-        try:
-            url = httpx2.URL(base_url)
-        except httpx2.InvalidURL:
-            url = httpx2.URL("")
-        if url.scheme not in ("http", "https") or not url.host or url.userinfo or url.query:
-            raise UsageError(
-                "--base-url: needs an address like http://HOST:8000/v1, with no password "
-                "in it: a key goes in the environment as OPENAI_API_KEY"
-            )
-        self.url, self.concurrency = base_url.rstrip("/"), concurrency
-        self.key = os.environ.get("OPENAI_API_KEY", "").strip()
-
-    def client(self, kind: Any) -> Any:
-        """A client (httpx2.Client or AsyncClient) with as many connections as there are requests."""
-        return kind(
-            base_url=self.url + "/",
-            timeout=_TIMEOUT,
-            headers={"Authorization": f"Bearer {self.key}"} if self.key else {},
-            limits=httpx2.Limits(
-                max_connections=self.concurrency, max_keepalive_connections=self.concurrency
-            ),
-        )
-
-    def models(self) -> list[dict[str, Any]]:
-        """The models that the server lists; none where it has no such list."""
-        try:
-            with self.client(httpx2.Client) as client:
-                response = client.get("models", timeout=30.0)
-        except httpx2.TransportError as error:
-            raise CanopyError(f"{self.url}: no answer ({_reason(error)}); is the server up?") from None
-        if response.status_code == 404:
-            return []
-        entries = get(self.body(response), "data", list, f"{self.url}/models")
-        return [e for e in entries if isinstance(e, dict) and isinstance(e.get("id"), str)]
-
-    async def complete(self, client: httpx2.AsyncClient, body: dict[str, Any]) -> httpx2.Response:
-        """The answer to a request, asked for again while the server fails in ways that pass.
-
-        Raises
-        ------
-        CanopyError
-            It failed `_ATTEMPTS` times.
-        """
-        said, asked = "", 0.0  # what the server said last, and the seconds it asks to wait
-        for attempt in range(_ATTEMPTS):
-            if attempt:
-                wait = min(_LONGEST_WAIT, _FIRST_WAIT * 2 ** (attempt - 1))
-                await anyio.sleep(max(asked, random.uniform(0.5, 1) * wait))
-            try:
-                response = await client.post("completions", json=body)
-            except httpx2.TransportError as error:
-                said, asked = _reason(error), 0.0
-                continue
-            if response.status_code not in _PASSING:
-                return response
-            said, asked = self.said(response), _retry_after(response)
-        raise CanopyError(
-            f"{self.url}: failed {_ATTEMPTS} times, last with {said}; what was stored is "
-            "whole: run the same command again to resume"
-        )
-
-    def body(self, response: httpx2.Response) -> dict[str, Any]:
-        """The object that an answer holds.
-
-        Raises
-        ------
-        UsageError
-            The server refused; says what it said.
-        DataError
-            The answer is no JSON object.
-        """
-        if response.status_code != 200:
-            raise UsageError(f"{self.url}: {self.said(response)}{_HINTS.get(response.status_code, '')}")
-        body = parse(response.content, self.url)
-        if not isinstance(body, dict):
-            raise DataError(f"{self.url}: the answer needs to be a JSON object")
-        return body
-
-    def said(self, response: httpx2.Response) -> str:
-        """Status and message of a failure, on one line, without the key."""
-        try:
-            body = response.json()
-        except ValueError:
-            body = response.text
-        for name in ("error", "message", "detail"):
-            if isinstance(body, dict) and body.get(name):
-                body = body[name]
-        text = " ".join(str(body).split())[:300]
-        if self.key:
-            text = text.replace(self.key, "…")
-        return f"status {response.status_code}" + (f" ({text})" if text else "")
-
-
-_HINTS = {
-    401: "; put the server's key in the environment as OPENAI_API_KEY",
-    403: "; put the server's key in the environment as OPENAI_API_KEY",
-    404: "; --base-url needs the part before /completions, most often ending in /v1",
-}
-
-
-def _reason(error: Exception) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
-
-
-def _retry_after(response: httpx2.Response) -> float:
-    """Seconds that the server asks to wait: its header has seconds or a date."""
-    value = response.headers.get("retry-after", "")
-    try:
-        seconds = float(value)
-    except ValueError:
-        try:
-            seconds = email.utils.parsedate_to_datetime(value).timestamp() - time.time()
-        except (ValueError, TypeError):
-            return 0.0
-    return min(max(seconds, 0.0), _LONGEST_ASKED) if seconds == seconds else 0.0
+        raise UsageError(f"{server.url} lists no models: name one with --served-model")
+    raise UsageError(f"{server.url} serves {shown}: choose one with --served-model")
 
 
 # ---------------------------------------------------------------- rollouts
@@ -241,10 +108,16 @@ class _Completions:
     """Rollouts of one served model."""
 
     def __init__(
-        self, server: _Server, served: str, kind: str, tokenizer: Any, end_ids: tuple[int, ...]
+        self,
+        server: Server,
+        served: str,
+        kind: str,
+        tokenizer: Any,
+        end_ids: tuple[int, ...],
+        vocabulary: int,
     ) -> None:
         self.server, self.served, self.kind, self.tokenizer = server, served, kind, tokenizer
-        self.end_ids = end_ids  # the model's own
+        self.end_ids, self.vocabulary = end_ids, vocabulary  # the model's own
         self.added = True  # whether the server takes what is not OpenAI's
         self.told: set[str] = set()
         self.table: dict[bytes, int] | None = None
@@ -304,9 +177,10 @@ class _Completions:
         async def one(place: int) -> None:
             async with limit:
                 bodies[place] = await self._answer(client, asked[place][1], sampling, progress)
-            progress.tokens(get(bodies[place], "usage.completion_tokens", int, self.server.url, 0))
+            counted = get(bodies[place], "usage.completion_tokens", int, self.server.url, 0)
+            progress.tokens(min(max(counted, 0), sampling.max_new_tokens))
 
-        async with self.server.client(httpx2.AsyncClient) as client:
+        async with self.server.client() as client:
             try:
                 async with anyio.create_task_group() as group:
                     for place in range(len(asked)):
@@ -319,13 +193,13 @@ class _Completions:
         self, client: httpx2.AsyncClient, body: dict[str, Any], sampling: Sampling, progress: Progress
     ) -> dict[str, Any]:
         """The body of one answer; once a server refuses what is not OpenAI's, it is left out."""
+        most = _longest(body)
         if self.added:
             more = {"top_k": sampling.top_k or -1, **_ADDED}
-            response = await self.server.complete(client, body | more)
-            if response.status_code not in (400, 422) or sampling.top_k:
-                return self.server.body(response)
-        response = await self.server.complete(client, body)
-        found = self.server.body(response)
+            answer = await self.server.complete(client, body | more, most)
+            if answer.status not in (400, 422) or sampling.top_k:
+                return self.server.body(answer)
+        found = self.server.body(await self.server.complete(client, body, most))
         if self.added:
             self.added = False
             self._say(
@@ -350,8 +224,10 @@ class _Completions:
         choice = choices[0]
         reason = get(choice, "finish_reason", str, where)
         if reason not in ("stop", "length"):
-            raise DataError(f"{where}: the server ended it for another reason: {reason[:80]!r}")
-        logged = _logged(choice, where)
+            raise DataError(
+                f"{where}: the server ended it for another reason: {self.server.shown(reason, 80)!r}"
+            )
+        logged = logged_tokens(choice, where)
         ids = self._token_ids(choice, logged, where)
         counted = get(body, "usage.completion_tokens", int, where, None)
         if ids is None:
@@ -360,6 +236,8 @@ class _Completions:
             ids = self._with_end(ids, choice, sampling, where)
         _check(ids, counted, reason, sampling, where)
         logprob, top_ids, top_logprobs = _logs(logged, ids, sampling)
+        for tops in top_ids or ():
+            check_ids(tops, f"{where}: top_logprobs", self.vocabulary)
         return Rollout(
             sample=sample,
             token_ids=np.array(ids, np.int32),
@@ -373,21 +251,22 @@ class _Completions:
         )
 
     def _token_ids(
-        self, choice: dict[str, Any], logged: list[dict[str, Any]], where: str
+        self, choice: dict[str, Any], logged: list[LoggedToken], where: str
     ) -> list[int] | None:
         """The ids that an answer names, or whose texts no other token has; else None."""
         ids = get(choice, "token_ids", list, where, None)
-        if ids is None and (logged or not get(choice, "text", str, where)):
-            ids = [entry["id"] for entry in logged]
-        if ids is not None and None in ids:
+        if ids is not None or (not logged and get(choice, "text", str, where)):
+            check_ids(ids or [], where, self.vocabulary)
+            return ids
+        ids = [token.number for token in logged if token.number is not None]
+        if len(ids) < len(logged):
             if self.table is None:
                 self.table = token_table(self.tokenizer) or {}
-            table = self.table
-            ids = [table.get(entry["bytes"]) for entry in logged]
-            if None in ids or get(choice, "text", str, where) not in self._texts(ids):
+            told = [token.token_id(self.table) for token in logged]
+            ids = [number for number in told if number is not None]
+            if len(ids) < len(logged) or get(choice, "text", str, where) not in self._texts(ids):
                 return None
-        if ids is not None and not all(type(i) is int and 0 <= i < 2**31 for i in ids):
-            raise DataError(f"{where}: token_ids needs whole numbers from 0")
+        check_ids(ids, where, self.vocabulary)
         return ids
 
     def _texts(self, ids: list[int]) -> list[str]:
@@ -404,11 +283,11 @@ class _Completions:
         ended = next((end for end in named if end is not None), None)
         if ended is None and ids and not self.tokenizer.decode(ids[-1:], skip_special_tokens=True):
             ended = ids[-1]  # a special token
-        if ended is not None and ended not in sampling.end_ids:
+        if ended is not None and (type(ended) is not int or ended not in sampling.end_ids):
             raise DataError(
-                f"{where}: it ended with {str(ended)[:80]!r}, and the model's end tokens are "
-                f"{list(sampling.end_ids)}: the generation_config.json of --model needs those of the "
-                "served model"
+                f"{where}: it ended with {self.server.shown(ended, 80)!r}, and the model's end tokens "
+                f"are {list(sampling.end_ids)}: the generation_config.json of --model needs those of "
+                "the served model"
             )
         if ended is None and len(sampling.end_ids) != 1:
             raise DataError(
@@ -421,7 +300,7 @@ class _Completions:
         self,
         sample: int,
         choice: dict[str, Any],
-        logged: list[dict[str, Any]],
+        logged: list[LoggedToken],
         counted: int | None,
         sampling: Sampling,
         where: str,
@@ -430,6 +309,11 @@ class _Completions:
         length = counted if counted is not None else len(logged)
         if length < 1:
             raise DataError(f"{where}: the server tells neither tokens nor their number")
+        if length > sampling.max_new_tokens:
+            raise DataError(
+                f"{where}: the server counts {str(length)[:20]} tokens, asked for "
+                f"{sampling.max_new_tokens} at most"
+            )
         logprob = _logs(logged, None, sampling)[0] if length == len(logged) else None
         return Rollout(
             sample=sample,
@@ -463,62 +347,16 @@ class _Completions:
             progress.say(line)
 
 
+def _longest(body: dict[str, Any]) -> int:
+    """Bytes that an answer may have: what its tokens, their lists and the prompt's ids can take."""
+    return (1 << 20) + 16 * len(body["prompt"]) + 512 * body["max_tokens"] * (2 + body["logprobs"])
+
+
 # ---------------------------------------------------------------- an answer's log
 
 
-def _logged(choice: dict[str, Any], where: str) -> list[dict[str, Any]]:
-    """Per logged token its id (or None), the bytes of its text, logprob (or None) and tops (id, value).
-
-    Two forms: lists side by side (OpenAI, vLLM, SGLang), or a list of objects (llama.cpp).
-    """
-    entries = get(choice, "logprobs.content", list, where, None)
-    if entries is not None:
-        return [
-            {
-                **_token(entry, where),
-                "tops": [
-                    (_token(top, where)["id"], _token(top, where)["logprob"])
-                    for top in get(entry, "top_logprobs", list, where, [])
-                ],
-            }
-            for entry in entries
-        ]
-    tokens = get(choice, "logprobs.tokens", list, where, [])
-    values = get(choice, "logprobs.token_logprobs", list, where, None) or [None] * len(tokens)
-    tops = get(choice, "logprobs.top_logprobs", list, where, None) or [None] * len(tokens)
-    if not len(tokens) == len(values) == len(tops):
-        raise DataError(f"{where}: logprobs.tokens, token_logprobs and top_logprobs differ in length")
-    return [
-        {
-            **_token({"token": token, "logprob": value}, where),
-            "tops": [
-                (_token({"token": t, "logprob": v}, where)["id"], v)
-                for t, v in (top.items() if isinstance(top, dict) else ())
-            ],
-        }
-        for token, value, top in zip(tokens, values, tops, strict=True)
-    ]
-
-
-def _token(entry: Any, where: str) -> dict[str, Any]:
-    """Id, bytes and logprob of a token that is named by number, as ``token_id:N``, or by its text."""
-    text = get(entry, "token", str, where)
-    number = get(entry, "id", int, where, None)
-    digits = text.removeprefix("token_id:")
-    if number is None and digits != text and digits.isdecimal() and len(digits) < 10:
-        number = int(digits)
-    value = get(entry, "logprob", (int, float), where, None)
-    given = entry.get("bytes")
-    known = isinstance(given, list) and all(type(b) is int and 0 <= b < 256 for b in given)
-    return {
-        "id": number,
-        "bytes": bytes(given) if known else text.encode(errors="replace"),
-        "logprob": None if value is None or value <= _UNKNOWN else float(value),
-    }
-
-
 def _logs(
-    logged: list[dict[str, Any]], ids: list[int] | None, sampling: Sampling
+    logged: list[LoggedToken], ids: list[int] | None, sampling: Sampling
 ) -> tuple[np.ndarray | None, Any, Any]:
     """logprob, top_token_ids and top_logprobs of a rollout, each None where it is not whole.
 
@@ -526,17 +364,17 @@ def _logs(
     softmax. Of an end token that was not logged nothing is known: its top list is empty.
     """
     steps = len(logged) if ids is None else len(ids)
-    logprob, values = None, [entry["logprob"] for entry in logged]
+    logprob, values = None, [token.logprob for token in logged]
     if sampling.is_model and len(values) == steps and None not in values:
         logprob = np.array(values, np.float32)
     if not sampling.top_logprobs or ids is None or len(logged) not in (steps, steps - 1):
         return logprob, None, None
     rows = [
         sorted(
-            (top for top in entry["tops"] if top[1] is not None and top[1] > _UNKNOWN),
+            ((top.number, top.logprob) for top in token.tops if top.logprob is not None),
             key=lambda top: -top[1],
         )[: sampling.top_logprobs]
-        for entry in logged
+        for token in logged
     ]
     if any(token is None for row in rows for token, _ in row):
         return logprob, None, None
@@ -554,7 +392,7 @@ def _check(ids: list[int], counted: int | None, reason: str, sampling: Sampling,
         )
     # a server that leaves the end token out may or may not count it
     if counted is not None and len(ids) - counted not in ((0, 1) if reason == "stop" else (0,)):
-        raise DataError(f"{where}: {len(ids)} tokens came and the server counts {counted}")
+        raise DataError(f"{where}: {len(ids)} tokens came and the server counts {str(counted)[:20]}")
     if len(ids) > sampling.max_new_tokens:
         raise DataError(f"{where}: {len(ids)} tokens came, asked for {sampling.max_new_tokens} at most")
     if reason == "length" and len(ids) < sampling.max_new_tokens:

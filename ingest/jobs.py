@@ -82,7 +82,8 @@ class Job:
     groups : what there is to do
     rows : a unit's columns, and how many tokens were sampled or read
     write : stores them; by default as rows of the table
-    finish : commits a group whose shards these are; by default with these files alone
+    files : all that is stored of a unit; by default its target
+    finish : commits a group whose shards these are; by default with those files alone
     after : what is still to be done for a group that is committed, every time
     yielding : settings that give way to the stored ones
     device : what it runs on, for the table work
@@ -95,6 +96,7 @@ class Job:
     groups: list[Group]
     rows: Callable[[Unit, Progress], tuple[Columns, int]]
     write: Callable[[Unit, Columns], None] | None = None
+    files: Callable[[Unit], list[Path]] = lambda unit: [unit.target]
     finish: Callable[[Group, list[Path]], None] | None = None
     after: Callable[[Group, Progress], None] | None = None
     yielding: tuple[str, ...] = ()
@@ -247,10 +249,9 @@ def committed(job: Job, group: Group) -> store.Record | None:
 
 
 def _is_whole(job: Job, record: store.Record) -> bool:
-    """Whether every shard that the record names is there: one that was lost is made again."""
-    shards = [job.root / name for name in record.of(job.table)]
-    there = {path for folder in {path.parent for path in shards} for path in store.matching(folder, "*")}
-    return there.issuperset(shards)
+    """Whether every file that the record names is there: a shard that was lost is made again."""
+    files = [job.root / name for name in record.files]
+    return _stored(files).issuperset(files)
 
 
 def units_to_do(job: Job, group: Group, part: tuple[int, int] = (1, 1)) -> list[Unit]:
@@ -258,8 +259,8 @@ def units_to_do(job: Job, group: Group, part: tuple[int, int] = (1, 1)) -> list[
     if committed(job, group) is not None:
         return []  # whatever its files are now: they may have been compacted
     mine = list(_share(group, part))
-    names = _stored(mine)
-    return [unit for unit in mine if unit.target not in names]
+    there = _stored(path for unit in mine for path in job.files(unit))
+    return [unit for unit in mine if not there.issuperset(job.files(unit))]
 
 
 def _share(group: Group, part: tuple[int, int]) -> Iterator[Unit]:
@@ -268,13 +269,13 @@ def _share(group: Group, part: tuple[int, int]) -> Iterator[Unit]:
             yield unit
 
 
-def _stored(units: Iterable[Unit]) -> set[Path]:
-    """The targets that are there, after what killed writers left of them is removed."""
-    names: set[Path] = set()
-    for folder in {unit.target.parent for unit in units}:
+def _stored(files: Iterable[Path]) -> set[Path]:
+    """What is there in these files' folders, after what killed writers left is removed."""
+    there: set[Path] = set()
+    for folder in {path.parent for path in files}:
         store.remove_leftovers(folder)
-        names |= set(store.matching(folder, "part-*.parquet"))
-    return names
+        there |= set(store.matching(folder, "*.parquet"))
+    return there
 
 
 def announce(job: Job, part: tuple[int, int], progress: Progress) -> None:
@@ -315,30 +316,22 @@ def complete(job: Job, group: Group, progress: Progress) -> bool:
     done = committed(job, group) is not None
     if not done:
         units = group.units(group)
-        names = _stored(units)
-        if all(unit.target in names for unit in units):
+        files = [path for unit in units for path in job.files(unit)]
+        if _stored(files).issuperset(files):
             lost = store.record(job.root, job.table, **group.keys)
-            (job.finish or _finish(job))(group, [unit.target for unit in units])
+            shards = [unit.target for unit in units]
+            if job.finish is not None:
+                job.finish(group, shards)
+            else:
+                noted, _ = work.gather(job.root, job.table, job.name, group.run_id, shards)
+                store.commit(job.root, job.table, group.keys, [*files, *noted], job.settings)
+                work.forget(job.root, shards)
             if lost is not None:
                 store.remove_unnamed(job.root, lost.files)
             done = True
     if done and job.after is not None:
         job.after(group, progress)
     return done
-
-
-def _finish(job: Job) -> Callable[[Group, list[Path]], None]:
-    def finish(group: Group, shards: list[Path]) -> None:
-        commit_shards(job, group, shards, shards)
-
-    return finish
-
-
-def commit_shards(job: Job, group: Group, shards: list[Path], files: list[Path]) -> None:
-    """Commits a group: its files, and what its shards took."""
-    noted, _ = work.gather(job.root, job.table, job.name, group.run_id, shards)
-    store.commit(job.root, job.table, group.keys, [*files, *noted], job.settings)
-    work.forget(job.root, shards)
 
 
 def text_of(part: Mapping[str, list[Any]], column: str, what: str, run_id: str) -> list[Any]:

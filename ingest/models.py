@@ -181,6 +181,16 @@ def end_token_ids(model: Any, tokenizer: Any) -> list[int]:
     return []
 
 
+def vocabulary_size(model: Any, tokenizer: Any) -> int:
+    """How many token ids a model has: its config's, or its tokenizer's where these are more.
+
+    A model's vocabulary is often padded: it can then sample ids that its tokenizer has no text for.
+    """
+    config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else None
+    named = max(tokenizer.get_vocab().values(), default=-1) + 1
+    return max(getattr(config, "vocab_size", None) or 0, named)
+
+
 def context_window(model: Any) -> int | None:
     """The most tokens a model can attend to, or None when its config does not say."""
     config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else None

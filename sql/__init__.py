@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import difflib
 import glob
-import os
+import re
 import tempfile
 from collections.abc import Callable
 from importlib.resources import files as resources
@@ -21,7 +21,9 @@ import polars as pl
 
 from canopy_store import store
 from canopy_store.errors import DataError, StoreError, UsageError
-from canopy_store.schema import COLUMNS, TABLES, view_columns
+from canopy_store.schema import TABLES, view_columns
+from canopy_store.sql.columns import column_of
+from canopy_store.sql.connection import Connection, spill_folder
 from canopy_store.store import format1
 
 T = TypeVar("T")
@@ -54,8 +56,8 @@ def source(name: str) -> str:
     return resources(__name__).joinpath(f"{name}.sql").read_text(encoding="utf-8")
 
 
-def connect(root: str | Path, *, incomplete: bool = False) -> duckdb.DuckDBPyConnection:
-    """A DuckDB connection with every table and view of the store, closed to all other files.
+def connect(root: str | Path, *, incomplete: bool = False) -> Connection:
+    """A DuckDB connection that only reads: every table and view of the store, and no other file.
 
     It shows the store as its commits were when the connection was made: what is finished later is
     shown by the next one.
@@ -72,7 +74,7 @@ def connect(root: str | Path, *, incomplete: bool = False) -> duckdb.DuckDBPyCon
     """
     root = store.require(root)
     con = duckdb.connect(config={"python_enable_replacements": False})
-    con.execute("set temp_directory = ?", [os.path.join(tempfile.gettempdir(), "canopy-duckdb")])
+    con.execute("set temp_directory = ?", [spill_folder()])
     try:
         if store.remote(root):
             con.register_filesystem(root.fs)  # type: ignore[attr-defined]
@@ -92,7 +94,7 @@ def connect(root: str | Path, *, incomplete: bool = False) -> duckdb.DuckDBPyCon
     con.execute("set allowed_directories = ?", [allowed])
     con.execute("set enable_external_access = false")
     con.execute("set lock_configuration = true")
-    return con
+    return Connection(con)
 
 
 def shown_files(root: Path, incomplete: bool = False) -> dict[str, list[str]]:
@@ -131,7 +133,10 @@ def read(root: str | Path, relation: str, *, incomplete: bool = False) -> pl.Dat
         with connect(root, incomplete=incomplete) as con:
             return con.sql(f"from {relation}").pl()
 
-    return again(ask)
+    try:
+        return again(ask)
+    except duckdb.Error as error:
+        raise explain(error) from None
 
 
 def prompts(root: str | Path) -> dict[tuple[str, str], dict[str, Any]]:
@@ -170,10 +175,9 @@ def write_database(root: str | Path) -> Path | None:
         fresh = Path(scratch) / "canopy.duckdb"
         con = duckdb.connect()
         try:
-            # views are bound as they are made, and their paths are relative
-            con.execute("set file_search_path = ?", [glob.escape(str(root))])
             con.execute(f"attach '{_literal(str(fresh))}' as canopy (storage_version 'v1.2.0')")
             con.execute("use canopy")
+            con.execute(_NO_FILES)
             _create_views(con, root, shown_files(root), relative=True)
             _comment(con)
             con.execute("use memory")
@@ -187,6 +191,19 @@ def write_database(root: str | Path) -> Path | None:
     return path
 
 
+# Views are bound as they are made. Those of canopy.duckdb are bound to this in place of files, which
+# would have to be found from the folder that this process is in; the shell that opens them has its own.
+_ANY_COLUMN = {c.name: c.type for table in TABLES for c in view_columns(table)} | {
+    key: "VARCHAR" for table in TABLES for key in TABLES[table].partitions
+}
+_NO_FILES = (
+    "create or replace temp macro read_parquet(files, hive_partitioning := false, hive_types := null) "
+    "as table select "
+    + ", ".join(f'null::{kind} as "{name}"' for name, kind in _ANY_COLUMN.items())
+    + " where false"
+)
+
+
 def explain(error: duckdb.Error) -> DataError | StoreError:
     """A DuckDB error as one line."""
     if "Traceback (most recent call last)" in str(error):  # of the object store's client
@@ -195,7 +212,20 @@ def explain(error: duckdb.Error) -> DataError | StoreError:
     text = " ".join(str(error).split("LINE 1:")[0].split())
     if "No space left" in text:
         return StoreError(f"the disk is full: {text}; free some space and run it again")
+    for pattern, what in _FILE_ERRORS.items():
+        if named := re.search(pattern, text):
+            return DataError(f"{named[1]}: {what}")
     return DataError(text)
+
+
+_LOST = "gone, by a compaction or a removal, or lost; run it again, or see: canopy verify"
+_DAMAGED = "truncated or not a Parquet file; see: canopy verify"
+# what DuckDB says of a file that it cannot read, and what its reader should hear
+_FILE_ERRORS = {
+    r'(?:No files found that match the pattern|Cannot open file) "([^"]+)"': _LOST,
+    r"No magic bytes found at end of file '([^']+)'": _DAMAGED,
+    r"[Ff]ile '([^']+)'.*(?:too small|magic|footer|corrupt|metadata)": _DAMAGED,
+}
 
 
 def _literal(text: str) -> str:
@@ -274,11 +304,10 @@ def _comment(con: duckdb.DuckDBPyConnection) -> None:
     grains |= {v: source(v).splitlines()[0].removeprefix("-- grain: ") for v in VIEWS}
     for relation, grain in grains.items():
         statements.append(f"comment on view {relation} is '{_literal(grain)}'")
-    own = {(table, c.name): c for table in TABLES for c in view_columns(table)}
     for relation, name in con.execute(
         "select table_name, column_name from duckdb_columns() where not internal"
     ).fetchall():
-        column = own.get((relation, name)) or COLUMNS[name]
+        column = column_of(relation, name)
         text = f"{column.doc} [{column.unit}]" if column.unit else column.doc
         statements.append(f"comment on column {relation}.\"{name}\" is '{_literal(text)}'")
     con.execute(";\n".join(statements))

@@ -335,8 +335,8 @@ class Connection(_Reader):
         self._con = self._raw = con
         self._frames: set[str] = set()
 
-    def sql(self, query: str, *, alias: str = "", params: object = None) -> Relation | None:
-        """The relation of the last statement of a query; None where the text holds no statement."""
+    def sql(self, query: str, *, alias: str = "", params: object = None) -> Any:
+        """The `Relation` of the last statement of a query; None where the text holds no statement."""
         check_reads(self._con, query)
         relation = self._con.sql(query, alias=alias, params=params)
         return None if relation is None else Relation(self._con, relation)

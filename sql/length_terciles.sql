@@ -49,7 +49,6 @@ select m.family, m.variant, m.task, m.run_id, m.prompt_id, m.embedder, m.selecti
     m.n_rollouts,
     m.mean_length,
     m.entropy_rate,
-    case when s.embedded > 1 then 1 - (s.squared_norm - s.embedded)
-        / (s.embedded * (s.embedded - 1.0)) end as semantic_diversity
+    diversity_of_sum(s.squared_norm, s.embedded) as semantic_diversity
 from measured m
 left join similarity s using (run_id, prompt_id, embedder, selection, bucket)

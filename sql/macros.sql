@@ -26,3 +26,13 @@ create or replace macro stop_entropy_of(e) as
 
 -- Fisher's z of a correlation, clipped as the paper's code clips it.
 create or replace macro fisher_z(r) as atanh(greatest(least(r, 0.999999), -0.999999));
+
+-- Whether a policy, as JSON, is sampling at this temperature, top-k and top-p.
+create or replace macro same_policy(policy_json, at_temperature, at_top_k, at_top_p) as
+    coalesce((policy_json ->> '$.temperature')::double = at_temperature
+        and (policy_json ->> '$.top_k')::integer = at_top_k
+        and (policy_json ->> '$.top_p')::double = at_top_p, false);
+
+-- 1 - the mean cosine similarity over the pairs of n unit vectors, from the squared norm of their sum.
+create or replace macro diversity_of_sum(squared_norm, n) as
+    case when n > 1 then 1 - (squared_norm - n) / (n * (n - 1.0)) end;

@@ -71,8 +71,7 @@ select p.family, p.variant, p.task, p.run_id, p.prompt_id, p.embedder, p.selecti
     case when p.rate_varies then k.tau_r end as rho_kendall,
     p.cov_length_rate,
     p.truncation_rate,
-    case when s.n > 1 then 1 - (list_inner_product(s.embedding_sum, s.embedding_sum) - s.n)
-        / (s.n * (s.n - 1.0)) end as semantic_diversity,
+    diversity_of_sum(list_inner_product(s.embedding_sum, s.embedding_sum), s.n) as semantic_diversity,
     case when p.distance_varies then p.pearson_d end as rho_length_diversity_pearson,
     case when p.distance_varies then p.spearman_d end as rho_length_diversity_spearman,
     case when p.distance_varies then k.tau_d end as rho_length_diversity_kendall,

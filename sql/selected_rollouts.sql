@@ -12,9 +12,7 @@ with own as (
     join runs u using (run_id)
     where not u.logged
         and s.scorer_id = u.model_id
-        and (s.policy ->> '$.temperature')::double = u.temperature
-        and (s.policy ->> '$.top_k')::integer = u.top_k
-        and (s.policy ->> '$.top_p')::double = u.top_p
+        and same_policy(s.policy, u.temperature, u.top_k, u.top_p)
 ),
 whole as (
     -- part of a run would be another run

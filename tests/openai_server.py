@@ -11,7 +11,7 @@ import json
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -37,6 +37,7 @@ class ChainServer(ThreadingHTTPServer):
     pause : seconds before each answer
     window : tokens of prompt and rollout that it holds
     names : the texts of its tokens
+    spoil : changes the choice of an answer before it is sent
     """
 
     daemon_threads = True
@@ -53,11 +54,12 @@ class ChainServer(ThreadingHTTPServer):
         pause: float = 0.0,
         window: int | None = None,
         names: list[str] | None = None,
+        spoil: Callable[[dict[str, Any]], None] = lambda choice: None,
     ) -> None:
         super().__init__(("127.0.0.1", port), Handler)
         self.kind, self.models, self.ends, self.key, self.pause = kind, models, ends, key, pause
         self.failures, self.always, self.window = itertools.chain(failures), always, window
-        self.names = names or STATES
+        self.names, self.spoil = names or STATES, spoil
         self.asked: list[dict[str, Any]] = []
         self.at_once = self.most_at_once = 0
         self.lock = threading.Lock()
@@ -192,6 +194,7 @@ class Handler(BaseHTTPRequestHandler):
             self.send(400, {"error": {"message": f"Unrecognized request argument: {unknown[0]}"}})
         else:
             choice, count = server.choice(body)
+            server.spoil(choice)
             usage = {"completion_tokens": count} if server.kind != "sglang" else {}
             self.send(200, {"choices": [choice], "usage": usage})
 

@@ -9,8 +9,10 @@ import reference
 from stores import EXPECTED, import_golden, rollout_rows, write_parquet
 
 import canopy_store
-from canopy_store import DataError, UsageError, compare
+from canopy_store import DataError, UsageError, compare, sql
 from canopy_store.analysis import bootstrap
+from canopy_store.analysis.comparable import comparable, view_rows
+from canopy_store.analysis.comparison import estimate
 
 NAMES = {
     "gen_ppl": "gen_ppl",
@@ -128,6 +130,64 @@ def test_the_second_level_is_that_of_drawn_rollouts():
             1 - unit[draw[i]] @ unit[draw[j]] for i in range(m) for j in range(i) if draw[i] != draw[j]
         ]
         assert found["semantic_diversity"][s] == pytest.approx(np.mean(pairs), abs=1e-9)
+
+
+def test_a_metric_does_not_depend_on_which_others_are_compared(golden):
+    """To the last bit, so that whatever prints a comparison prints the same numbers."""
+    adjusted = ("p_holm", "p_bh")  # over all that is shown
+    together = compare(golden, metrics=list(bootstrap.MEASURES)).drop(adjusted)
+    for name in ("ce_star", "gen_ppl", "rho_pearson", "vendi_score"):
+        alone = compare(golden, metrics=[name]).drop(adjusted)
+        assert alone.equals(together.filter(metric=name)), name
+
+
+def test_a_run_without_embeddings_is_compared_by_what_needs_none(tmp_path):
+    rng = np.random.default_rng(0)
+    for variant in ("base", "sft"):
+        rows = rollout_rows(variant, lengths=(1, 2, 3, 4), prompts="abcd")
+        if variant == "base":
+            rows = [{**row, "embedding": rng.normal(size=3).tolist()} for row in rows]
+        file = write_parquet(tmp_path / f"{variant}.parquet", rows)
+        canopy_store.import_rollouts(tmp_path / "s", file, max_new_tokens=64)
+    frame = compare(tmp_path / "s", metrics=["mean_length", "semantic_diversity"])
+    length, diversity = frame.select("n_prompts", "n_left_out", "baseline", "treated").rows()
+    assert length == (4, 0, 2.5, 2.5)
+    assert diversity == (0, 4, None, None)
+    assert compare(tmp_path / "s", metrics=["mean_length"], resample="both")["treated"][0] == 2.5
+
+
+def test_a_model_by_itself_has_the_numbers_of_its_comparison(golden):
+    with sql.connect(golden) as con:
+        prompts, _ = comparable(view_rows(con, "prompt_metrics"), golden)
+    alone = estimate(prompts, metrics=["ce_star", "rho_pearson"])
+    compared = compare(golden, metrics=["ce_star", "rho_pearson"])
+    assert set(compared["level"]) == {"task", "family", "all"}
+    for row in compared.iter_rows(named=True):
+        for part, variant in (("baseline", "base"), ("treated", row["variant"])):
+            where = {key: row[key] for key in ("level", "family", "task", "metric")}
+            (one,) = alone.filter(**where, variant=variant).to_dicts()
+            for end in ("", "_se", "_ci_low", "_ci_high"):
+                assert one[f"value{end}"] == row[part + end]
+    assert len(alone) == 2 * len(compared)
+
+
+@pytest.mark.parametrize(("gap", "defined"), [(1e-10, True), (1e-13, False)])
+def test_a_redrawn_rate_is_constant_where_the_views_is(gap, defined):
+    """The views' rule: 1e-12. Correlations of draws that vary by more are defined."""
+    rates = np.array([0.5, 0.5 + gap, 0.5])
+    rollout = bootstrap.Rollouts(
+        n_tokens=np.arange(1, 4),
+        entropy_sum=rates * np.arange(1, 4),
+        surprisal_sum=np.zeros(3),
+        entropy_rate=rates,
+        cut=np.zeros(3),
+    )
+    found = bootstrap.redraw(rollout, 40, np.random.default_rng(0))
+    drawn = np.random.default_rng(0).integers(0, 3, (40, 3))
+    vary = np.array([len(set(draw)) > 1 and 1 in draw for draw in drawn])
+    assert 0 < vary.sum() < 40
+    for name in ("rho_pearson", "rho_spearman", "rho_kendall"):
+        assert np.array_equal(np.isfinite(found[name]), vary & defined), name
 
 
 def test_fixed_prompts_free_prompts_and_both(golden):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import shutil
 import signal
 import subprocess
@@ -153,8 +152,8 @@ def test_an_incomplete_run_is_hidden_unless_asked_for(tmp_path, chain, canopy):
     prompts = write_prompts(tmp_path / "p.jsonl", "a", "b", "c")
     root = tmp_path / "s"
     assert canopy(*ingest_arguments(root, chain, prompts))[0] == 0
-    os.unlink(root / "runs" / "chain.base.walk.parquet")
     next(iter(store.files(root, "rollouts"))).unlink()
+    os.unlink(root / "commits" / "rollouts" / "run=chain.base.walk.json")
     assert canopy("init", "--store", root)[0] == 0
     assert len(canopy_store.read(root, "rollouts")) == 0
     assert len(canopy_store.read(root, "rollouts", incomplete=True)) == 60
@@ -166,17 +165,47 @@ def test_an_incomplete_run_is_hidden_unless_asked_for(tmp_path, chain, canopy):
 
 
 def test_who_writes_a_file_again_removes_what_a_dead_writer_left_of_it(tmp_path):
-    child = subprocess.Popen([sys.executable, "-c", ""])
-    child.wait()
-    node, path = platform.node(), tmp_path / "runs" / "a[1].parquet"
+    path = tmp_path / "runs" / "a[1].parquet"
     path.parent.mkdir()
-    writers = (f"{node}.{child.pid}", f"{node}.{os.getppid()}", f"elsewhere.{child.pid}")
-    left = [path.with_name(f".{path.name}.{writer}.tmp") for writer in writers]
-    left.append(path.with_name(f".b.parquet.{writers[0]}.tmp"))
+    left = [path.with_name(f".{path.name}.{n}.tmp") for n in ("0badcafe", "deadbeef")]
+    left.append(path.with_name(".b.parquet.0badcafe.tmp"))
     for each in left:
         each.touch()
+    # whoever holds the lock of a file is alive, in whatever process, container or host it is
+    holder = subprocess.Popen(
+        [
+            sys.executable,
+            "-c",
+            "import fcntl, sys; f = open(sys.argv[1]); fcntl.flock(f, 2); "
+            "print('held', flush=True); input()",
+            str(left[1]),
+        ],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert holder.stdout.readline() == "held\n"
+        store.write_json(path, {})
+        assert [each.exists() for each in left] == [False, True, True]
+    finally:
+        holder.communicate("\n", timeout=30)
     store.write_json(path, {})
-    assert [each.exists() for each in left] == [False, True, True, True]
+    assert [each.exists() for each in left] == [False, False, True]
+
+
+def test_a_run_that_a_copy_lacks_part_of_says_so(tmp_path, chain, canopy):
+    """A copy that took a record and not all of its files: an error that names the lost one."""
+    prompts = write_prompts(tmp_path / "p.jsonl", "a", "b", "c")
+    assert canopy(*ingest_arguments(tmp_path / "s", chain, prompts))[0] == 0
+    lost = store.files(tmp_path / "s", "rollouts")[1].relative_to(tmp_path / "s")
+    shutil.copytree(tmp_path / "s", tmp_path / "copy", ignore=shutil.ignore_patterns(lost.name))
+    code, out, err = canopy("sql", "select ce_star from model_metrics", "--store", tmp_path / "copy")
+    assert (code, out) == (1, "")
+    assert str(lost) in err
+    # the same ingest makes the lost shard again, bit for bit
+    assert canopy(*ingest_arguments(tmp_path / "copy", chain, prompts))[0] == 0
+    assert table_hashes(tmp_path / "copy", "rollouts") == table_hashes(tmp_path / "s", "rollouts")
 
 
 def test_ctrl_c_says_how_to_resume(tmp_path, chain, canopy):

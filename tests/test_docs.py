@@ -10,7 +10,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import click
 import pytest
+
+from canopy_store import sql
+from canopy_store.cli import cli
+from canopy_store.schema import TABLES
 
 ROOT = Path(__file__).parent.parent
 
@@ -18,6 +23,37 @@ ROOT = Path(__file__).parent.parent
 def test_the_data_dictionary_is_the_schema():
     page = runpy.run_path(str(ROOT / "docs" / "dictionary.py"))["dictionary"]()
     assert (ROOT / "docs" / "dictionary.md").read_text(encoding="utf-8") == page, "run: make docs"
+
+
+def test_the_command_reference_is_the_help():
+    page = runpy.run_path(str(ROOT / "docs" / "commands.py"))["commands"]()
+    assert (ROOT / "docs" / "commands.md").read_text(encoding="utf-8") == page, "run: make docs"
+
+
+def leaves(command: click.Command, path: tuple[str, ...] = ()) -> list[tuple[tuple[str, ...], str]]:
+    """The words and the help of every command that is no group."""
+    if not isinstance(command, click.Group):
+        return [(path, command.help or "")]
+    return [leaf for name, child in command.commands.items() for leaf in leaves(child, (*path, name))]
+
+
+COMMANDS = leaves(cli)
+
+
+@pytest.mark.parametrize(("words", "text"), COMMANDS, ids=[" ".join(words) for words, _ in COMMANDS])
+def test_every_command_has_an_example_and_help_that_fits_a_terminal(words, text, canopy):
+    _, _, examples = text.partition("Example")
+    assert f"canopy {' '.join(words)}" in examples
+    printed = canopy(*words, "--help")[1]
+    assert "\b" not in printed
+    assert max(map(len, printed.splitlines())) <= 100
+
+
+def test_the_help_of_sql_lists_every_table_and_view(canopy):
+    printed = canopy("sql", "--help")[1]
+    views, tables = re.search(r"Views:(.*)Tables:(.*)Macro:", printed, re.DOTALL).groups()
+    assert views.replace(",", " ").split() == list(sql.VIEWS)
+    assert tables.replace(",", " ").split() == list(TABLES)
 
 
 def test_every_example_of_the_readme_runs(tmp_path, chain):

@@ -24,7 +24,7 @@ from stores import rollouts, write_prompts
 
 import canopy_store
 from canopy_store import store
-from canopy_store.ingest import engine_openai
+from canopy_store.ingest import openai_client
 
 KINDS = ("vllm", "vllm-old", "sglang", "llamacpp", "openai")
 
@@ -32,7 +32,7 @@ KINDS = ("vllm", "vllm-old", "sglang", "llamacpp", "openai")
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch):
     """Retries at once, and no key of the environment's."""
-    monkeypatch.setattr(engine_openai, "_FIRST_WAIT", 0.001)
+    monkeypatch.setattr(openai_client, "_FIRST_WAIT", 0.001)
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
 
 
@@ -331,11 +331,7 @@ def test_a_server_that_fails_for_good_is_named_and_the_run_resumes(tmp_path, cha
 
 
 def test_retry_after_is_waited_for():
-    response = engine_openai.httpx2.Response
-
-    def seconds(value: str) -> float:
-        return engine_openai._retry_after(response(429, headers={"Retry-After": value}))
-
+    seconds = openai_client._retry_after
     assert seconds("7") == 7
     assert seconds("-1") == seconds("soon") == seconds("nan") == 0
     assert seconds("1e9") == seconds("Fri, 31 Dec 2999 23:59:59 GMT") == 600
@@ -346,7 +342,7 @@ def test_retry_after_is_waited_for():
     [
         ({"models": ("a", "b")}, (), 2, "serves a, b: choose one with --served-model"),
         ({"models": ("a", "b")}, ("--served-model", "c"), 2, "--served-model c: "),
-        ({"models": ()}, (), 2, "lists no models: say which with --served-model"),
+        ({"models": ()}, (), 2, "lists no models: name one with --served-model"),
         ({"key": "s3cret"}, (), 2, "put the server's key in the environment as OPENAI_API_KEY"),
         ({"always": 418}, (), 2, "status 418 (busy)"),
         ({"kind": "openai"}, ("--top-k", 5), 2, "Unrecognized request argument: "),
@@ -369,6 +365,70 @@ def test_a_refusal_is_one_line(tmp_path, chain, canopy, prompts, server, more, c
     assert found == code, err
     assert says in err
     assert len(err.strip().splitlines()) == 1
+    assert "s3cret" not in err
+
+
+def first_id(value):
+    return lambda choice: choice["token_ids"].__setitem__(0, value)
+
+
+def first_logged(**values):
+    return lambda choice: choice["logprobs"]["content"][0].update(values)
+
+
+@pytest.mark.parametrize(
+    ("kind", "spoil", "says"),
+    [
+        ("vllm", first_id(-1), "token 1 has id -1, and token ids go from 0 to 7"),
+        ("vllm", first_id(8), "token 1 has id 8, and token ids go from 0 to 7"),
+        ("vllm", first_id(10**300), "token 1 has id 10000000000"),
+        ("vllm", first_id(True), "token 1 has an id that is no whole number"),
+        ("vllm", first_id(1.0), "token 1 has an id that is no whole number"),
+        ("vllm", first_id(None), "token 1 has an id that is no whole number"),
+        ("vllm", first_id("s3cret-key"), "token 1 has an id that is no whole number"),
+        ("llamacpp", first_logged(id=-3), "token 1 has id -3, and token ids go from 0 to 7"),
+        ("llamacpp", first_logged(id=2**40), "token 1 has id 1099511627776, and"),
+        ("llamacpp", first_logged(id=True), "token 1: id needs a whole number"),
+        ("llamacpp", first_logged(logprob=float("nan")), "token 1: logprob nan is no log-prob"),
+        ("llamacpp", first_logged(logprob=10**400), "token 1: logprob inf is no log-prob"),
+        (
+            "llamacpp",
+            lambda choice: choice["logprobs"]["content"][0]["top_logprobs"][0].update(id=8),
+            "top_logprobs: token 1 has id 8, and token ids go from 0 to 7",
+        ),
+        (
+            "vllm-old",
+            lambda choice: choice["logprobs"]["tokens"].__setitem__(0, "token_id:8"),
+            "token 1 has id 8, and token ids go from 0 to 7",
+        ),
+        (
+            "vllm",
+            lambda choice: choice.update(token_ids=[*choice["token_ids"][:-1], 5], stop_reason=False),
+            "it ended with 'False', and the model's end tokens are [0]",
+        ),
+        (
+            "vllm",
+            lambda choice: choice.update(finish_reason="s3cret-key\x1b[2J" + "x" * 999),
+            "the server ended it for another reason: '…xxx",
+        ),
+    ],
+)
+def test_tokens_that_are_none_are_refused(
+    tmp_path, chain, canopy, prompts, monkeypatch, kind, spoil, says
+):
+    monkeypatch.setenv("OPENAI_API_KEY", "s3cret-key")
+
+    def spoil_stopped(choice):
+        if choice["finish_reason"] == "stop":
+            spoil(choice)
+
+    with serving(kind=kind, spoil=spoil_stopped) as running:
+        line = arguments(tmp_path / "s", chain, running.url, prompts, "--top-logprobs", 2)
+        code, _, err = canopy(*line)
+    assert code == 1, err
+    assert says in err
+    assert len(err.strip().splitlines()) == 1
+    assert len(err) < 400
     assert "s3cret" not in err
 
 
@@ -438,8 +498,8 @@ def test_the_key_goes_to_the_server_and_nowhere_else(tmp_path, chain, canopy, pr
 DRIVER = """
 import json, os, sys
 from canopy_store.cli import main
-from canopy_store.ingest import engine_openai, rollouts  # noqa
-engine_openai._FIRST_WAIT = 0.2
+from canopy_store.ingest import openai_client, rollouts  # noqa
+openai_client._FIRST_WAIT = 0.2
 for word in sys.stdin:
     if word.strip() == "start":
         pid = os.fork()

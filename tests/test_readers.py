@@ -19,6 +19,7 @@ from stores import ingest_arguments, refused, write_prompts
 
 import canopy_store
 from canopy_store import readers, sql, store
+from canopy_store.readers.openai_logprobs import listed_tokens, logged_tokens
 from canopy_store.store.embeddings import write_embeddings
 
 DATA = Path(__file__).parent / "data" / "readers"
@@ -331,13 +332,13 @@ def first_sample(found: dict) -> dict:
         ),
         (
             lambda f: first_sample(f)["output"]["choices"][0]["logprobs"]["content"][1].pop("logprob"),
-            "samples/7_epoch_1.json, choice 0: token 2: logprob needs a whole number or a number",
+            "samples/7_epoch_1.json, choice 0: token 2: logprob needs a number",
         ),
         (
             lambda f: first_sample(f)["output"]["choices"][0]["logprobs"]["content"][0].update(
                 logprob=0.5
             ),
-            "samples/7_epoch_1.json, choice 0: logprob at step 1 is 0.5",
+            "samples/7_epoch_1.json, choice 0: token 1: logprob 0.5 is no log-probability",
         ),
         (lambda f: first_sample(f).pop("messages"), "samples/7_epoch_1.json: messages needs a list"),
         (
@@ -485,11 +486,26 @@ def choice(lines: list[dict], line: int) -> dict:
         ),
         (
             lambda f: choice(f, 1)["logprobs"]["content"][0].update(logprob=float("nan")),
-            "line 2, choice 0: logprob at step 1 is nan",
+            "line 2, choice 0: token 1: logprob nan is no log-probability",
+        ),
+        (
+            lambda f: choice(f, 1)["logprobs"]["content"][0].update(logprob=10**400),
+            "line 2, choice 0: token 1: logprob inf is no log-probability",
+        ),
+        (
+            lambda f: choice(f, 1)["logprobs"]["content"][0].update(logprob=float("-inf")),
+            "line 2, choice 0: token 1: logprob -inf says that it is not known",
         ),
         (lambda f: choice(f, 1).update(token_ids=[1]), "token_ids and logprob differ in length"),
-        (lambda f: choice(f, 1).update(token_ids=[1, "2"]), "line 2, choice 0: token_ids needs whole"),
-        (lambda f: choice(f, 1).update(token_ids=[1, 2**31]), "choice 0: token_ids cannot be kept"),
+        (
+            lambda f: choice(f, 1).update(token_ids=[1, "2"]),
+            "line 2, choice 0: token 2 has an id that is no whole number, and token ids go from 0 to",
+        ),
+        (
+            lambda f: choice(f, 1).update(token_ids=[1, 2**31]),
+            "choice 0: token 2 has id 2147483648, and",
+        ),
+        (lambda f: choice(f, 1).update(token_ids=[-1, 2]), "choice 0: token 1 has id -1, and token ids"),
         (lambda f: f[1]["response"]["body"].update(model="another"), "model is chain and another"),
     ],
 )
@@ -497,6 +513,31 @@ def test_damaged_batches(tmp_path, canopy, change, message):
     source = changed(tmp_path / "in.jsonl", change)
     options = ("--format", "openai-batch", *NAMED, "--temperature", 1)
     refused(canopy("import", source, "--store", tmp_path / "s", *options), 1, message)
+
+
+def test_both_forms_of_log_probabilities_are_read_to_the_same_tokens():
+    listed = {"token": "é", "logprob": -0.5, "bytes": [195, 169], "top_logprobs": []}
+    log = [
+        {**listed, "top_logprobs": [{"token": "é", "logprob": -0.5}, {"token": "e", "logprob": -9999}]},
+        {"token": "token_id:7", "logprob": 1e-7, "top_logprobs": [{"token": "x", "logprob": None}]},
+    ]
+    side_by_side = {
+        "tokens": ["é", "token_id:7"],
+        "token_logprobs": [-0.5, 1e-7],
+        "top_logprobs": [{"é": -0.5, "e": -9999.0}, {"x": None}],
+    }
+    first, second = logged_tokens({"logprobs": {"content": log}}, "here")
+    assert logged_tokens({"logprobs": side_by_side}, "here") == [first, second]
+    table = {"é".encode(): 3, b"e": 4, b"x": 5}
+    assert [token.token_id(table) for token in (first, second)] == [3, 7]
+    assert [token.logprob for token in (first, second)] == [-0.5, 0.0]  # above 0 by rounding alone
+    assert [(top.token_id(table), top.logprob) for top in first.tops] == [(3, -0.5), (4, None)]
+    assert [top.logprob for top in second.tops] == [None]
+    # an engine that gives characters for bytes, one that writes what bytes it has as text, and one
+    # whose text has lost them
+    for text, given, number in (("é", [233], 3), ("\\xc3\\xa9", [195, 169], 3), ("\ufffd", None, None)):
+        (token,) = listed_tokens([{"token": text, "logprob": -1, "bytes": given}], "here")
+        assert token.token_id({**table, "\ufffd".encode(): 9}) == number, text
 
 
 # ---------------------------------------------------------------- what every format shares

@@ -15,7 +15,7 @@ from stores import GOLDEN, import_golden
 import canopy_store
 from canopy_store.analysis.regression import Fit, fieller, natural_spline, read_panel, regress
 from canopy_store.analysis.regression.beta import Laplace, log_density
-from canopy_store.analysis.regression.linear import _residuals
+from canopy_store.analysis.regression.residuals import quantile_residuals
 from canopy_store.errors import DataError, FitError, UsageError
 
 EXPECTED = json.loads((GOLDEN / "regression_expected.json").read_text())
@@ -356,7 +356,7 @@ def test_residuals_flag_a_wrong_beta_model() -> None:
 def test_residuals_flag_too_much_and_too_little_spread(spread: float, wide: bool) -> None:
     """The spread is fitted, so a fit cannot show this: the simulations here come from a known law."""
     y = np.random.default_rng(5).normal(0, spread, 400)
-    found, _ = _residuals(y, lambda rng: rng.normal(0, 1, 400), 0)
+    found, _ = quantile_residuals(y, lambda rng: rng.normal(0, 1, 400), 0)
     assert (found["dispersion_p"] < 0.02) == wide
     assert found["dispersion_ratio"] == pytest.approx(spread**2, rel=0.2)
     if spread > 1:
@@ -406,6 +406,11 @@ def test_too_few_prompts_are_refused(panel: pl.DataFrame) -> None:
 
 def test_a_constant_outcome_is_refused(panel: pl.DataFrame) -> None:
     refused(panel.with_columns(D=pl.lit(0.25)), "beta", "D is constant")
+
+
+def test_a_column_that_varies_by_rounding_alone_is_constant(panel: pl.DataFrame) -> None:
+    """The rule of the views, whatever the column's size."""
+    refused(panel.with_columns(D=1e-3 + 1e-13 * pl.col("D")), "main", "D is constant")
 
 
 def test_a_constant_rate_is_refused(panel: pl.DataFrame) -> None:
@@ -531,6 +536,55 @@ def test_the_command_on_a_store(canopy, tmp_path: Path) -> None:
     )
     assert code == 0
     assert selected != out
+
+
+def test_several_runs_are_refused_until_one_is_named(canopy, tmp_path: Path) -> None:
+    root, command = tmp_path / "s", ("regress", "--model", "interaction", "--store", tmp_path / "s")
+    canopy_store.import_rollouts(root, GOLDEN / "rollouts.parquet", max_new_tokens=64)
+    runs = canopy_store.read(root, "runs")["run_id"].to_list()
+    alone = canopy(*command, "--format", "csv")[1]
+    rollouts = pl.read_parquet(GOLDEN / "rollouts.parquet")
+    key = rollouts.select("family", "variant", "task").row(0, named=True)
+    other = rollouts.filter(**key).with_columns(pl.col("entropy").list.eval(pl.element() * 2))
+    other.write_parquet(tmp_path / "again.parquet")
+    canopy_store.import_rollouts(root, tmp_path / "again.parquet", run="again", max_new_tokens=64)
+    code, out, err = canopy(*command)
+    assert (code, out) == (1, "")
+    assert "has several runs, again, " in err
+    assert "--run" in err
+    named = [part for run in runs for part in ("--run", run)]
+    assert canopy(*command, "--format", "csv", *named) == (0, alone, "")
+    first = ".".join(key.values())
+    others = [*(run for run in runs if run != first), "again"]
+    assert not canopy_store.regress(root, "interaction", runs=others).coefficients.equals(
+        canopy_store.regress(root, "interaction", runs=runs).coefficients
+    )
+    code, _, err = canopy(*command, "--run", "nobody")
+    assert (code, "--run nobody: no complete run of this name" in err) == (1, True)
+
+
+def test_a_panel_of_several_runs_is_chosen_from_by_run(canopy, tmp_path: Path) -> None:
+    root, file = tmp_path / "s", tmp_path / "panel.csv"
+    canopy_store.import_rollouts(root, GOLDEN / "rollouts.parquet", max_new_tokens=64)
+    view = canopy_store.read(root, "panel")
+    first = pl.col("run_id") == view["run_id"][0]
+    again = view.filter(first).with_columns(run_id=pl.lit("again"), D=pl.col("D") / 2)
+    both = pl.concat([view, again])
+    both.write_csv(file)
+    runs = view["run_id"].unique().to_list()
+    expected = regress(view, "main").coefficients
+    assert regress(both, "main", runs=runs).coefficients.equals(expected)
+    assert regress(read_panel(file, runs=runs), "main").coefficients["estimate"].to_list() == (
+        pytest.approx(expected["estimate"].to_list(), rel=1e-9)
+    )
+    for read in (lambda: regress(both, "main"), lambda: read_panel(file)):
+        with pytest.raises(DataError, match=r"has several runs, again, .*--run"):
+            read()
+    assert canopy("regress", "--model", "main", "--panel", file)[0] == 1
+    named = [part for run in runs for part in ("--run", run)]
+    assert canopy("regress", "--model", "main", "--panel", file, *named)[0] == 0
+    with pytest.raises(DataError, match="no column run_id"):
+        regress(view.drop("run_id"), "main", runs=runs)
 
 
 @pytest.mark.parametrize(

@@ -12,11 +12,12 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 import pytest
-from stores import GOLDEN_ROLLOUTS, import_golden
+from stores import GOLDEN_ROLLOUTS
 
 import canopy_store
-from canopy_store.errors import StoreError, UsageError
-from canopy_store.report import facts, intervals, rho_intervals, sections, write_figures, write_report
+from canopy_store import DataError, StoreError, UsageError, compare
+from canopy_store.analysis.lengths import length_densities
+from canopy_store.report import facts, sections, write_figures, write_report
 
 CHROMIUM = os.environ.get("CHROMIUM", "/usr/bin/chromium")
 CHROMEDRIVER = os.environ.get("CHROMEDRIVER", "/usr/bin/chromedriver")
@@ -101,10 +102,21 @@ def page(root) -> Path:
     return write_report(root, root.parent / "report.html")
 
 
-def facts_of(root: Path, **asked) -> facts.Facts:
-    return facts.gather(
-        root, **{"baseline": "base", "selection": "all", "embedder": None, "seed": 0, **asked}
-    )
+def facts_of(root: Path, **options) -> facts.Facts:
+    defaults = {"baseline": "base", "selection": "all", "embedder": None, "runs": (), "seed": 42}
+    return facts.gather(root, **{**defaults, "rollouts": 0, **options})
+
+
+def data_of(page: Path) -> dict:
+    """What the page carries, as its script reads it."""
+    text = page.read_text(encoding="utf-8")
+    return json.loads(re.search(r'<script id="data" [^>]*>(.*?)</script>', text, re.DOTALL)[1])
+
+
+def chart_of(data: dict, name: str) -> list[dict]:
+    """The rows that a chart draws."""
+    (chart,) = [chart for chart in data["charts"] if chart["id"] == name]
+    return chart["spec"]["datasets"]["rows"]
 
 
 # ---- the browser
@@ -173,11 +185,11 @@ def assert_quiet(driver) -> None:
     assert driver.get_log("browser") == []
     assert driver.execute_script("return performance.getEntriesByType('resource').length") == 0
     messages = [json.loads(entry["message"])["message"] for entry in driver.get_log("performance")]
-    asked = [
+    requested = [
         m["params"]["request"]["url"] for m in messages if m["method"] == "Network.requestWillBeSent"
     ]
-    assert len(asked) == 1
-    assert asked[0].startswith("file://")
+    assert len(requested) == 1
+    assert requested[0].startswith("file://")
 
 
 # ---- what it draws
@@ -217,8 +229,12 @@ def test_the_first_screen_says_what_is_compared_with_key_figures(browse, page, r
     assert all_text(driver, "h1") == ["sft against base"]
     bottom = "return document.querySelector('#figures').getBoundingClientRect().bottom"
     assert driver.execute_script(bottom) < 900
-    shown = canopy_store.read(root, "model_metrics").filter(pl.col("variant") == "sft")
-    assert all_text(driver, ".figure .value")[0] == f"{shown['ce_star'].mean():.2f}nats"
+    (row,) = compare(root, by="family").filter(metric="ce_star").to_dicts()
+    assert all_text(driver, ".figure .value")[0] == f"{row['treated']:.3g}nats"
+    ends = [row[f"percent_delta{end}"] for end in ("", "_ci_low", "_ci_high")]
+    change, low, high = (f"{x:+.1f}%".replace("-", "−") for x in ends)
+    words = f"from {row['baseline']:.3g} · {change} ({low} to {high})"
+    assert all_text(driver, ".figure .from")[0] == words
 
 
 def test_the_numbers_of_a_chart_can_be_read_as_a_table(browse, page):
@@ -373,10 +389,9 @@ def test_text_of_strangers_is_shown_as_text(browse, tmp_path):
 # ---- what is missing
 
 
-def missing(root: Path, **asked) -> dict[str, str]:
-    found = facts_of(root, **asked)
-    with found.con:
-        return {c["id"]: c["missing"] for c in sections.charts(found) if "missing" in c}
+def missing(root: Path, **options) -> dict[str, str]:
+    charts = sections.charts(facts_of(root, **options))
+    return {chart["id"]: chart["missing"] for chart in charts if "missing" in chart}
 
 
 def test_a_store_without_embeddings_says_so(browse, tmp_path):
@@ -398,17 +413,44 @@ def test_one_variant_alone_has_nothing_to_compare(tmp_path):
     root = store_of(tmp_path, rollouts(variants=["base"]))
     lacking = missing(root)
     assert set(lacking) == {"changes", "arrows"}
-    assert "only variant" in lacking["changes"]
-    assert "No variant is named zero" in missing(root, baseline="zero")["arrows"]
+    with pytest.raises(DataError) as refusal:
+        compare(root)
+    assert lacking["changes"] == f"Nothing is compared: {refusal.value}."
+    assert "--baseline zero: no such variant" in missing(root, baseline="zero")["arrows"]
+
+
+def test_a_page_without_a_comparison_says_so_and_shows_the_model(browse, tmp_path):
+    root = store_of(tmp_path, rollouts(variants=["base"]))
+    page = write_report(root, tmp_path / "report.html")
+    driver = browse(page)
+    assert_quiet(driver)
+    reason = "Nothing is compared: base is the only variant: there is nothing to compare it with."
+    assert reason in all_text(driver, "#notes li")
+    data = data_of(page)
+    (figure,) = [f for f in data["figures"] if f["metric"] == "ce_star"]
+    pooled = canopy_store.read(root, "prompt_metrics")["ce_star"].mean()
+    assert figure["rows"][0]["value"] == pytest.approx(pooled, rel=1e-12)
+    (row, _) = chart_of(data, "rho")
+    assert row["ci_low"] < row["rho_pearson"] < row["ci_high"]
+
+
+def test_a_model_that_is_compared_with_none_stands_beside_those_that_are(tmp_path):
+    frame = rollouts(variants=["base", "sft"]).filter(
+        (pl.col("variant") == "base") | (pl.col("task") == "math")
+    )
+    root = store_of(tmp_path, frame)
+    data = data_of(write_report(root, tmp_path / "report.html"))
+    rho = [(row["panel"], row["variant"]) for row in chart_of(data, "rho")]
+    assert rho == [("math", "base"), ("math", "sft"), ("stories", "base")]
+    assert {row["panel"] for row in chart_of(data, "changes")} == {"math"}
 
 
 def test_runs_that_are_not_complete_are_named(browse, tmp_path):
     root = store_of(tmp_path, rollouts())
     (root / "runs" / "f.sft.math.parquet").unlink()
-    found = facts_of(root)
-    with found.con:
-        assert any("f.sft.math" in note for note in found.notes)
-        assert len(found.shown) == 3
+    gathered = facts_of(root)
+    assert any("Not complete" in n and "f.sft.math" in n for n in facts.notes(gathered))
+    assert len(gathered.shown) == 3
     for path in (root / "runs").iterdir():
         path.unlink()
     driver = browse(write_report(root, tmp_path / "report.html"))
@@ -430,10 +472,12 @@ def test_an_empty_store_is_an_error_of_one_line(tmp_path):
 
 def test_wrong_names_are_refused_with_those_there_are(root, tmp_path):
     out = tmp_path / "report.html"
-    with pytest.raises(UsageError, match="no embedder 'x' in the store; there is imported"):
-        write_report(root, out, embedder="x")
-    with pytest.raises(UsageError, match="no selection 'x' in the store; there is all"):
-        write_report(root, out, selection="x")
+    for option in ({"embedder": "x"}, {"selection": "x"}, {"runs": ["x"]}):
+        with pytest.raises(DataError) as raised:
+            write_report(root, out, **option)
+        with pytest.raises(DataError) as refusal:
+            compare(root, **option)
+        assert str(raised.value) == str(refusal.value)
     with pytest.raises(UsageError, match="is a folder"):
         write_report(root, tmp_path)
     with pytest.raises(UsageError, match="explorer_rollouts -1"):
@@ -443,28 +487,92 @@ def test_wrong_names_are_refused_with_those_there_are(root, tmp_path):
 # ---- numbers, files, size
 
 
-def test_intervals_stand_on_the_views(root):
-    found = facts_of(root)
-    with found.con:
-        pooled = found.shown.select("run_id", "rho_pearson", "family", "task", "variant", "ce_star")
-        rho = rho_intervals(found.prompts).join(pooled, on="run_id", suffix="_view")
-        assert len(rho) == 4
-        np.testing.assert_allclose(rho["rho_pearson"], rho["rho_pearson_view"], rtol=1e-9)
-        assert (rho["low"] < rho["rho_pearson"]).all()
-        assert (rho["rho_pearson"] < rho["high"]).all()
-        moved = intervals.changes(found.prompts, "base").filter(pl.col("metric") == "CE*")
-        for row in moved.iter_rows(named=True):
-            cell = pooled.filter(pl.col("task") == row["task"])
-            base, sft = (cell.filter(pl.col("variant") == v)["ce_star"][0] for v in ("base", "sft"))
-            assert row["percent"] == pytest.approx(100 * (sft / base - 1), abs=1e-3)
-            assert row["low"] < row["percent"] < row["high"]
+ENDS = ("", "_ci_low", "_ci_high")
+
+
+def test_every_change_and_interval_is_that_of_compare(tmp_path):
+    """To the last bit; tasks of different numbers of prompts, two families, three variants."""
+    variants = ["base", "dpo", "sft"]
+    few = rollouts(["f", "g"], variants, ["math"], prompts=4, seed=1)
+    many = rollouts(["f", "g"], variants, ["stories"], prompts=9, seed=2)
+    root = store_of(tmp_path, pl.concat([few, many]))
+    data = data_of(write_report(root, tmp_path / "report.html"))
+    compared = compare(root)
+    pooled = compared.filter(level="all")
+    assert [figure["metric"] for figure in data["figures"]] == [m for m, _, _ in sections._KEY_FIGURES]
+    for figure in data["figures"]:
+        assert [row["variant"] for row in figure["rows"]] == ["dpo", "sft"]
+        for row in figure["rows"]:
+            (expected,) = pooled.filter(metric=figure["metric"], variant=row["variant"]).to_dicts()
+            for part in ("baseline", "treated", "delta", "percent_delta"):
+                for end in ENDS:
+                    assert row[part + end] == expected[part + end], (figure["metric"], part, end)
+    # a mean of the two tasks' means would be another number
+    (ce_star,) = [f for f in data["figures"] if f["metric"] == "ce_star"]
+    tasks = compared.filter(level="task", metric="ce_star", variant="sft")["treated"].mean()
+    assert ce_star["rows"][1]["treated"] != pytest.approx(tasks, rel=1e-3)
+
+    cells = compared.filter(level="task")
+    names = pl.col("metric").replace(sections._CHANGES)
+    panel = pl.format("{} · {}", "family", "task")
+    key = ["panel", "variant", "metric"]
+    ours = pl.DataFrame(chart_of(data, "changes")).sort(key)
+    columns = [*key, "n_prompts", *(f"percent_delta{end}" for end in ENDS)]
+    theirs = cells.filter(pl.col("metric").is_in(list(sections._CHANGES))).with_columns(
+        names, panel=panel
+    )
+    assert ours.select(columns).equals(theirs.select(columns).sort(key))
+    assert len(ours) == 4 * 2 * len(sections._CHANGES)
+
+    rho = pl.DataFrame(chart_of(data, "rho")).sort("panel", "variant")
+    cells = cells.with_columns(panel=panel)
+    for row in rho.iter_rows(named=True):
+        part = "baseline" if row["variant"] == "base" else "treated"
+        other = "sft" if part == "baseline" else row["variant"]
+        where = {"metric": "rho_pearson", "panel": row["panel"], "variant": other}
+        (expected,) = cells.filter(**where).to_dicts()
+        assert row["rho_pearson"] == expected[part]
+        assert (row["ci_low"], row["ci_high"]) == tuple(expected[part + end] for end in ENDS[1:])
+    assert len(rho) == 4 * 3
+
+    arrows = chart_of(data, "arrows")
+    assert len(arrows) == 4 * 2
+    for row in arrows:
+        for metric, axis in (("entropy_rate", "rate"), ("semantic_diversity", "diversity")):
+            where = {key: row[key] for key in ("family", "task", "variant")}
+            (expected,) = cells.filter(metric=metric, **where).to_dicts()
+            assert (row[f"{axis}_from"], row[f"{axis}_to"]) == (
+                expected["baseline"],
+                expected["treated"],
+            )
+
+
+def test_another_seed_is_that_of_compare(root, tmp_path):
+    data = data_of(write_report(root, tmp_path / "report.html", seed=7))
+    (expected,) = compare(root, seed=7).filter(level="family", metric="ce_star").to_dicts()
+    row = data["figures"][0]["rows"][0]
+    assert row["delta_ci_low"] == expected["delta_ci_low"]
+    other = compare(root).filter(level="family", metric="ce_star")
+    assert row["delta_ci_low"] != other["delta_ci_low"][0]
+
+
+def test_the_report_holds_no_statistics_and_no_sql():
+    folder = Path(sections.__file__).parent
+    imported = set()
+    for path in folder.glob("*.py"):
+        text = path.read_text(encoding="utf-8")
+        imported |= set(re.findall(r"(?m)^\s*(?:import|from) (\w+)", text))
+        assert not re.search(r"(?i)\bselect\b.+\bfrom\b|\.sql\(|\.execute\(", text), path.name
+    assert "polars" in imported
+    assert not imported & {"numpy", "scipy", "statsmodels", "duckdb"}
 
 
 def test_a_density_has_mass_one(root):
-    found = facts_of(root)
-    with found.con:
-        drawn_lengths = facts.lengths(found, points=2000)
-    for _, one in drawn_lengths.group_by("panel", "variant"):
+    with canopy_store.open(root) as con:
+        runs = canopy_store.read(root, "runs")["run_id"].to_list()
+        densities = length_densities(con, runs, points=2000)
+    assert densities["run_id"].n_unique() == 4
+    for _, one in densities.group_by("run_id"):
         assert np.trapezoid(one["density"], one["length"]) == pytest.approx(1, abs=0.06)
 
 
@@ -484,18 +592,32 @@ def test_the_same_store_and_seed_make_the_same_page(root, page, tmp_path):
     assert other.read_bytes() != page.read_bytes()
 
 
-def test_of_two_runs_of_a_model_and_task_the_latest_is_shown(tmp_path):
-    import_golden(tmp_path / "s")
+def test_two_runs_of_a_model_and_task_are_refused_until_one_is_named(tmp_path, canopy):
+    root, out = tmp_path / "s", tmp_path / "report.html"
+    canopy_store.import_rollouts(root, GOLDEN_ROLLOUTS, max_new_tokens=64)
     golden = pl.read_parquet(GOLDEN_ROLLOUTS)
     keys = ["family", "variant", "task"]
-    one = golden.join(golden.select(keys).head(1), on=keys, how="semi")
-    one.write_parquet(tmp_path / "again.parquet")
-    canopy_store.import_rollouts(tmp_path / "s", tmp_path / "again.parquet", run="again")
-    found = facts_of(tmp_path / "s")
-    with found.con:
-        assert "again" in found.shown["run_id"]
-        assert any("latest" in note for note in found.notes)
-        assert not found.shown.select(keys).is_duplicated().any()
+    first = golden.select(keys).head(1)
+    golden.join(first, on=keys, how="semi").write_parquet(tmp_path / "again.parquet")
+    canopy_store.import_rollouts(root, tmp_path / "again.parquet", run="again")
+    with pytest.raises(DataError) as refusal:
+        compare(root)
+    assert "has several runs, again, " in str(refusal.value)
+    for write in (write_report, write_figures):
+        with pytest.raises(DataError) as raised:
+            write(root, out)
+        assert str(raised.value) == str(refusal.value)
+    code, printed, err = canopy("report", "--store", root, "--out", out)
+    assert (code, printed, err) == (1, "", f"canopy: {refusal.value}\n")
+    assert not out.exists()
+    other = ".".join(first.row(0))
+    runs = [r for r in canopy_store.read(root, "runs")["run_id"] if r != other]
+    options = [part for run in runs for part in ("--run", run)]
+    assert canopy("report", "--store", root, "--out", out, *options)[0] == 0
+    data = data_of(out)
+    expected = compare(root, runs=runs).filter(level="all", metric="ce_star").row(0, named=True)
+    assert data["figures"][0]["rows"][0]["delta_ci_high"] == expected["delta_ci_high"]
+    assert any("Not shown in the charts" in note and other in note for note in data["notes"])
 
 
 def test_a_large_store_is_sampled_and_the_page_says_so(browse, tmp_path):

@@ -87,6 +87,7 @@ def test_every_view_carries_the_selection_as_if_it_were_all(tmp_path):
 
 
 def test_later_runs_and_later_embeddings_are_taken_up(store, tmp_path):
+    from canopy_store.store import commit
     from canopy_store.store.embeddings import write_embeddings
 
     rewards = [0.1, 0.2, 0.3, 0.4, 0.5]
@@ -96,7 +97,8 @@ def test_later_runs_and_later_embeddings_are_taken_up(store, tmp_path):
     canopy_store.import_rollouts(root, later, max_new_tokens=64)
     vectors = np.random.default_rng(0).normal(size=(5, 4))
     for run in ("f.base.t", "f.sft.t"):
-        write_embeddings(root, "e", run, 0, ["p"] * 5, list(range(5)), vectors)
+        files = write_embeddings(root, "e", run, 0, ["p"] * 5, list(range(5)), vectors)
+        commit(root, "embeddings", {"embedder": "e", "run": run}, files, {})
     canopy_store.select_reward(root, 0.6)
     frame = canopy_store.read(root, "prompt_metrics").filter(selection="reward_top_60")
     expected = reference.prompt_metrics(
@@ -116,7 +118,8 @@ def test_a_break_between_rows_and_spectra_is_mended(tmp_path):
     assert len(lost) == 8
     for path in lost[::2]:
         path.unlink()
-    assert not canopy_store.read(root, "model_metrics").sort("run_id", "selection").equals(before)
+    with pytest.raises(canopy_store.CanopyError, match="lost"):
+        canopy_store.read(root, "model_metrics")
     canopy_store.select_reward(root, 0.7)
     assert_frame_equal(
         canopy_store.read(root, "model_metrics").sort("run_id", "selection"), before, rel_tol=1e-12

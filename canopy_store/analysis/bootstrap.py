@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -91,7 +92,30 @@ def pooled(top: Array, bottom: Array, names: Sequence[str]) -> Array:
     """The measures (..., K) of sums (..., K) over prompts; NaN where no prompt has the value."""
     with np.errstate(invalid="ignore", divide="ignore"):
         mean = top / bottom
-    return np.stack([MEASURES[name].out(mean[..., k]) for k, name in enumerate(names)], -1)
+    # each metric by itself in memory: the last bits of exp and tanh may depend on the layout
+    one_by_one = [mean[..., k].copy() for k in range(len(names))]
+    return np.stack([MEASURES[name].out(x) for name, x in zip(names, one_by_one, strict=True)], -1)
+
+
+def varies(low: Any, high: Any) -> Any:
+    """Whether values between low and high vary by more than rounding: the rule of the macro `varies`."""
+    return high - low > 1e-12 * np.maximum(1, np.maximum(np.abs(low), np.abs(high)))
+
+
+def diversity_of_sum(squared_norm: Any, n: Any, copies: Any = None) -> Any:
+    """1 - the mean cosine similarity over pairs of n unit vectors, from the squared norm of their sum.
+
+    NaN where there is no pair. The macro `diversity_of_sum`, for draws that repeat a vector as well.
+
+    Parameters
+    ----------
+    squared_norm, n : numbers, or arrays of one shape
+    copies : the sum of squares of how often each vector was drawn, for a pair of copies is no pair;
+        n where each was drawn once
+    """
+    same = n if copies is None else copies
+    pairs = np.where(n * n > same, n * n - same, np.nan)
+    return 1 - (squared_norm - same) / pairs
 
 
 def columns_of(rows: pl.DataFrame) -> dict[str, Array]:
@@ -166,24 +190,27 @@ def redraw(rollouts: Rollouts, draws: int, rng: np.random.Generator) -> dict[str
     values["canopy_size_log10"] = values["ce_star"] / np.log(10)
     # rounded as in the view, so that the last bits of a sum make no rank
     signs_n, signs_r = (np.sign(v[:, None] - v[None, :]) for v in (n, np.round(r, 12)))
-    values["rho_pearson"], covariance = _correlation(
-        c, np.broadcast_to(n, c.shape), np.broadcast_to(r, c.shape)
-    )
+    both_vary = _drawn_vary(c, n) & _drawn_vary(c, r)
+    rho, covariance = _correlation(c, np.broadcast_to(n, c.shape), np.broadcast_to(r, c.shape))
+    values["rho_pearson"] = np.where(both_vary, rho, np.nan)
     values["cov_length_rate"] = covariance * (m / (m - 1) if m > 1 else np.nan)
-    values["rho_spearman"], _ = _correlation(c, c @ signs_n.T, c @ signs_r.T)
+    rho, _ = _correlation(c, c @ signs_n.T, c @ signs_r.T)
+    values["rho_spearman"] = np.where(both_vary, rho, np.nan)
     agree, in_n, in_r = (
         ((c @ s) * c).sum(1) for s in (signs_n * signs_r, np.abs(signs_n), np.abs(signs_r))
     )
     with np.errstate(invalid="ignore", divide="ignore"):
-        values["rho_kendall"] = agree / np.sqrt(in_n * in_r)
-        if rollouts.kernel is not None:
-            same = (c**2).sum(1)
-            values["semantic_diversity"] = 1 - (((c @ rollouts.kernel) * c).sum(1) - same) / (
-                m**2 - same
-            )
-        else:
-            values["semantic_diversity"] = np.full(draws, np.nan)
+        values["rho_kendall"] = np.where(both_vary, agree / np.sqrt(in_n * in_r), np.nan)
+    values["semantic_diversity"] = np.full(draws, np.nan)
+    if rollouts.kernel is not None:
+        squared_norm = ((c @ rollouts.kernel) * c).sum(1)
+        values["semantic_diversity"] = diversity_of_sum(squared_norm, m, (c**2).sum(1))
     return values
+
+
+def _drawn_vary(c: Array, x: Array) -> Array:
+    """Whether the values of x (M,) that each draw (S, M) has vary (S,)."""
+    return varies(np.where(c > 0, x, np.inf).min(1), np.where(c > 0, x, -np.inf).max(1))
 
 
 def _correlation(c: Array, x: Array, y: Array) -> tuple[Array, Array]:
@@ -192,9 +219,8 @@ def _correlation(c: Array, x: Array, y: Array) -> tuple[Array, Array]:
     dx = x - (c * x).sum(1, keepdims=True) / m[:, None]
     dy = y - (c * y).sum(1, keepdims=True) / m[:, None]
     covariance, vx, vy = ((c * a * b).sum(1) / m for a, b in ((dx, dy), (dx, dx), (dy, dy)))
-    known = (vx > 1e-18 * (1 + (x**2).max(1))) & (vy > 1e-18 * (1 + (y**2).max(1)))
     with np.errstate(invalid="ignore", divide="ignore"):
-        return np.where(known, covariance / np.sqrt(vx * vy), np.nan), covariance
+        return covariance / np.sqrt(vx * vy), covariance
 
 
 def redraw_slots(

@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
-import duckdb
 import numpy as np
 import polars as pl
 
 from canopy_store import sql
 from canopy_store.analysis import bootstrap
-from canopy_store.analysis.bootstrap import MEASURES, ROLLOUT_LEVEL, Array
-from canopy_store.analysis.selections import only_runs, require_one_run
-from canopy_store.errors import DataError, UsageError
+from canopy_store.analysis.bootstrap import MEASURES, ROLLOUT_LEVEL, Array, Rollouts
+from canopy_store.analysis.comparable import comparable, view_rows
+from canopy_store.analysis.pairing import (
+    LEVELS,
+    drawing,
+    evaluate,
+    grouped,
+    paired_cells,
+    single_cells,
+    without_repeats,
+)
+from canopy_store.errors import UsageError
 
+REPLICATES = 2000
+CONFIDENCE = 0.95
+SEED = 42
 DEFAULT_METRICS = (
     "ce_star",
     "entropy_rate",
@@ -30,8 +38,6 @@ DEFAULT_METRICS = (
     "vendi_score",
     "truncation_rate",
 )
-LEVELS = ("task", "family", "all")
-POOLED = "(all)"
 _PARTS = ("baseline", "treated", "delta", "percent_delta")
 
 
@@ -45,10 +51,10 @@ def compare(
     embedder: str | None = None,
     runs: Sequence[str] = (),
     resample: str = "prompts",
-    replicates: int = 2000,
-    confidence: float = 0.95,
+    replicates: int = REPLICATES,
+    confidence: float = CONFIDENCE,
     margins: Mapping[str, float | str] | None = None,
-    seed: int = 42,
+    seed: int = SEED,
 ) -> pl.DataFrame:
     """One row per family, task, variant and metric: baseline, treated, delta and percent delta.
 
@@ -91,25 +97,66 @@ def compare(
         An unknown metric, or several embedders and none named.
     """
     _check(by, resample, replicates, confidence)
-    rows, treatments, kernels = _read(root, selection, embedder, runs, resample != "prompts")
-    names = _metrics(metrics, rows, resample)
+    with sql.connect(root) as con:
+        prompts, embedder = comparable(
+            view_rows(con, "prompt_metrics"), root, selection=selection, embedder=embedder, runs=runs
+        )
+        models = view_rows(con, "models")
+        kernels = _rollouts(con, prompts, selection, embedder) if resample != "prompts" else {}
+    return compare_prompts(
+        prompts,
+        models,
+        baseline=baseline,
+        metrics=metrics,
+        by=by,
+        resample=resample,
+        replicates=replicates,
+        confidence=confidence,
+        margins=margins,
+        seed=seed,
+        kernels=kernels,
+    )
+
+
+def compare_prompts(
+    prompts: pl.DataFrame,
+    models: pl.DataFrame,
+    *,
+    baseline: str = "base",
+    metrics: Sequence[str] = (),
+    by: str | None = None,
+    resample: str = "prompts",
+    replicates: int = REPLICATES,
+    confidence: float = CONFIDENCE,
+    margins: Mapping[str, float | str] | None = None,
+    seed: int = SEED,
+    kernels: Mapping[tuple[str, str], Rollouts] | None = None,
+) -> pl.DataFrame:
+    """What `compare` returns, from rows that are read already.
+
+    Parameters
+    ----------
+    prompts : rows of ``prompt_metrics``, as `comparable` gives them
+    models : rows of ``models``, for the treatments
+    kernels : rollouts by run and prompt, needed unless ``resample`` is 'prompts'
+
+    The others, and errors, are those of `compare`.
+    """
+    names = _metrics(metrics, prompts, resample)
     margins = dict(margins or {})
     for name in margins:
         if name not in names:
             raise UsageError(f"--margin {name}: not among what is compared: {', '.join(names)}")
-    cells, left_out = _cells(rows, baseline, names)
-
-    @functools.cache
-    def draw(prompts: int, key: Any) -> tuple[Array, Array]:
-        drawn = np.tile(np.arange(prompts), (replicates, 1))
-        if resample != "rollouts":
-            drawn = bootstrap.draw_prompts(prompts, replicates, key)
-        return drawn, bootstrap.counts_of(drawn)
-
+    cells, left_out = paired_cells(prompts, baseline, names)
+    treatments = {(row["family"], row["variant"]): row["treatment"] for row in models.to_dicts()}
+    selection = prompts["selection"][0]
+    draw = drawing(replicates, resample)
     out = []
     for level in LEVELS if by is None else (by,):
-        for (family, variant, task), group in _grouped(cells, level).items():
-            values, replicate_values, used = _evaluate(group, names, draw, replicates, seed, kernels)
+        for (family, variant, task), group in grouped(cells, level).items():
+            values, replicate_values, used = evaluate(
+                group, names, draw, replicates, seed, kernels or {}
+            )
             sides = [side for cell in group.values() for side in cell]
             rollouts = sum(side.n_rollouts for side in sides)
             samples = round(rollouts / sum(len(side.prompts) for side in sides))
@@ -139,20 +186,41 @@ def compare(
                         **_tests(summary, drawn_from, freedom, margins.get(name)),
                     }
                 )
-    return _adjusted(_without_repeats(pl.DataFrame(out, infer_schema_length=None)))
+    return _adjusted(without_repeats(pl.DataFrame(out, infer_schema_length=None)))
 
 
-@dataclass(frozen=True)
-class Side:
-    """One variant's prompts of a cell, in order, and their sums (2, P, K): w f(x), then w."""
+def estimate(
+    prompts: pl.DataFrame,
+    *,
+    metrics: Sequence[str] = (),
+    by: str | None = None,
+    replicates: int = REPLICATES,
+    confidence: float = CONFIDENCE,
+    seed: int = SEED,
+) -> pl.DataFrame:
+    """One row per family, task, variant and metric: value, se and interval of each model by itself.
 
-    run_id: str
-    prompts: list[str]
-    n_rollouts: int
-    sums: Array
+    Pooled and drawn as `compare` pools and draws, over all the prompts of the model: where two variants
+    have the same prompts, these are the numbers of its columns baseline and treated.
 
+    Parameters
+    ----------
+    prompts : rows of ``prompt_metrics``, as `comparable` gives them
 
-Cells = dict[tuple[str, str, str], tuple[Side, Side]]  # (family, variant, task): baseline, treated
+    The others are those of `compare`.
+    """
+    _check(by, "prompts", replicates, confidence)
+    names = _metrics(metrics, prompts, "prompts")
+    cells, draw = single_cells(prompts, names), drawing(replicates)
+    out = []
+    for level in LEVELS if by is None else (by,):
+        for (family, variant, task), group in grouped(cells, level).items():
+            values, drawn, used = evaluate(group, names, draw, replicates, seed, {})
+            for k, name in enumerate(names):
+                where = {"level": level, "family": family, "task": task, "variant": variant}
+                spread = _spread("value", values[0, k], drawn[0, :, k], confidence)
+                out.append({**where, "metric": name, "n_prompts": int(used[:, k].sum()), **spread})
+    return without_repeats(pl.DataFrame(out, infer_schema_length=None))
 
 
 def _check(by: str | None, resample: str, replicates: int, confidence: float) -> None:
@@ -166,80 +234,27 @@ def _check(by: str | None, resample: str, replicates: int, confidence: float) ->
         raise UsageError(f"--confidence {confidence}: needs more than 0 and less than 1")
 
 
-def _read(
-    root: str | Path, selection: str, embedder: str | None, runs: Sequence[str], rollouts: bool
-) -> tuple[pl.DataFrame, dict[tuple[str, str], str], dict[tuple[str, str], bootstrap.Rollouts]]:
-    """prompt_metrics of the selection, treatments, and for the second level each prompt's rollouts."""
-    with sql.connect(root) as con:
-        rows, embedder = _chosen(con, "prompt_metrics", root, selection, embedder, runs)
-        treatments = {
-            (family, variant): treatment
-            for family, variant, treatment in con.sql(
-                "select family, variant, treatment from models"
-            ).fetchall()
-        }
-        kernels = _rollouts(con, rows, selection, embedder) if rollouts else {}
-    return rows, treatments, kernels
-
-
-def store_panel(
-    root: str | Path, *, selection: str = "all", embedder: str | None = None, runs: Sequence[str] = ()
-) -> pl.DataFrame:
-    """The view ``panel`` of one selection and one embedder, one run a family, variant and task.
-
-    Raises
-    ------
-    DataError, UsageError
-        An empty store, a selection or embedder that is not there, several and none named.
-    """
-    with sql.connect(root) as con:
-        return _chosen(con, "panel", root, selection, embedder, runs)[0]
-
-
-def _chosen(
-    con: duckdb.DuckDBPyConnection,
-    view: str,
-    root: str | Path,
-    selection: str,
-    embedder: str | None,
-    runs: Sequence[str],
-) -> tuple[pl.DataFrame, str]:
-    """A view's rows of one selection and embedder, one run a model and task; and the embedder."""
-    every = con.sql(f"from {view}").pl()
-    if every.is_empty():
-        raise DataError(f"{root}: no complete run; see: canopy status --store {root}")
-    if selection not in every["selection"]:
-        found = ", ".join(sorted(every["selection"].unique()))
-        raise DataError(f"--selection {selection}: not in the store; it has {found}")
-    embedder = _one_embedder(every["embedder"], embedder)
-    rows = only_runs(every.filter(selection=selection, embedder=embedder), runs)
-    require_one_run(rows)
-    return rows, embedder
-
-
-def _one_embedder(found: pl.Series, wanted: str | None) -> str:
-    """The embedder to use: the one wanted, or the only one there."""
-    names = sorted(found.unique())
-    if wanted is not None and wanted not in names:
-        raise DataError(f"--embedder {wanted}: not in the store; it has {', '.join(names)}")
-    real = [name for name in names if name != "none"]
-    if wanted is None and len(real) > 1:
-        raise UsageError(f"--embedder: the store has several: {', '.join(real)}")
-    return wanted or (real or names)[0]
-
-
 def _rollouts(
-    con: duckdb.DuckDBPyConnection, rows: pl.DataFrame, selection: str, embedder: str
-) -> dict[tuple[str, str], bootstrap.Rollouts]:
+    con: sql.Connection, prompts: pl.DataFrame, selection: str, embedder: str
+) -> dict[tuple[str, str], Rollouts]:
+    """The rollouts of each run and prompt, with kernels where the run has embeddings by the embedder."""
+    runs = prompts.select("run_id", "embedder").unique().sort("run_id")
     frame = con.sql(
+        "with chosen as (select unnest($runs) as run_id, unnest($embedders) as embedder) "
         "select m.run_id, m.prompt_id, m.n_tokens, m.entropy_sum, m.surprisal_sum, m.entropy_rate, "
-        "(m.finish_reason = 'length')::double as cut, e.embedding from rollout_metrics m "
-        "left join embeddings e using (run_id, prompt_id, sample, embedder) "
-        "where m.selection = ? and m.embedder = ? order by m.sample",
-        params=[selection, embedder],
+        "(m.finish_reason = 'length')::double as cut, e.embedding "
+        "from rollout_metrics m join chosen using (run_id, embedder) "
+        "left join embeddings e on e.run_id = m.run_id and e.prompt_id = m.prompt_id "
+        "and e.sample = m.sample and e.embedder = m.embedder and e.embedder = $embedder "
+        "where m.selection = $selection order by m.sample",
+        params={
+            "runs": runs["run_id"].to_list(),
+            "embedders": runs["embedder"].to_list(),
+            "embedder": embedder,
+            "selection": selection,
+        },
     ).pl()
-    frame = frame.filter(pl.col("run_id").is_in(rows["run_id"].unique().to_list()))
-    found = {}
+    rollouts = {}
     for (run_id, prompt_id), group in frame.group_by(["run_id", "prompt_id"], maintain_order=True):
         columns = bootstrap.columns_of(group)
         kernel = None
@@ -247,14 +262,14 @@ def _rollouts(
             unit = np.array(group["embedding"].to_list(), np.float64)
             unit /= np.linalg.norm(unit, axis=1, keepdims=True)
             kernel = unit @ unit.T
-        found[str(run_id), str(prompt_id)] = bootstrap.Rollouts(
+        rollouts[str(run_id), str(prompt_id)] = Rollouts(
             **{
                 k: columns[k]
                 for k in ("n_tokens", "entropy_sum", "surprisal_sum", "entropy_rate", "cut")
             },
             kernel=kernel,
         )
-    return found
+    return rollouts
 
 
 def _metrics(metrics: Sequence[str], rows: pl.DataFrame, resample: str) -> list[str]:
@@ -273,124 +288,8 @@ def _metrics(metrics: Sequence[str], rows: pl.DataFrame, resample: str) -> list[
     return names
 
 
-def _cells(
-    rows: pl.DataFrame, baseline: str, names: list[str]
-) -> tuple[Cells, dict[tuple[str, str, str], Array]]:
-    """Per (family, variant, task): the prompts both variants have, and how many are left out (K,)."""
-    variants = sorted(rows["variant"].unique())
-    if baseline not in variants:
-        raise DataError(f"--baseline {baseline}: no such variant; the store has {', '.join(variants)}")
-    if len(variants) == 1:
-        raise DataError(f"{baseline} is the only variant: there is nothing to compare it with")
-    # prompts numbered by an importer keep the order of their numbers
-    rows = rows.sort(pl.col("prompt_id").str.len_chars(), "prompt_id")
-    sums = np.stack(bootstrap.weighted_values(bootstrap.columns_of(rows), names))  # (2, rows, K)
-    sampled = rows["n_rollouts"].to_numpy()
-    parts: dict[tuple[str, str, str], dict[str, int]] = {}
-    for at, (*key, prompt) in enumerate(
-        rows.select("family", "variant", "task", "prompt_id").iter_rows()
-    ):
-        parts.setdefault((key[0], key[1], key[2]), {})[prompt] = at
-    run_ids = rows["run_id"].to_list()
-
-    def sides(base: dict[str, int], treated: dict[str, int], common: list[str]) -> tuple[Side, Side]:
-        places = [[part[prompt] for prompt in common] for part in (base, treated)]
-        known = (sums[1, places[0]] > 0) & (sums[1, places[1]] > 0)  # (P, K)
-        first, second = (
-            Side(run_ids[at[0]], common, int(sampled[at].sum()), sums[:, at] * known) for at in places
-        )
-        return first, second
-
-    cells: Cells = {}
-    left_out = {}
-    for family, variant, task in sorted(parts):
-        base = parts.get((family, baseline, task))
-        if variant == baseline or base is None:
-            continue
-        treated = parts[family, variant, task]
-        common = [prompt for prompt in base if prompt in treated]
-        if common:
-            pair = sides(base, treated, common)
-            apart = len(base) + len(treated) - 2 * len(common)
-            left_out[family, variant, task] = apart + (pair[0].sums[1] == 0).sum(0)
-            cells[family, variant, task] = pair
-    if not cells:
-        raise DataError(
-            f"no prompt is in both {baseline} and another variant of its family: comparisons are "
-            "paired by task and prompt_id, so sample both from the same prompts"
-        )
-    return cells, left_out
-
-
-def _grouped(cells: Cells, level: str) -> dict[tuple[str, str, str], Cells]:
-    """The cells that each row of a level pools."""
-    groups: dict[tuple[str, str, str], Cells] = {}
-    for (family, variant, task), cell in cells.items():
-        where = {
-            "task": (family, variant, task),
-            "family": (family, variant, POOLED),
-            "all": (POOLED, variant, POOLED),
-        }[level]
-        groups.setdefault(where, {})[family, variant, task] = cell
-    return groups
-
-
-def _evaluate(
-    group: Cells,
-    names: list[str],
-    draw: Callable[[int, Any], tuple[Array, Array]],
-    size: int,
-    seed: int,
-    kernels: Mapping[tuple[str, str], bootstrap.Rollouts],
-) -> tuple[Array, Array, Array]:
-    """Point estimates (2, K), replicates (2, B, K), baseline then treated; prompts used (tasks, K)."""
-    point = np.zeros((2, 2, len(names)))  # (top or bottom, side, K)
-    used = []
-    tasks = list(dict.fromkeys(task for _, _, task in group))
-    replicates = np.zeros((2, 2, size, len(names)))
-    for number, task in enumerate(tasks):
-        cells = [cell for key, cell in group.items() if key[2] == task]
-        prompts = list(dict.fromkeys(p for base, _ in cells for p in base.prompts))
-        place = {p: i for i, p in enumerate(prompts)}
-        # tasks are drawn independently; one task alone is drawn from the seed itself
-        drawn, counts = draw(len(prompts), seed if len(tasks) == 1 else (seed, number))
-        sums = np.zeros((2, 2, len(prompts), len(names)))  # (top or bottom, side, P, K)
-        for cell in cells:
-            for which, side in enumerate(cell):
-                at = [place[p] for p in side.prompts]
-                sums[:, which, at] += side.sums
-                if kernels:
-                    found = [kernels.get((side.run_id, p)) for p in prompts]
-                    known = np.zeros((len(prompts), len(names)))
-                    known[at] = side.sums[1] > 0
-                    drawn_sums = _second_level(found, drawn, names, [seed, number, which])
-                    replicates[:, which] += (drawn_sums * known[drawn]).sum(2)
-        point += sums.sum(2)
-        used.append((sums[1] > 0).any(0).sum(0))
-        if not kernels:
-            replicates += counts @ sums  # (2, 2, B, K)
-    return (
-        bootstrap.pooled(point[0], point[1], names),
-        bootstrap.pooled(replicates[0], replicates[1], names),
-        np.array(used),
-    )
-
-
-def _second_level(
-    found: list[bootstrap.Rollouts | None], drawn: Array, names: list[str], seed: list[int]
-) -> Array:
-    """w f(x) and w (2, B, P, K) of every drawn slot, its rollouts drawn anew."""
-    present = [rollouts for rollouts in found if rollouts is not None]
-    place = np.cumsum([rollouts is not None for rollouts in found]) - 1
-    here = np.array([rollouts is not None for rollouts in found])
-    slots = np.where(here[drawn], place[drawn], -1)
-    columns = bootstrap.redraw_slots(present, slots, np.random.default_rng(seed))
-    return np.stack(bootstrap.weighted_values(columns, names))
-
-
 def _summary(name: str, values: Array, replicates: Array, confidence: float) -> dict[str, float | None]:
     """Value, se and interval of baseline, treated, delta and percent delta; None where undefined."""
-    tail = 50 * (1 - confidence)
 
     def four(base: Array, treated: Array) -> list[Array]:
         with np.errstate(invalid="ignore", divide="ignore"):
@@ -400,15 +299,21 @@ def _summary(name: str, values: Array, replicates: Array, confidence: float) -> 
     for part, value, drawn in zip(_PARTS, four(*values), four(*replicates), strict=True):
         if part == "percent_delta" and not MEASURES[name].positive:
             value = np.asarray(np.nan)
-        known = drawn[np.isfinite(drawn)]
-        low = high = se = np.nan
-        # a spread over the few replicates that happen to be defined would be a wrong one
-        if np.isfinite(value) and len(known) >= 0.9 * len(drawn):
-            low, high = np.percentile(known, [tail, 100 - tail])
-            se = known.std(ddof=1)
-        for suffix, number in (("", value), ("_se", se), ("_ci_low", low), ("_ci_high", high)):
-            row[part + suffix] = float(number) if np.isfinite(number) else None
+        row |= _spread(part, value, drawn, confidence)
     return row
+
+
+def _spread(part: str, value: Array, drawn: Array, confidence: float) -> dict[str, float | None]:
+    """A value, the se of its replicates (B,) and their percentile interval, as columns of ``part``."""
+    tail = 50 * (1 - confidence)
+    known = drawn[np.isfinite(drawn)]
+    low = high = se = np.nan
+    # a spread over the few replicates that happen to be defined would be a wrong one
+    if np.isfinite(value) and len(known) >= 0.9 * len(drawn):
+        low, high = np.percentile(known, [tail, 100 - tail])
+        se = known.std(ddof=1)
+    columns = (("", value), ("_se", se), ("_ci_low", low), ("_ci_high", high))
+    return {part + suffix: float(x) if np.isfinite(x) else None for suffix, x in columns}
 
 
 def _tests(
@@ -418,7 +323,7 @@ def _tests(
     from scipy import stats  # slow to import
 
     delta, se = summary["delta"], summary["delta_se"]
-    found: dict[str, float | bool | None] = {"p": None, "margin": None, "p_equivalence": None}
+    tests: dict[str, float | bool | None] = {"p": None, "margin": None, "p_equivalence": None}
     known = delta is not None and se is not None and freedom > 0
 
     def tail(excess: float) -> float:
@@ -429,13 +334,13 @@ def _tests(
         return float(stats.t.sf(excess / unbiased, freedom))
 
     if known:
-        found["p"] = min(1.0, 2 * tail(abs(delta)))  # type: ignore[arg-type]
+        tests["p"] = min(1.0, 2 * tail(abs(delta)))  # type: ignore[arg-type]
     if margin is not None:
         size = _margin(margin, summary["baseline"])
-        found["margin"] = size
+        tests["margin"] = size
         if known and size is not None:
-            found["p_equivalence"] = tail(size - abs(delta))  # type: ignore[arg-type]
-    return found
+            tests["p_equivalence"] = tail(size - abs(delta))  # type: ignore[arg-type]
+    return tests
 
 
 def _margin(margin: float | str, baseline: float | None) -> float | None:
@@ -446,16 +351,6 @@ def _margin(margin: float | str, baseline: float | None) -> float | None:
         return float(text)
     except ValueError:
         raise UsageError(f"--margin {margin}: needs a number, or a percentage like 5%") from None
-
-
-def _without_repeats(frame: pl.DataFrame) -> pl.DataFrame:
-    """Leaves out a pooled row that pools one cell only: it would be counted twice among the tests."""
-    keys = ("variant", "metric")
-    families = frame.filter(level="task").group_by(*keys, "family").len()
-    single = families.filter(pl.col("len") == 1).select(*keys, "family", level=pl.lit("family"))
-    frame = frame.join(single, on=[*keys, "family", "level"], how="anti")
-    alone = families.group_by(keys).len().filter(pl.col("len") == 1).select(*keys, level=pl.lit("all"))
-    return frame.join(alone, on=[*keys, "level"], how="anti")
 
 
 def _adjusted(frame: pl.DataFrame) -> pl.DataFrame:

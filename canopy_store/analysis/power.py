@@ -9,7 +9,8 @@ from pathlib import Path
 import polars as pl
 
 from canopy_store.analysis.bootstrap import MEASURES, ROLLOUT_LEVEL
-from canopy_store.analysis.comparison import compare
+from canopy_store.analysis.comparison import SEED, compare
+from canopy_store.analysis.pairing import widest
 from canopy_store.errors import DataError, UsageError
 
 
@@ -25,7 +26,7 @@ def power(
     selection: str = "all",
     embedder: str | None = None,
     runs: Sequence[str] = (),
-    seed: int = 42,
+    seed: int = SEED,
 ) -> pl.DataFrame:
     """One row per variant and number of samples: the prompts that detect ``delta``, and rollouts.
 
@@ -63,7 +64,7 @@ def power(
     if any(m <= lost for m in samples):
         raise UsageError(f"--samples: {metric} needs more than {lost} rollouts a prompt")
     both = [
-        _pooled(
+        widest(
             compare(
                 root,
                 metrics=[metric],
@@ -74,7 +75,7 @@ def power(
                 embedder=embedder,
                 runs=runs,
             )
-        )
+        ).sort("variant")
         for resample in ("prompts", "rollouts")
     ]
     reached = stats.norm.isf(alpha / 2) + stats.norm.ppf(power)
@@ -103,10 +104,3 @@ def power(
     frame = pl.DataFrame(rows)
     fewest = pl.col("n_rollouts") == pl.col("n_rollouts").min().over("variant")
     return frame.with_columns(fewest.alias("cheapest"))
-
-
-def _pooled(frame: pl.DataFrame) -> pl.DataFrame:
-    """Each variant's widest pooled row."""
-    rank = pl.col("level").replace_strict({"task": 0, "family": 1, "all": 2}, return_dtype=pl.Int64)
-    widest = frame.sort(rank, descending=True, maintain_order=True)
-    return widest.unique("variant", keep="first", maintain_order=True).sort("variant")

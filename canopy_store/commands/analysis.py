@@ -8,7 +8,7 @@ from typing import Any
 import click
 import duckdb
 
-from canopy_store.analysis.comparison import compare, store_panel
+from canopy_store.analysis.comparison import SEED, compare
 from canopy_store.analysis.power import power
 from canopy_store.analysis.selections import select_lengths, select_reward
 from canopy_store.commands.shared import FORMAT, RUNS, STORE, print_rows
@@ -68,7 +68,7 @@ _COMPARED = (
     ),
     click.option("--selection", default="all", show_default=True, metavar="NAME"),
     click.option("--embedder", metavar="NAME", help="Needed where the store has several."),
-    click.option("--run", "runs", multiple=True, metavar="RUN", help="Only this run; repeatable."),
+    RUNS,
 )
 
 
@@ -109,7 +109,7 @@ def _comparison_options(command: Callable[..., Any]) -> Callable[..., Any]:
     metavar="NAME=SIZE",
     help="Test equivalence: |delta| below SIZE, in the metric's unit or as 5%.",
 )
-@click.option("--seed", default=42, show_default=True)
+@click.option("--seed", default=SEED, show_default=True)
 @FORMAT
 def compare_command(root: str, margins: tuple[str, ...], form: str, **options: Any) -> None:
     """Compare each variant with the baseline of its family, prompt by prompt.
@@ -203,6 +203,7 @@ def power_command(root: str, form: str, **options: Any) -> None:
 )
 @click.option("--selection", metavar="NAME", help="[default: all]")
 @click.option("--embedder", metavar="NAME", help="Needed where there are several.")
+@RUNS
 @click.option("--seed", default=0, show_default=True, help="Of the simulated residuals.")
 @FORMAT
 def regress_command(
@@ -210,6 +211,7 @@ def regress_command(
     panel: str | None,
     selection: str | None,
     embedder: str | None,
+    runs: tuple[str, ...],
     form: str,
     **options: Any,
 ) -> None:
@@ -221,6 +223,7 @@ def regress_command(
     quadratic    interaction with and without R_bar squared, and their likelihood-ratio test
     beta         a beta mixed model with its dispersion model: how many times as strongly
                  entropy rate turns into diversity is the ratio (beta+eta)/beta
+
     \b
     Examples:
       canopy regress --model interaction --store S
@@ -231,11 +234,11 @@ def regress_command(
 
     if (root is None) == (panel is None):
         raise UsageError("regress needs either --store DIR or --panel FILE")
+    rows: dict[str, Any] = {"selection": selection, "embedder": embedder, "runs": runs}
     if panel is not None:
-        frame = read_panel(panel, embedder=embedder, selection=selection)
+        fit = regress(read_panel(panel, **rows), **options)
     else:
-        frame = store_panel(str(root), selection=selection or "all", embedder=embedder)
-    fit = regress(frame, **options)
+        fit = regress(str(root), **rows, **options)
     if form != "table":
         print_rows(duckdb.from_arrow(fit.coefficients.to_arrow()), form)
         return
@@ -264,9 +267,7 @@ def _pairs(values: dict[str, Any]) -> str:
 @STORE
 @click.option("--out", default="report.html", show_default=True, metavar="FILE", help="The page.")
 @click.option("--figures", metavar="DIR", help="Also write every chart as PDF and SVG files here.")
-@click.option("--baseline", default="base", show_default=True, metavar="V")
-@click.option("--selection", default="all", show_default=True, metavar="NAME")
-@click.option("--embedder", metavar="NAME", help="[default: the one with the most runs]")
+@_comparison_options
 @click.option(
     "--explorer-rollouts",
     default=400,
@@ -274,11 +275,18 @@ def _pairs(values: dict[str, Any]) -> str:
     metavar="N",
     help="Rollouts the page carries, to be read one by one.",
 )
-@click.option("--seed", default=0, show_default=True, help="Of samples and intervals.")
+@click.option(
+    "--seed",
+    default=SEED,
+    show_default=True,
+    help="Of the bootstrap, and of which rollouts and points are shown.",
+)
 def report_command(
     root: str, out: str, figures: str | None, explorer_rollouts: int, **options: Any
 ) -> None:
     """Write a report: one self-contained HTML page that needs no network.
+
+    Its changes and intervals are those of canopy compare with the same options.
 
     \b
     Examples:

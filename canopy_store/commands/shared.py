@@ -10,7 +10,6 @@ from importlib.util import find_spec
 from typing import Any
 
 import click
-import duckdb
 
 from canopy_store.errors import UsageError
 
@@ -43,7 +42,7 @@ def require_ingest() -> None:
             raise UsageError(f"ingest needs {name}: install it with: pip install 'canopy-store[ingest]'")
 
 
-def print_rows(relation: duckdb.DuckDBPyRelation, form: str) -> None:
+def print_rows(relation: Any, form: str) -> None:
     """Writes rows to stdout in one of FORMATS."""
     frame = relation.pl()
     if form == "table":

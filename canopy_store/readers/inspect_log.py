@@ -15,7 +15,8 @@ import pyarrow as pa
 
 from canopy_store.errors import DataError
 from canopy_store.readers import LONGEST, Row, Told, get, parse
-from canopy_store.readers.openai_batch import chat_prompt, content_logprobs, token_table
+from canopy_store.readers.openai_batch import chat_prompt
+from canopy_store.readers.openai_logprobs import listed_tokens, log_columns, token_table
 
 _ZSTD = 93  # the zip method of newer logs, which zipfile knows from Python 3.14 on
 _REASONS = {"stop": "stop", "tool_calls": "stop", "max_tokens": "length", "model_length": "length"}
@@ -122,7 +123,7 @@ def _sample(sample: Any, where: str, table: dict[bytes, int] | None) -> list[dic
         }
         entries = get(choice, "logprobs.content", list, where, None)
         if entries:
-            row |= content_logprobs(entries, row["where"], table)
+            row |= log_columns(listed_tokens(entries, row["where"]), row["where"], table)
         elif len(choices) == 1:
             row["n_tokens"] = get(sample, "output.usage.output_tokens", int, where, None)
         rows.append(row)

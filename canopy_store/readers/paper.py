@@ -263,7 +263,7 @@ def write_tree(root: str | Path, out: str | Path, *, runs: tuple[str, ...] = ())
     for run in store.complete_runs(root, runs):
         keys = [store.quoted(run[key]) for key in ("family", "task", "variant", "run_id")]
         folder = out.joinpath(*keys)
-        row = store.read_rows(root / "runs" / f"{store.quoted(run['run_id'])}.parquet").to_pylist()[0]
+        row = store.run_row(root, run["record"])
         prompts = _prompts(root, run["task"])
         number = 0
         for shard in run["shards"]:

@@ -74,10 +74,9 @@ def config(dark: bool = False) -> dict[str, Any]:
 def _spec(chart: Any, frame: pl.DataFrame) -> Spec:
     # rows go in by hand: altair would check every one of them against its schema
     spec: Spec = chart.to_dict()
-    # the last bits of a sum depend on the threads that took it, and the page should not
-    rows = frame.with_columns(pl.col(pl.Float64).round(7).round_sig_figs(6)).to_dicts()
     del spec["$schema"]  # it names an address; nothing on the page should
-    return {**spec, "config": config(), "datasets": {**spec.get("datasets", {}), "rows": rows}}
+    datasets = {**spec.get("datasets", {}), "rows": frame.to_dicts()}
+    return {**spec, "config": config(), "datasets": datasets}
 
 
 def _variant(variants: Sequence[str], **legend: Any) -> alt.Color:
@@ -154,7 +153,7 @@ def length_pieces(frame: pl.DataFrame, variants: Sequence[str], panels: Sequence
 
 
 def stop_pieces(frame: pl.DataFrame, variants: Sequence[str], panels: Sequence[str]) -> Spec:
-    """CE* = what to say, given that the rollout goes on, + when to stop."""
+    """CE* = content, the next token when the rollout goes on, + when to stop."""
     content, stop = _STOP_PIECES
     ready = frame.select(
         "panel",
@@ -224,16 +223,17 @@ def rho(frame: pl.DataFrame, variants: Sequence[str], panels: Sequence[str]) -> 
     """ρ of each model with its interval."""
     base = alt.Chart(_ROWS).encode(
         y=alt.Y("panel:N", title=None, scale=alt.Scale(domain=list(panels)), axis=alt.Axis(grid=True)),
-        yOffset=alt.YOffset("variant:N", scale=alt.Scale(domain=list(variants), paddingOuter=0.6)),
+        yOffset=alt.YOffset("place:O", scale=alt.Scale(paddingOuter=0.6)),
         color=_variant(variants),
         tooltip=[
             "panel:N",
             "variant:N",
             "n_prompts:Q",
-            *[alt.Tooltip(f"{c}:Q", format=".3f") for c in ("rho_pearson", "low", "high")],
+            *[alt.Tooltip(f"{c}:Q", format=".3f") for c in ("rho_pearson", "ci_low", "ci_high")],
         ],
     )
-    farthest = max(abs(float(value)) for value in [*frame["low"], *frame["high"]])
+    ends = [*frame["rho_pearson"], *frame["ci_low"], *frame["ci_high"]]
+    farthest = max(abs(end) for end in ends if end is not None)
     edge = min(1.0, max(0.2, math.ceil(farthest * 10.5) / 10))  # zero stays in the middle
     x: dict[str, Any] = {
         "title": "ρ (Pearson) of length and entropy rate",
@@ -241,7 +241,9 @@ def rho(frame: pl.DataFrame, variants: Sequence[str], panels: Sequence[str]) -> 
         "axis": alt.Axis(tickCount=5),
     }
     zero = alt.Chart(alt.InlineData([{"zero": 0}])).mark_rule(strokeDash=[3, 3]).encode(x="zero:Q")
-    interval = base.mark_rule(strokeWidth=3, opacity=0.45).encode(x=alt.X("low:Q", **x), x2="high:Q")
+    interval = base.mark_rule(strokeWidth=3, opacity=0.45).encode(
+        x=alt.X("ci_low:Q", **x), x2="ci_high:Q"
+    )
     point = base.mark_point(filled=True, size=90, opacity=1).encode(
         x=alt.X("rho_pearson:Q", **x),
         shape=alt.Shape("variant:N", scale=alt.Scale(domain=list(variants))),
@@ -349,6 +351,7 @@ def changes(frame: pl.DataFrame, variants: Sequence[str], panels: Sequence[str])
     """Percent change from the baseline, the first of ``variants``, of each metric, with its interval."""
     metrics = frame["metric"].unique(maintain_order=True).to_list()
     treated = list(variants)[1:]
+    change, low, high = "percent_delta", "percent_delta_ci_low", "percent_delta_ci_high"
     base = alt.Chart().encode(
         y=alt.Y("panel:N", title=None, scale=alt.Scale(domain=list(panels)), axis=alt.Axis(grid=True)),
         yOffset=alt.YOffset("variant:N", scale=alt.Scale(domain=treated, paddingOuter=0.6)),
@@ -358,13 +361,15 @@ def changes(frame: pl.DataFrame, variants: Sequence[str], panels: Sequence[str])
             "variant:N",
             "metric:N",
             "n_prompts:Q",
-            *[alt.Tooltip(f"{c}:Q", format="+.1f") for c in ("percent", "low", "high")],
+            *[alt.Tooltip(f"{c}:Q", format="+.1f") for c in (change, low, high)],
         ],
     )
     x: dict[str, Any] = {"title": "change (%)", "axis": alt.Axis(tickCount=4)}
     zero = alt.Chart().mark_rule(strokeDash=[3, 3]).encode(x=alt.datum(0))
-    interval = base.mark_rule(strokeWidth=3, opacity=0.45).encode(x=alt.X("low:Q", **x), x2="high:Q")
-    point = base.mark_point(filled=True, size=80, opacity=1).encode(x=alt.X("percent:Q", **x))
+    interval = base.mark_rule(strokeWidth=3, opacity=0.45).encode(
+        x=alt.X(f"{low}:Q", **x), x2=f"{high}:Q"
+    )
+    point = base.mark_point(filled=True, size=80, opacity=1).encode(x=alt.X(f"{change}:Q", **x))
     layered = alt.layer(interval, point, zero).properties(
         width=190, height=alt.Step(15, **{"for": "offset"})
     )

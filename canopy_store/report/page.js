@@ -1,5 +1,5 @@
 "use strict";
-// Whatever comes out of the store is text of strangers: it reaches the page through textContent alone.
+// Text out of the store may come from strangers: it reaches the page through textContent alone.
 (() => {
   const page = JSON.parse(document.getElementById("data").textContent);
   const at = (id) => document.getElementById(id);
@@ -38,29 +38,44 @@
       at("notes").hidden = false;
       at("notes").append(...page.notes.map((note) => make("li", {}, note)));
     }
+    const { confidence, replicates, seed } = page.bootstrap;
+    const level = `${+(100 * confidence).toFixed(6)}%`;
     at("pooled").textContent = !page.figures.length ? ""
-      : `Plain means over ${families.length > 1 ? "families and " : ""}tasks` +
-        (treated.length ? ` that ${baseline} and the other both have; changes are from ${baseline}.` : ".");
+      : treated.length
+        ? `Pooled over ${families.length > 1 ? "families and " : ""}tasks, over the prompts that ${baseline} ` +
+          `and the other variant share, as canopy compare pools them; in brackets the ${level} interval of the change.`
+        : `Pooled over ${families.length > 1 ? "families and " : ""}tasks; in brackets the ${level} interval.`;
     at("made").textContent = `Made by canopy_store ${page.version}. Selection of rollouts: ${page.selection}. ` +
-      `Embedder: ${page.embedder ?? "none"}. Intervals: 95%, percentile bootstrap over prompts.`;
+      `Embedder: ${page.embedder ?? "none"}. Intervals: ${level}, percentile bootstrap over prompts, ` +
+      `${whole(replicates)} replicates, seed ${seed}.`;
+  }
+
+  const between = (low, high, text) => (low === null ? []
+    : [" ", make("span", { class: "interval" }, `(${text(low)} to ${text(high)})`)]);
+
+  // a measure that passes through zero, like ρ, has no percentage
+  function change(row) {
+    const part = row.percent_delta === null ? "delta" : "percent_delta";
+    const text = (x) => {
+      const number = part === "delta" ? x.toFixed(2) : x.toFixed(1);
+      const bare = number.replace(/^-(0(\.0+)?)$/, "$1"); // no minus before a zero
+      return `${x > 0 ? "+" : ""}${bare.replace("-", "−")}${part === "delta" ? "" : "%"}`;
+    };
+    return [text(row[part]), ...between(row[`${part}_ci_low`], row[`${part}_ci_high`], text)];
   }
 
   function keyFigures() {
     for (const figure of page.figures) {
       const card = make("div", { class: "figure" }, make("dt", {}, figure.name));
       for (const row of figure.rows.slice(0, 4)) {
-        const value = make("div", { class: "value" }, shown(row.after));
+        const compared = row.treated !== undefined;
+        const value = make("div", { class: "value" }, shown(compared ? row.treated : row.value));
         if (figure.unit) value.append(make("span", { class: "unit" }, figure.unit));
         const from = make("div", { class: "from" });
-        if (row.before === null) from.textContent = row.variant;
-        else {
-          // ρ passes through zero, so it has no percentage
-          const change = figure.metric === "rho_pearson" ? row.after - row.before
-            : 100 * (row.after / row.before - 1);
-          const text = figure.metric === "rho_pearson" ? change.toFixed(2) : `${change.toFixed(1)}%`;
+        if (compared) {
           const who = page.treated.length > 1 ? `${row.variant}: ` : "";
-          from.textContent = `${who}from ${shown(row.before)} · ${change > 0 ? "+" : ""}${text.replace("-", "−")}`;
-        }
+          from.append(`${who}from ${shown(row.baseline)} · `, ...change(row));
+        } else from.append(row.variant, ...between(row.value_ci_low, row.value_ci_high, shown));
         card.append(make("dd", {}, value, from));
       }
       at("figures").append(card);
@@ -141,7 +156,7 @@
     details.addEventListener("toggle", () => {
       if (details.childElementCount > 1) return;
       const rows = rowsOf(chart.spec).slice(0, 1000);
-      const names = Object.keys(rows[0] ?? {}).filter((name) => !["order", "kind"].includes(name));
+      const names = Object.keys(rows[0] ?? {}).filter((name) => !["order", "kind", "place"].includes(name));
       const columns = names.map((name) => ({ name, number: typeof rows[0][name] === "number" }));
       details.append(table(`${chart.title}: numbers`, columns,
         rows.map((row) => names.map((name) => row[name] ?? null))));
@@ -320,7 +335,7 @@
       rollout.end === "length" ? "cut at the longest length" : "",
     ].filter(Boolean).join(" · ");
     const card = make("article", { class: "rollout" }, make("p", {}, facts));
-    if (rollout.text === null) card.append(make("p", {}, "No text is stored; a box a step."));
+    if (rollout.text === null) card.append(make("p", {}, "No text is stored: each box is one step."));
     card.append(text);
     return card;
   }
@@ -368,10 +383,10 @@
   }
 
   function explorer() {
-    at("explorer-how").textContent = "The stronger the colour, the more nats: a step's entropy is how open the choice was, " +
-      "its surprisal how unlikely the token that came.";
+    at("explorer-how").textContent = "A stronger colour means more nats: a step's entropy is how open the choice was, " +
+      "its surprisal how unlikely the chosen token was.";
     if (!rollouts.length) {
-      at("explorer-body").replaceWith(make("p", { class: "missing" }, "No rollouts to read: no run is complete, or none was asked for."));
+      at("explorer-body").replaceWith(make("p", { class: "missing" }, "No rollouts to read: no run is complete, or the report was made with --explorer-rollouts 0."));
       return;
     }
     const tasks = new Map();

@@ -7,14 +7,17 @@ import functools
 import hashlib
 import json
 import re
+from collections.abc import Sequence
 from importlib.resources import files as resources
 from pathlib import Path
 from typing import Any
 
 from canopy_store import store
 from canopy_store._version import __version__
+from canopy_store.analysis.comparison import CONFIDENCE, REPLICATES, SEED
 from canopy_store.errors import StoreError, UsageError
-from canopy_store.report.facts import Facts, explorer, gather
+from canopy_store.report.explorer import explorer
+from canopy_store.report.facts import Facts, gather, notes
 
 EXPLORER_ROLLOUTS = 400
 
@@ -26,10 +29,13 @@ def write_report(
     baseline: str = "base",
     selection: str = "all",
     embedder: str | None = None,
+    runs: Sequence[str] = (),
     explorer_rollouts: int = EXPLORER_ROLLOUTS,
-    seed: int = 0,
+    seed: int = SEED,
 ) -> Path:
     """The path of one self-contained HTML page on the store, written whole or not at all.
+
+    Its changes and intervals are those of `compare` with the same options.
 
     Parameters
     ----------
@@ -37,16 +43,20 @@ def write_report(
     out : path of the page
     baseline : the variant that the others are compared with
     selection : named subset of the rollouts
-    embedder : whose embeddings to use; by default the one that has embedded the most runs
+    embedder : needed where the store has several
+    runs : only these runs
     explorer_rollouts : rollouts that the page carries to be read one by one
-    seed : decides which rollouts, which points, and the bootstrap's draws
+    seed : of the bootstrap, and of which rollouts and points are shown
 
     Raises
     ------
     StoreError
         No store there, or nothing in it.
+    DataError
+        No such selection, embedder or run, or several runs of one model and task: name the ones to
+        compare with ``runs``.
     UsageError
-        No such selection or embedder, or the extra 'report' is not installed.
+        Several embedders and none named, or the extra 'report' is not installed.
     """
     if explorer_rollouts < 0:
         raise UsageError(f"explorer_rollouts {explorer_rollouts}: needs at least 0")
@@ -54,9 +64,16 @@ def write_report(
     if out.is_dir():
         raise UsageError(f"{out} is a folder; name a file, such as {out / 'report.html'}")
     _vl_convert()
-    facts = gather(root, baseline=baseline, selection=selection, embedder=embedder, seed=seed)
-    with facts.con:
-        page = _page(facts, explorer_rollouts)
+    facts = gather(
+        root,
+        baseline=baseline,
+        selection=selection,
+        embedder=embedder,
+        runs=runs,
+        seed=seed,
+        rollouts=explorer_rollouts,
+    )
+    page = _page(facts, explorer_rollouts)
     with store.replacing(out) as file:
         file.write(_html(page, _library()).encode("utf-8"))
     return out
@@ -69,7 +86,8 @@ def write_figures(
     baseline: str = "base",
     selection: str = "all",
     embedder: str | None = None,
-    seed: int = 0,
+    runs: Sequence[str] = (),
+    seed: int = SEED,
 ) -> list[Path]:
     """The paths written: every chart of the report that has data, as a PDF and an SVG file.
 
@@ -78,9 +96,16 @@ def write_figures(
     vl_convert = _vl_convert()
     from canopy_store.report import sections
 
-    facts = gather(root, baseline=baseline, selection=selection, embedder=embedder, seed=seed)
-    with facts.con:
-        drawn = [chart for chart in sections.charts(facts) if "spec" in chart]
+    facts = gather(
+        root,
+        baseline=baseline,
+        selection=selection,
+        embedder=embedder,
+        runs=runs,
+        seed=seed,
+        rollouts=0,
+    )
+    drawn = [chart for chart in sections.charts(facts) if "spec" in chart]
     if not drawn:
         raise StoreError(f"{root}: no run is complete, so there is nothing to draw; see canopy status")
     written = []
@@ -112,12 +137,13 @@ def _page(facts: Facts, explorer_rollouts: int) -> dict[str, Any]:
         "tasks": shown["task"].unique().sort().to_list(),
         "selection": facts.selection,
         "embedder": facts.embedder,
-        "notes": facts.notes,
+        "notes": notes(facts),
         "counts": sections.counts(facts),
         "figures": sections.key_figures(facts),
         "charts": sections.charts(facts),
         "tables": sections.tables(facts),
         "explorer": explorer(facts, explorer_rollouts),
+        "bootstrap": {"replicates": REPLICATES, "confidence": CONFIDENCE, "seed": facts.seed},
         "themes": {"light": config(), "dark": config(dark=True)},
     }
 

@@ -7,14 +7,15 @@ from typing import Any
 
 import polars as pl
 
+from canopy_store.analysis.lines import fitted_lines
+from canopy_store.analysis.pairing import widest
 from canopy_store.report import charts as draw
-from canopy_store.report import facts as read
-from canopy_store.report import intervals
 from canopy_store.report.facts import Facts
-from canopy_store.schema import COLUMNS
+from canopy_store.sql.columns import column_of
 
 _EMBED = "Nothing is embedded yet. Run: canopy ingest embed --store … --embedder …"
 _NAMED_ARROWS = 16
+MAX_POINTS = 2400  # prompts in the scatter
 _KEY_FIGURES = (
     ("ce_star", "Canopy entropy CE*", "nats"),
     ("entropy_rate", "Entropy rate", "nats per token"),
@@ -22,6 +23,15 @@ _KEY_FIGURES = (
     ("rho_pearson", "Length–rate correlation ρ", ""),
     ("semantic_diversity", "Semantic diversity", ""),
 )
+# What the chart of changes shows, and its name there.
+_CHANGES = {
+    "ce_star": "CE*",
+    "mean_length": "Length",
+    "entropy_rate": "Entropy rate",
+    "semantic_diversity": "Semantic diversity",
+    "vendi_score": "Vendi score",
+}
+_SHORT = pl.col(pl.Float64).round(7).round_sig_figs(6)
 _METRICS = (
     "family",
     "variant",
@@ -72,7 +82,7 @@ _RUNS = (
     "run_id",
 )
 _DOCS = {  # columns of canopy status, which are no columns of the store
-    "complete": "Whether every rollout asked for is stored.",
+    "complete": "Whether every planned rollout is stored.",
     "shards": "Parquet files of the run's rollouts.",
     "rollouts": "Rollouts stored.",
     "tokens": "Tokens stored.",
@@ -82,32 +92,21 @@ _DOCS = {  # columns of canopy status, which are no columns of the store
 
 
 def key_figures(facts: Facts) -> list[dict[str, Any]]:
-    """One entry a measure: its mean over tasks (and families) by the baseline and by each variant.
+    """One entry a measure: the rows of `compare` that pool the most, one a variant.
 
-    Compared over the (family, task) pairs that the baseline and the variant both have.
+    Where nothing can be compared, the rows of `estimate`: ``value`` in place of ``baseline``,
+    ``treated`` and their changes.
     """
-    entries = []
-    for metric, name, unit in _KEY_FIGURES:
-        there = facts.shown.drop_nulls(metric).select("family", "task", "variant", metric)
-        rows = []
-        base = there.filter(pl.col("variant") == facts.baseline)
-        for variant in facts.treated:
-            both = there.filter(pl.col("variant") == variant).join(
-                base, on=["family", "task"], suffix="_base"
-            )
-            if len(both):
-                before, after = _mean(both[f"{metric}_base"]), _mean(both[metric])
-                rows.append({"variant": variant, "before": before, "after": after})
-        if not rows and len(there):
-            for (variant,), group in there.group_by(["variant"], maintain_order=True):
-                rows.append({"variant": variant, "before": None, "after": _mean(group[metric])})
-        if rows:
-            entries.append({"metric": metric, "name": name, "unit": unit, "rows": rows})
-    return entries
-
-
-def _mean(values: pl.Series) -> float:
-    return round(float(values.mean()), 7)  # type: ignore[arg-type]
+    frame = facts.alone if facts.changes.is_empty() else facts.changes
+    if frame.is_empty():
+        return []
+    value = "value" if facts.changes.is_empty() else "delta"
+    rows = widest(frame).drop_nulls(value).sort("variant")
+    figures = [
+        {"metric": metric, "name": name, "unit": unit, "rows": rows.filter(metric=metric).to_dicts()}
+        for metric, name, unit in _KEY_FIGURES
+    ]
+    return [figure for figure in figures if figure["rows"]]
 
 
 def counts(facts: Facts) -> dict[str, int]:
@@ -137,101 +136,133 @@ def _entry(entry: dict[str, Any], make: Callable[[Facts], Any], facts: Facts) ->
     return {**entry, "spec": {**spec, "title": entry["title"]}, "shown": shown}
 
 
-def _pooled(facts: Facts) -> pl.DataFrame:
-    frame = facts.query(
-        "select d.*, s.panel from ce_star_decomposition d join shown s using (run_id)"
-        " where d.selection = $selection",
-        selection=facts.selection,
-    )
-    return frame.filter(pl.col("panel").is_in(facts.panels)).sort("panel", "variant")
+def _pieces(facts: Facts) -> pl.DataFrame:
+    return facts.placed(facts.decomposition).with_columns(_SHORT).sort("panel", "variant")
 
 
 def _length_pieces(facts: Facts) -> Any:
-    return draw.length_pieces(_pooled(facts), facts.variants, facts.panels)
+    return draw.length_pieces(_pieces(facts), facts.variants, facts.panels)
 
 
 def _stop_pieces(facts: Facts) -> Any:
-    frame = _pooled(facts).drop_nulls("stop_entropy")
+    frame = _pieces(facts).drop_nulls("stop_entropy")
     if frame.is_empty():
         return "The runs hold no eos_logprob: the chance of ending at each step was not logged."
     return draw.stop_pieces(frame, facts.variants, _in(facts.panels, frame))
 
 
 def _trajectory(facts: Facts) -> Any:
-    frame = read.trajectory(facts).filter(pl.col("panel").is_in(facts.panels))
+    frame = facts.placed(facts.trajectory).with_columns(_SHORT).drop("run_id")
     if frame.is_empty():
-        return f"There is no trajectory of the selection {facts.selection}."
+        return f"No rollout of the selection {facts.selection} has entropies."
     return draw.trajectory(frame, facts.variants, _in(facts.panels, frame))
 
 
 def _lengths(facts: Facts) -> Any:
-    frame = read.lengths(facts).filter(pl.col("panel").is_in(facts.panels))
+    frame = facts.placed(facts.lengths).with_columns(_SHORT).drop("run_id")
     return draw.lengths(frame, facts.variants, facts.panels)
 
 
 def _rho(facts: Facts) -> Any:
-    frame = intervals.rho_intervals(facts.prompts, seed=facts.seed)
+    """ρ as `compare` gives it: of a baseline compared over other prompts each time, a row each time."""
+    sides = [
+        _side(facts.changes, "baseline", variant=pl.lit(facts.baseline)),
+        _side(facts.changes, "treated"),
+        _side(facts.alone, "value"),
+    ]
+    frame = pl.concat([side for side in sides if len(side)], how="diagonal").drop_nulls("rho_pearson")
     if frame.is_empty():
         return "ρ needs at least four rollouts a prompt whose lengths differ."
-    placed = frame.join(facts.shown.select("run_id", "panel", "variant"), on="run_id").drop("run_id")
-    placed = placed.filter(pl.col("panel").is_in(facts.panels)).sort("panel", "variant")
-    return draw.rho(placed, facts.variants, _in(facts.panels, placed))
+    frame = facts.placed(frame, on=("family", "task")).drop("family", "task").unique()
+    order = pl.col("variant").replace_strict(
+        facts.variants, range(len(facts.variants)), return_dtype=pl.Int64
+    )
+    frame = frame.sort("panel", order, "rho_pearson").with_columns(
+        place=pl.int_range(pl.len()).over("panel")
+    )
+    return draw.rho(frame, facts.variants, _in(facts.panels, frame))
+
+
+def _side(frame: pl.DataFrame, part: str, **more: pl.Expr) -> pl.DataFrame:
+    """ρ of each family and task from the columns of ``part``, with its interval."""
+    if frame.is_empty():
+        return frame
+    return (
+        frame.filter(level="task", metric="rho_pearson")
+        .with_columns(**more)
+        .select(
+            "family",
+            "task",
+            "variant",
+            "n_prompts",
+            rho_pearson=part,
+            ci_low=f"{part}_ci_low",
+            ci_high=f"{part}_ci_high",
+        )
+    )
 
 
 def _diversity(facts: Facts) -> Any:
-    frame, total = read.diversity_points(facts)
-    if frame.is_empty():
+    columns = ["panel", "variant", "prompt_id", "entropy_rate", "semantic_diversity"]
+    every = facts.placed(facts.prompts).select(columns).drop_nulls(columns[3:])
+    if every.is_empty():
         return _EMBED if facts.embedder is None else "Diversity needs two rollouts a prompt."
-    drawn = int((frame["kind"] == "prompt").sum())
-    shown = f"{drawn:,} of {total:,} prompts are drawn; lines are fitted to all." * (drawn < total)
-    return draw.diversity(frame, facts.variants, _in(facts.panels, frame)), shown
+    points = every
+    if len(every) > MAX_POINTS:
+        points = every.sample(MAX_POINTS, seed=facts.seed).sort(columns[:3])
+    lines = fitted_lines(every, "entropy_rate", "semantic_diversity", by=columns[:2])
+    both = pl.concat(
+        [
+            points.with_columns(kind=pl.lit("prompt")),
+            lines.with_columns(prompt_id=pl.lit(""), kind=pl.lit("line")).select(*columns, "kind"),
+        ]
+    ).with_columns(_SHORT)
+    shown = f"{len(points):,} of {len(every):,} prompts are drawn; lines are fitted to all."
+    drawn = draw.diversity(both, facts.variants, _in(facts.panels, both))
+    return drawn, shown * (len(points) < len(every))
 
 
 def _arrows(facts: Facts) -> Any:
-    if not facts.treated:
-        return _alone(facts)
-    there = facts.shown.drop_nulls(["semantic_diversity", "entropy_rate"])
-    base = there.filter(pl.col("variant") == facts.baseline)
-    both = there.filter(pl.col("variant") != facts.baseline).join(
-        base, on=["family", "task"], suffix="_b"
+    if facts.unpaired is not None:
+        return f"Nothing is compared: {facts.unpaired}."
+    ends: dict[str, str] = {"baseline": "from", "treated": "to"}
+    keys = ["family", "task", "variant"]
+    rate, diversity = (
+        facts.changes.filter(level="task", metric=metric)
+        .drop_nulls(list(ends))
+        .select(*keys, **{f"{axis}_{end}": part for part, end in ends.items()})
+        for metric, axis in (("entropy_rate", "rate"), ("semantic_diversity", "diversity"))
     )
-    if both.is_empty():
+    frame = rate.join(diversity, on=keys).sort(keys)
+    if frame.is_empty():
         return _EMBED if facts.embedder is None else "No task is embedded for both variants."
     label = pl.col("task") if len(facts.treated) == 1 else pl.format("{} → {}", "task", "variant")
-    named = len(both) <= _NAMED_ARROWS
-    frame = both.select(
-        "family",
-        "task",
-        "variant",
-        label=label if named else pl.lit(""),
-        rate_from=pl.col("entropy_rate_b").round(5),
-        rate_to=pl.col("entropy_rate").round(5),
-        diversity_from=pl.col("semantic_diversity_b").round(5),
-        diversity_to=pl.col("semantic_diversity").round(5),
-    ).sort("family", "task", "variant")
+    named = len(frame) <= _NAMED_ARROWS
+    frame = frame.with_columns(label=label if named else pl.lit(""))
     shown = "" if named else "Too many arrows to name: point at one, or see the numbers."
     return draw.arrows(frame, facts.families), shown
 
 
 def _changes(facts: Facts) -> Any:
-    if not facts.treated:
-        return _alone(facts)
-    frame = intervals.changes(facts.prompts, facts.baseline, seed=facts.seed)
+    if facts.unpaired is not None:
+        return f"Nothing is compared: {facts.unpaired}."
+    order = pl.col("metric").replace_strict(list(_CHANGES), range(len(_CHANGES)), default=None)
+    frame = facts.placed(facts.changes.filter(level="task"), on=("family", "task"))
+    percent = ["percent_delta", "percent_delta_ci_low", "percent_delta_ci_high"]
+    frame = (
+        frame.filter(pl.col("metric").is_in(list(_CHANGES)))
+        .drop_nulls(percent)
+        .sort(order, "panel", "variant")
+        .select("panel", "variant", pl.col("metric").replace(_CHANGES), "n_prompts", *percent)
+    )
     if frame.is_empty():
-        return f"No prompt was answered both by {facts.baseline} and by another variant."
-    frame = frame.filter(pl.col("panel").is_in(facts.panels)).drop("family", "task")
+        return "No change has an interval: too few prompts are in both variants."
     return draw.changes(frame, facts.variants, _in(facts.panels, frame))
 
 
-def _alone(facts: Facts) -> str:
-    if facts.baseline not in facts.variants:
-        return f"No variant is named {facts.baseline}, so there is nothing to compare with."
-    return f"{facts.baseline} is the only variant: sample a fine-tuned one to compare."
-
-
 def _in(panels: Sequence[str], frame: pl.DataFrame) -> list[str]:
-    there = set(frame["panel"])
-    return [name for name in panels if name in there]
+    drawn = set(frame["panel"])
+    return [name for name in panels if name in drawn]
 
 
 # id, name in the contents, title, how to read it, what makes it
@@ -240,9 +271,9 @@ _CHARTS: tuple[tuple[str, str, str, str, Callable[[Facts], Any]], ...] = (
         "changes",
         "Changes",
         "What fine-tuning changed",
-        "Each dot is the change from the baseline, in percent, over the prompts both answered; the bar "
-        "is a 95% bootstrap interval over prompts. A bar that misses the dashed line is a change beyond "
-        "the spread between prompts.",
+        "Each dot is the change from the baseline, in percent, over the prompts that both variants "
+        "have; the bar is its 95% bootstrap interval over prompts. A bar that does not reach the dashed "
+        "line is a change larger than the spread between prompts explains.",
         _changes,
     ),
     (
@@ -250,7 +281,7 @@ _CHARTS: tuple[tuple[str, str, str, str, Callable[[Facts], Any]], ...] = (
         "Arrows",
         "From baseline to fine-tuned",
         "Each arrow is one task of one family: its ring is the baseline, its head the fine-tuned model. "
-        "To the left means fewer nats per token; down means rollouts that say more alike things.",
+        "To the left means fewer nats per token; down means rollouts that are more alike in meaning.",
         _arrows,
     ),
     (
@@ -264,10 +295,10 @@ _CHARTS: tuple[tuple[str, str, str, str, Callable[[Facts], Any]], ...] = (
     ),
     (
         "ce-star-stop",
-        "Say and stop",
-        "CE*, by what to say and when to stop",
-        "The same CE*, in nats, split otherwise: uncertainty about the next token given that the "
-        "rollout goes on, and uncertainty about ending at each step.",
+        "Content and stop",
+        "CE*, by content and when to stop",
+        "The same CE*, in nats, split another way: uncertainty about the next token when the rollout "
+        "goes on, and uncertainty about whether it ends at each step.",
         _stop_pieces,
     ),
     (
@@ -292,7 +323,8 @@ _CHARTS: tuple[tuple[str, str, str, str, Callable[[Facts], Any]], ...] = (
         "ρ",
         "Length against entropy rate: ρ",
         "Left of zero, a prompt's longer rollouts are more certain per token; right of it, less. The "
-        "dot pools prompts; the bar is a 95% bootstrap interval over prompts.",
+        "dot pools the prompts that the baseline and the other variant share (all prompts, where a "
+        "model is compared with none); the bar is its 95% bootstrap interval over prompts.",
         _rho,
     ),
     (
@@ -300,8 +332,8 @@ _CHARTS: tuple[tuple[str, str, str, str, Callable[[Facts], Any]], ...] = (
         "Diversity",
         "Semantic diversity against entropy rate",
         "Each point is one prompt: how uncertain its tokens are, in nats per token, and how different "
-        "its rollouts are in meaning (1 − mean cosine similarity). A steep line: uncertainty that "
-        "turns into different meanings.",
+        "its rollouts are in meaning (1 − mean cosine similarity). Where the line is steep, "
+        "uncertainty about tokens becomes difference in meaning.",
         _diversity,
     ),
 )
@@ -310,40 +342,53 @@ _CHARTS: tuple[tuple[str, str, str, str, Callable[[Facts], Any]], ...] = (
 def tables(facts: Facts) -> list[dict[str, Any]]:
     """One entry a table: id, title, a sentence, columns with their meaning, rows."""
     keys = ["family", "task", "variant", "run_id"]
-    logging = facts.con.sql("from logging_check").pl()
     return [
         _table(
             "metrics",
             "Measures",
             "Every measure",
             "One row per run, embedder and selection, pooled over prompts.",
+            "model_metrics",
             facts.metrics.select(_METRICS).sort([*keys, "embedder", "selection"]),
         ),
         _table(
             "logging",
             "Logging",
-            "Were the numbers logged honestly?",
-            "Had entropies been logged from another distribution than the one sampled from, z would "
+            "Were entropies and samples logged from one distribution?",
+            "If the entropies came from another distribution than the one that was sampled, z would "
             "not look standard normal; ok means |z| ≤ 5. Runs without log-probabilities are not listed.",
-            logging.sort("family", "task", "variant", "selection").select(_LOGGING),
+            "logging_check",
+            _logging(facts),
         ),
         _table(
             "runs",
             "Runs",
             "Runs",
-            "Every run begun; one that is not complete is left out of all measures.",
+            "Every run that was started; one that is not complete is left out of all measures.",
+            "runs",
             facts.runs.sort(keys).select(_RUNS),
         ),
     ]
 
 
-def _table(identity: str, short: str, title: str, how: str, frame: pl.DataFrame) -> dict[str, Any]:
+def _logging(facts: Facts) -> pl.DataFrame:
+    if facts.logging.is_empty():
+        return pl.DataFrame(schema=list(_LOGGING))
+    return facts.logging.sort("family", "task", "variant", "selection").select(_LOGGING)
+
+
+def _table(
+    identity: str, short: str, title: str, how: str, relation: str, frame: pl.DataFrame
+) -> dict[str, Any]:
     columns = []
     for name, kind in frame.schema.items():
-        known = COLUMNS.get(name)
-        doc = _DOCS.get(name) or (f"{known.doc} {known.unit}".strip() if known else "")
+        if name in _DOCS:
+            doc = _DOCS[name]
+        else:
+            column = column_of(relation, name)
+            doc = f"{column.doc} {column.unit}".strip()
         columns.append({"name": name, "doc": doc, "number": kind.is_numeric()})
-    rounded = frame.with_columns(pl.col(pl.Float64).round(7).round_sig_figs(6))
+    rounded = frame.with_columns(_SHORT)
     return {
         "id": identity,
         "short": short,

@@ -11,6 +11,7 @@ import pyarrow as pa
 from canopy_store.errors import DataError
 from canopy_store.schema import TABLES
 from canopy_store.store.commits import Record, commit, fresh_number, record, records, remove_unnamed
+from canopy_store.store.files import exists
 from canopy_store.store.layout import content_id, folder, shard_path
 from canopy_store.store.parquet import read_rows, write_rows
 
@@ -90,7 +91,8 @@ def _select_spectra(root: Path, embedded: Record, selected: Record) -> None:
     keys = {"embedder": embedder, "selection": selected.keys["selection"], "run": run_id}
     made_of = {"selection": content_id({n: f["sha256"] for n, f in selected.files.items()})}
     old = record(root, "embedding_spectra", **keys)
-    if (old is not None and old.settings == made_of) or not embedded.of("embeddings"):
+    whole = old is not None and all(exists(root / name) for name in old.files)
+    if (whole and old is not None and old.settings == made_of) or not embedded.of("embeddings"):
         return
     where, number = folder(root, "embedding_spectra", **keys), fresh_number(old)
     chosen = {key for name in selected.of("selections") for key in _keys(read_rows(root / name))}

@@ -1,13 +1,9 @@
 """Regressions of diversity on entropy rate: linear mixed models, and the beta mixed model (`beta`)."""
 
-from canopy_store.analysis.regression.linear import (
-    FACTORS,
-    Fit,
-    Model,
-    fieller,
-    natural_spline,
-    read_panel,
-    regress,
-)
+from canopy_store.analysis.regression.design import natural_spline
+from canopy_store.analysis.regression.fit import Fit, Model
+from canopy_store.analysis.regression.models import regress
+from canopy_store.analysis.regression.panel import FACTORS, read_panel
+from canopy_store.analysis.regression.slopes import fieller
 
 __all__ = ["FACTORS", "Fit", "Model", "fieller", "natural_spline", "read_panel", "regress"]

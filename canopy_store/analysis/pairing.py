@@ -1,0 +1,213 @@
+"""Cells of a comparison: the prompts that two variants share, and their pooled values by bootstrap."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import polars as pl
+
+from canopy_store.analysis import bootstrap
+from canopy_store.analysis.bootstrap import Array, Rollouts
+from canopy_store.errors import DataError
+
+LEVELS = ("task", "family", "all")
+POOLED = "(all)"
+Key = tuple[str, str, str]  # family, variant, task
+Draw = Callable[[int, Any], tuple[Array, Array]]
+
+
+@dataclass(frozen=True)
+class Side:
+    """One variant's prompts of a cell, in order, and their sums (2, P, K): w f(x), then w."""
+
+    run_id: str
+    prompts: list[str]
+    n_rollouts: int
+    sums: Array
+
+
+Cells = dict[Key, tuple[Side, ...]]  # the baseline's side and the treated one, or one side alone
+
+
+def unpaired(rows: pl.DataFrame, baseline: str) -> str | None:
+    """Why no row of prompt_metrics can be compared with the baseline; None where some can."""
+    variants = sorted(rows["variant"].unique())
+    if baseline not in variants:
+        return f"--baseline {baseline}: no such variant; the store has {', '.join(variants)}"
+    if len(variants) == 1:
+        return f"{baseline} is the only variant: there is nothing to compare it with"
+    is_baseline = pl.col("variant") == baseline
+    same = ["family", "task", "prompt_id"]
+    if rows.filter(~is_baseline).join(rows.filter(is_baseline), on=same, how="semi").is_empty():
+        return (
+            f"no prompt is in both {baseline} and another variant of its family: comparisons are "
+            "paired by task and prompt_id, so sample both from the same prompts"
+        )
+    return None
+
+
+class _Prompts:
+    """Rows of prompt_metrics by family, variant, task and prompt, with their sums (2, rows, K)."""
+
+    def __init__(self, rows: pl.DataFrame, names: Sequence[str]) -> None:
+        # prompts numbered by an importer keep the order of their numbers
+        rows = rows.sort(pl.col("prompt_id").str.len_chars(), "prompt_id")
+        self.sums = np.stack(bootstrap.weighted_values(bootstrap.columns_of(rows), names))
+        self.n_rollouts = rows["n_rollouts"].to_numpy()
+        self.run_ids = rows["run_id"].to_list()
+        self.parts: dict[Key, dict[str, int]] = {}
+        keys = rows.select("family", "variant", "task", "prompt_id")
+        for at, (family, variant, task, prompt) in enumerate(keys.iter_rows()):
+            self.parts.setdefault((family, variant, task), {})[prompt] = at
+
+    def sides(self, keys: Sequence[Key], prompts: list[str]) -> tuple[Side, ...]:
+        """These prompts of each key; a value that one of them lacks counts in none."""
+        places = [[self.parts[key][prompt] for prompt in prompts] for key in keys]
+        known = np.logical_and.reduce([self.sums[1, at] > 0 for at in places])  # (P, K)
+        return tuple(
+            Side(self.run_ids[at[0]], prompts, int(self.n_rollouts[at].sum()), self.sums[:, at] * known)
+            for at in places
+        )
+
+
+def paired_cells(
+    rows: pl.DataFrame, baseline: str, names: Sequence[str]
+) -> tuple[Cells, dict[Key, Array]]:
+    """Per (family, variant, task): the prompts both variants have, and how many are left out (K,).
+
+    Raises
+    ------
+    DataError
+        No such baseline, no other variant, no prompt in common.
+    """
+    reason = unpaired(rows, baseline)
+    if reason is not None:
+        raise DataError(reason)
+    prompts = _Prompts(rows, names)
+    cells: Cells = {}
+    left_out = {}
+    for family, variant, task in sorted(prompts.parts):
+        base = prompts.parts.get((family, baseline, task))
+        if variant == baseline or base is None:
+            continue
+        treated = prompts.parts[family, variant, task]
+        common = [prompt for prompt in base if prompt in treated]
+        if common:
+            pair = prompts.sides([(family, baseline, task), (family, variant, task)], common)
+            apart = len(base) + len(treated) - 2 * len(common)
+            left_out[family, variant, task] = apart + (pair[0].sums[1] == 0).sum(0)
+            cells[family, variant, task] = pair
+    return cells, left_out
+
+
+def single_cells(rows: pl.DataFrame, names: Sequence[str]) -> Cells:
+    """Per (family, variant, task): one side, all its prompts."""
+    prompts = _Prompts(rows, names)
+    return {key: prompts.sides([key], list(prompts.parts[key])) for key in sorted(prompts.parts)}
+
+
+def grouped(cells: Cells, level: str) -> dict[Key, Cells]:
+    """The cells that each row of a level pools."""
+    groups: dict[Key, Cells] = {}
+    for (family, variant, task), cell in cells.items():
+        where = {
+            "task": (family, variant, task),
+            "family": (family, variant, POOLED),
+            "all": (POOLED, variant, POOLED),
+        }[level]
+        groups.setdefault(where, {})[family, variant, task] = cell
+    return groups
+
+
+def without_repeats(frame: pl.DataFrame) -> pl.DataFrame:
+    """Leaves out a pooled row that pools one cell only: it would be counted twice among the tests."""
+    keys = ("variant", "metric")
+    families = frame.filter(level="task").group_by(*keys, "family").len()
+    single = families.filter(pl.col("len") == 1).select(*keys, "family", level=pl.lit("family"))
+    frame = frame.join(single, on=[*keys, "family", "level"], how="anti", maintain_order="left")
+    alone = families.group_by(keys).len().filter(pl.col("len") == 1).select(*keys, level=pl.lit("all"))
+    return frame.join(alone, on=[*keys, "level"], how="anti", maintain_order="left")
+
+
+def widest(frame: pl.DataFrame) -> pl.DataFrame:
+    """Each variant's and metric's row that pools the most: all families, else all tasks, else one."""
+    rank = pl.col("level").replace_strict(LEVELS, range(len(LEVELS)), return_dtype=pl.Int64)
+    by_width = frame.sort(rank, descending=True, maintain_order=True)
+    return by_width.unique(["variant", "metric"], keep="first", maintain_order=True)
+
+
+def drawing(replicates: int, resample: str = "prompts") -> Draw:
+    """The draws (B, P) of a number of prompts under a key, and their counts (B, P); drawn once a key."""
+
+    @functools.cache
+    def draw(prompts: int, key: Any) -> tuple[Array, Array]:
+        drawn = np.tile(np.arange(prompts), (replicates, 1))
+        if resample != "rollouts":
+            drawn = bootstrap.draw_prompts(prompts, replicates, key)
+        return drawn, bootstrap.counts_of(drawn)
+
+    return draw
+
+
+def evaluate(
+    group: Cells,
+    names: Sequence[str],
+    draw: Draw,
+    replicates: int,
+    seed: int,
+    kernels: Mapping[tuple[str, str], Rollouts],
+) -> tuple[Array, Array, Array]:
+    """Values (S, K) of each side, replicates (S, B, K), and prompts used (tasks, K).
+
+    Each metric is summed by itself, so that its last bits do not depend on which others there are.
+    """
+    width, sides = len(names), len(next(iter(group.values())))
+    point = np.zeros((2, sides, width))  # (top or bottom, side, K)
+    drawn_point = np.zeros((2, sides, replicates, width))
+    used = []
+    tasks = list(dict.fromkeys(task for _, _, task in group))
+    for number, task in enumerate(tasks):
+        cells = [cell for key, cell in group.items() if key[2] == task]
+        prompts = list(dict.fromkeys(p for first, *_ in cells for p in first.prompts))
+        place = {p: i for i, p in enumerate(prompts)}
+        # tasks are drawn independently; one task alone is drawn from the seed itself
+        drawn, counts = draw(len(prompts), seed if len(tasks) == 1 else (seed, number))
+        sums = np.zeros((2, sides, width, len(prompts)))
+        for cell in cells:
+            for which, side in enumerate(cell):
+                at = [place[p] for p in side.prompts]
+                own = sums[:, which]
+                own[..., at] += side.sums.swapaxes(1, 2)
+                if kernels:
+                    of_prompts = [kernels.get((side.run_id, p)) for p in prompts]
+                    known = np.zeros((len(prompts), width))
+                    known[at] = side.sums[1] > 0
+                    slots = _second_level(of_prompts, drawn, names, [seed, number, which])
+                    for k in range(width):
+                        drawn_point[:, which, :, k] += (slots[..., k] * known[drawn, k]).sum(-1)
+        point += sums.sum(-1)
+        used.append((sums[1] > 0).any(0).sum(-1))
+        if not kernels:
+            for top, which, k in np.ndindex(2, sides, width):
+                drawn_point[top, which, :, k] += counts @ sums[top, which, k]
+    return (
+        bootstrap.pooled(point[0], point[1], names),
+        bootstrap.pooled(drawn_point[0], drawn_point[1], names),
+        np.array(used),
+    )
+
+
+def _second_level(
+    of_prompts: list[Rollouts | None], drawn: Array, names: Sequence[str], seed: list[int]
+) -> Array:
+    """w f(x) and w (2, B, P, K) of every drawn slot, its rollouts drawn anew."""
+    present = [rollouts for rollouts in of_prompts if rollouts is not None]
+    here = np.array([rollouts is not None for rollouts in of_prompts])
+    place = np.cumsum(here) - 1
+    slots = np.where(here[drawn], place[drawn], -1)
+    columns = bootstrap.redraw_slots(present, slots, np.random.default_rng(seed))
+    return np.stack(bootstrap.weighted_values(columns, names))

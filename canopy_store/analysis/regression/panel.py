@@ -1,0 +1,172 @@
+"""A panel of prompts and variants: read, checked, and turned into arrays."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+
+from canopy_store.analysis.bootstrap import varies
+from canopy_store.analysis.regression.beta import Array, Codes
+from canopy_store.analysis.selections import only_runs, require_one_run
+from canopy_store.errors import DataError, FitError
+
+Columns = dict[str, Array]  # the columns of a design, by the name of the term
+
+FEWEST_PROMPTS = 5  # below, the variance between prompts is not an estimate of anything
+KEYS = ("family", "variant", "task", "prompt")
+NUMBERS = ("R_bar", "N_bar")
+FACTORS = ("task", "family")  # those that can be left out
+_OTHER_NAMES = {"model_name": "family", "model_variant": "variant"}
+
+
+@dataclass(frozen=True)
+class PanelData:
+    """A panel as arrays; the first level of each factor is its reference."""
+
+    outcome: str
+    y: Array
+    r: Array
+    n: Array
+    levels: dict[str, list[str]]
+    codes: dict[str, Codes]
+    left_out: int  # rows with a NULL
+
+    def dummies(self, factor: str) -> Columns:
+        """Treatment contrasts of a factor: none when it has one level."""
+        names = self.levels[factor][1:]
+        return {f"{factor}[{name}]": (self.codes[factor] == i + 1) * 1.0 for i, name in enumerate(names)}
+
+
+def read_panel(
+    path: str | Path,
+    *,
+    embedder: str | None = None,
+    selection: str | None = None,
+    runs: Sequence[str] = (),
+) -> pl.DataFrame:
+    """Return the panel of a CSV or Parquet file.
+
+    Columns: family, variant, task, prompt, R_bar, N_bar, then every other number of the file: D,
+    vendi_score, … The file has those of the view ``panel``, or model_name and model_variant for family
+    and variant. ``prompt`` is task/prompt_id.
+
+    Parameters
+    ----------
+    embedder, selection, runs : the rows to keep, where the file holds several
+
+    Raises
+    ------
+    DataError
+        The file cannot be read, misses a column, or holds several embedders or selections, or several
+        runs of one model and task, and none was named.
+    """
+    try:
+        if Path(path).suffix == ".parquet":
+            frame = pl.read_parquet(path)
+        else:
+            frame = pl.read_csv(path, infer_schema_length=None)
+    except (OSError, pl.exceptions.PolarsError) as error:
+        raise DataError(f"{path}: not a readable panel ({str(error).splitlines()[0]})") from error
+    return one_panel(frame, str(path), embedder=embedder, selection=selection, runs=runs)
+
+
+def one_panel(
+    frame: pl.DataFrame,
+    where: str,
+    *,
+    embedder: str | None = None,
+    selection: str | None = None,
+    runs: Sequence[str] = (),
+) -> pl.DataFrame:
+    """Return the rows of one embedder and selection, one run a model and task, as `read_panel` does.
+
+    ``where`` is what errors call the frame.
+    """
+    for column, wanted in (("embedder", embedder), ("selection", selection)):
+        frame = _keep(frame, column, wanted, where)
+    frame = frame.rename({a: b for a, b in _OTHER_NAMES.items() if a in frame.columns})
+    if "prompt" not in frame.columns and {"task", "prompt_id"} <= set(frame.columns):
+        frame = frame.with_columns(prompt=pl.format("{}/{}", "task", "prompt_id"))
+    missing = [c for c in KEYS + NUMBERS if c not in frame.columns]
+    if missing:
+        raise DataError(f"{where}: no column {', '.join(missing)}")
+    if runs and "run_id" not in frame.columns:
+        raise DataError(f"{where}: no column run_id, so --run cannot choose")
+    if "run_id" in frame.columns:
+        frame = only_runs(frame, runs)
+        require_one_run(frame)
+    try:
+        keys = (*KEYS, "prompt_id", *NUMBERS)
+        others = [c for c, kind in frame.schema.items() if kind.is_numeric() and c not in keys]
+        numbers = [*NUMBERS, *others]
+        return frame.select(pl.col(KEYS).cast(pl.String), pl.col(numbers).cast(pl.Float64))
+    except pl.exceptions.PolarsError as error:
+        raise DataError(f"{where}: {str(error).splitlines()[0]}") from error
+
+
+def _keep(frame: pl.DataFrame, column: str, wanted: str | None, where: str) -> pl.DataFrame:
+    if column not in frame.columns:
+        if wanted is not None:
+            raise DataError(f"{where}: no column {column}")
+        return frame
+    values = frame[column].drop_nulls().unique().sort().to_list()
+    named = ", ".join(map(str, values))
+    if wanted is not None and wanted not in values:
+        raise DataError(f"{where}: no {column} {wanted!r}; there is {named}")
+    if wanted is None and len(values) > 1:
+        raise DataError(f"{where}: several values of {column}, name one of {named}")
+    return frame if wanted is None else frame.filter(pl.col(column) == wanted)
+
+
+def panel_data(
+    frame: pl.DataFrame, outcome: str, baseline: str, reference_task: str | None, drop: Sequence[str]
+) -> PanelData:
+    finite = pl.all_horizontal(pl.col(outcome, "R_bar", "N_bar").is_finite().fill_null(False))
+    kept = frame.filter(finite)
+    present = {f: kept[f].unique().sort().to_list() for f in KEYS}
+    variants = ", ".join(present["variant"]) or "none"
+    if baseline not in present["variant"]:
+        raise FitError(f"no rows of the baseline variant {baseline!r}; there is {variants}")
+    if len(present["variant"]) < 2:
+        raise FitError(f"nothing to compare: {variants} is the only variant with a value of {outcome}")
+    if reference_task is not None and reference_task not in present["task"]:
+        raise FitError(f"no rows of the task {reference_task!r}; there is {', '.join(present['task'])}")
+    if len(present["prompt"]) < FEWEST_PROMPTS:
+        raise FitError(f"too few prompts: {len(present['prompt'])}, and {FEWEST_PROMPTS} are the fewest")
+    if kept["prompt"].value_counts()["count"].max() == 1:
+        raise FitError("every prompt has one row, so (1|prompt) is not told from the residual")
+    twice = kept.filter(pl.struct(KEYS).is_duplicated())
+    if len(twice):
+        row = "/".join(twice.select(KEYS).row(0))
+        raise FitError(f"more than one row of {row}: keep one embedder and one selection")
+    for column in (outcome, "R_bar", "N_bar"):
+        if not varies(kept[column].min(), kept[column].max()):
+            raise FitError(f"{column} is constant: nothing to regress")
+    for factor in FACTORS:
+        if len(present[factor]) == 1 and factor not in drop:
+            raise FitError(
+                f"one {factor} only ({present[factor][0]}): a {factor} effect cannot be told from the "
+                f"intercept; leave it out with --drop {factor}"
+            )
+    task = reference_task or ("completion" if "completion" in present["task"] else present["task"][0])
+    levels = {
+        **present,
+        "variant": _first(baseline, present["variant"]),
+        "task": _first(task, present["task"]),
+    }
+    codes = {
+        f: kept[f].replace_strict(levels[f], range(len(levels[f])), return_dtype=pl.Int64).to_numpy()
+        for f in KEYS
+    }
+    for factor in drop:  # one level: its terms vanish
+        levels[factor], codes[factor] = ["(dropped)"], np.zeros_like(codes[factor])
+    y, r, n = (kept[c].to_numpy() for c in (outcome, "R_bar", "N_bar"))
+    return PanelData(outcome, y, r, n, levels, codes, len(frame) - len(kept))
+
+
+def _first(name: str, names: list[str]) -> list[str]:
+    return [name, *(other for other in names if other != name)]

@@ -1,0 +1,331 @@
+"""What every column of a view means there: the one definition, beside the SQL that computes it.
+
+The comments in canopy.duckdb, the data dictionary and the report derive from it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from canopy_store.schema import COLUMNS, TABLES, Column, view_columns
+
+
+def _c(name: str, doc: str, unit: str = "", type: str = "DOUBLE") -> Column:
+    return Column(name, type, doc, unit)
+
+
+def _count(name: str, doc: str, unit: str = "") -> Column:
+    return _c(name, doc, unit, "BIGINT")
+
+
+# Columns that mean the same in every view that has them. Definitions: docs/measures.md.
+METRICS: tuple[Column, ...] = (
+    _c(
+        "content_entropy_sum",
+        "entropy_sum - stop_entropy_sum: what to say, given that the rollout goes on.",
+        "nats",
+    ),
+    _c(
+        "semantic_distance",
+        "1 - mean cosine similarity to the prompt's other rollouts in the selection; NULL of one.",
+    ),
+    _c("gen_ppl", "exp(ce_star / mean_length), both of this row."),
+    _c("branching_factor", "exp(entropy_rate), of this row."),
+    _c(
+        "canopy_size_log10",
+        "log10 of exp(ce_star), ce_star of this row: the effective number of rollouts.",
+        "powers of ten",
+    ),
+    _c("length_rate_product", "E[N] · E[r]: mean_length times entropy_rate of model_metrics.", "nats"),
+    _c("cov_within", "Mean over prompts of the population covariance of N and r.", "nats"),
+    _c("cov_between", "Population covariance over prompts of E[N|X] and E[r|X].", "nats"),
+    _c("position", "Step of the rollout, from 1.", "tokens", "INTEGER"),
+    _c(
+        "mean_entropy",
+        "Mean over active rollouts of the step's entropy under the run's own policy.",
+        "nats",
+    ),
+    _c(
+        "mean_entropy_rate",
+        "Mean over active rollouts of the entropy rate up to the position t: (h_1 + … + h_t) / t.",
+        "nats per token",
+    ),
+    _c("stop_probability", "Mean over active rollouts of the probability of ending at the position."),
+    _count("stopped", "Active rollouts that did end by themselves at the position."),
+    _c("tercile", "Length tercile within the prompt: short, medium or long.", type="VARCHAR"),
+    _c("D", "The prompt's semantic_diversity, as the regressions call it."),
+    _c("R_bar", "The prompt's entropy_rate, as the regressions call it.", "nats per token"),
+    _c("N_bar", "The prompt's mean_length, as the regressions call it.", "tokens"),
+    _c("vendi_share", "The prompt's vendi_score / n_rollouts: a share, at most 1."),
+    _c("mean_excess", "Mean over rollouts of surprisal_sum - entropy_sum.", "nats"),
+    _c("sd", "Standard deviation over rollouts of that excess.", "nats"),
+    _c("z", "mean_excess in standard errors; standard normal when logging is right."),
+    _c(
+        "ok",
+        "Logged from the distribution that was sampled: |z| <= 5; an excess that is the same in all "
+        "rollouts must be 0.",
+        type="BOOLEAN",
+    ),
+    _c("same_policy", "Scored under the policy that the run was sampled with.", type="BOOLEAN"),
+    _c(
+        "scorer_logprob",
+        "Per step, log-probability of the token under scorer and policy; -inf outside the policy's "
+        "support.",
+        "nats",
+        "FLOAT[]",
+    ),
+    _c("scorer_entropy", "Per step, entropy of the scorer's policy.", "nats", "FLOAT[]"),
+    _c(
+        "scorer_surprisal_sum",
+        "Sum of -scorer_logprob over the rollout; infinite where a token is outside the policy's "
+        "support.",
+        "nats",
+    ),
+    _c("scorer_entropy_sum", "Sum of scorer_entropy over the rollout.", "nats"),
+    _c("log_ratio", "log p - log q of the rollout: p the run's policy, q the scorer's.", "nats"),
+    _c(
+        "kl_se_prompts",
+        "Standard error of kl over prompts: what other prompts would change, too.",
+        "nats",
+    ),
+)
+
+# Views that show the columns of another relation, row by row.
+_PASSED = {
+    "selected_rollouts": "rollouts",
+    "rollout_metrics": "selected_rollouts",
+    "scored_rollouts": "selected_rollouts",
+    "panel": "prompt_metrics",
+}
+
+
+# What an engine may have logged or not: a run's scores complete it in the views.
+_LOGGED = {
+    "logprob",
+    "entropy",
+    "eos_logprob",
+    "entropy_sum",
+    "surprisal_sum",
+    "stop_entropy_sum",
+}
+
+
+def _completed(recorded: Column) -> Column:
+    doc = recorded.doc.partition("; NULL")[0].removesuffix(".")
+    scored = "where the engine gave none, from scores under the run's own model and policy"
+    return replace(recorded, doc=f"{doc}; {scored}.")
+
+
+_SUBSET = "of a selection other than 'all' the mean of that subset, and no entropy"
+_NOISIER = "over 'all' a second, noisier estimate of what ce_star estimates"
+_OVER = "{} of n_tokens and {} over the prompt's rollouts; NULL where one is constant."
+_COVARIANCE = "Sample covariance of n_tokens and {} over the prompt's rollouts; NULL of one."
+_FISHER = "The prompts' {} pooled: Fisher's z, weighted by n_rollouts - 3, transformed back."
+_BY_PAIRS = "Mean over prompts of their {}, weighted by pairs of rollouts."
+_BY_FREEDOM = "Mean over prompts of their {}, weighted by n_rollouts - 1."
+_ACTIVE = "Rollouts of the run in the selection that reach the position"
+_SCORED = "Scored rollouts of the {} in the selection, those counted in n_outside included."
+_OUTSIDE = (
+    "with a token outside the scorer's support: above 0, cross-entropy and divergence are infinite, "
+    "and the means here leave these out."
+)
+_SAME_PROMPTS = "these prompts given: what other rollouts of them would change."
+_RHOS = (
+    ("pearson", "Pearson correlation", _FISHER),
+    ("spearman", "Spearman correlation (mid-ranks)", _FISHER),
+    ("kendall", "Kendall's tau-b", _BY_PAIRS),
+)
+_SIDES = (("rho", "entropy rate"), ("rho_length_diversity", "semantic_distance"))
+
+# What a view's columns mean where that is the view's own.
+VIEW_DOCS: dict[str, tuple[Column, ...]] = {
+    "selected_rollouts": tuple(_completed(c) for c in TABLES["rollouts"].columns if c.name in _LOGGED),
+    "rollout_metrics": (
+        _c("entropy_rate", "r_i: entropy_sum / n_tokens of the rollout.", "nats per token"),
+    ),
+    "prompt_metrics": (
+        _count("n_rollouts", "Rollouts of the prompt in the selection."),
+        _count("n_tokens", "Generated tokens of the prompt's rollouts in the selection.", "tokens"),
+        _c(
+            "ce_star",
+            "CE*: mean entropy_sum of the prompt's rollouts, the estimate of H(N, Y | X = x); "
+            f"{_SUBSET}.",
+            "nats",
+        ),
+        _c(
+            "surprisal_mean",
+            f"Mean surprisal_sum of the prompt's rollouts: {_NOISIER}; NULL where a rollout has none.",
+            "nats",
+        ),
+        _c("mean_length", "Mean n_tokens of the prompt's rollouts.", "tokens"),
+        _c(
+            "entropy_rate",
+            "Mean over the prompt's rollouts of their own entropy rate, entropy_sum / n_tokens.",
+            "nats per token",
+        ),
+        *(
+            _c(f"{side}_{kind}", _OVER.format(named, other))
+            for side, other in _SIDES
+            for kind, named, _ in _RHOS
+        ),
+        _c("cov_length_rate", _COVARIANCE.format("entropy rate"), "nats"),
+        _c("cov_length_diversity", _COVARIANCE.format("semantic_distance"), "tokens"),
+        _c(
+            "truncation_rate",
+            "Share of the prompt's rollouts cut at max_new_tokens; NULL where a finish_reason is "
+            "unknown.",
+        ),
+        _c(
+            "semantic_diversity",
+            "1 - mean cosine similarity over pairs of the prompt's rollouts; NULL of one.",
+        ),
+        _c(
+            "vendi_score",
+            "exp of the Shannon entropy of the prompt's spectrum: the effective number of distinct "
+            "rollouts.",
+        ),
+    ),
+    "model_metrics": (
+        _count("n_prompts", "Prompts of the run with a rollout in the selection."),
+        _count("n_rollouts", "Rollouts of the run in the selection."),
+        _count("n_tokens", "Generated tokens of the run's rollouts in the selection.", "tokens"),
+        _c(
+            "ce_star",
+            f"CE*: mean over prompts of their ce_star, the estimate of H(N, Y | X); {_SUBSET}.",
+            "nats",
+        ),
+        _c("surprisal_mean", f"Mean over prompts of their surprisal_mean: {_NOISIER}.", "nats"),
+        _c("mean_length", "Mean over prompts of their mean_length.", "tokens"),
+        _c(
+            "entropy_rate",
+            "Mean over prompts of their entropy_rate, itself a mean over rollouts.",
+            "nats per token",
+        ),
+        *(
+            _c(f"{side}_{kind}", pooled.format(f"{side}_{kind}"))
+            for side, _ in _SIDES
+            for kind, _, pooled in _RHOS
+        ),
+        _c("cov_length_rate", _BY_FREEDOM.format("cov_length_rate"), "nats"),
+        _c("cov_length_diversity", _BY_FREEDOM.format("cov_length_diversity"), "tokens"),
+        _c("truncation_rate", "Mean over prompts of their truncation_rate."),
+        _c("semantic_diversity", "Mean over prompts of their semantic_diversity."),
+        _c("vendi_score", "Geometric mean over prompts of their vendi_score."),
+    ),
+    "ce_star_decomposition": (
+        _c(
+            "ce_star",
+            "CE* of model_metrics, a mean over prompts: length_rate_product + cov_within + "
+            "cov_between, and stop_entropy + content_entropy.",
+            "nats",
+        ),
+        _c(
+            "stop_entropy",
+            "Mean over prompts of their rollouts' mean stop_entropy_sum: the part of ce_star that is "
+            "about ending; NULL where a rollout has none.",
+            "nats",
+        ),
+        _c(
+            "content_entropy",
+            "ce_star - stop_entropy: the part that is about what to say, given that the rollout goes "
+            "on.",
+            "nats",
+        ),
+    ),
+    "entropy_trajectory": (_count("active", f"{_ACTIVE}."),),
+    "eos_trajectory": (
+        _count("active", f"{_ACTIVE}, of those with eos_logprob."),
+        _c(
+            "stop_entropy",
+            "Mean over active rollouts of the binary entropy of ending at the position against going "
+            "on.",
+            "nats",
+        ),
+        _c(
+            "content_entropy",
+            "Mean over active rollouts of the entropy of the next token given that the rollout goes "
+            "on, weighted by the chance of going on.",
+            "nats",
+        ),
+    ),
+    "length_terciles": (
+        _count("n_rollouts", "Rollouts of the prompt in the tercile."),
+        _c("mean_length", "Mean n_tokens of the tercile's rollouts.", "tokens"),
+        _c(
+            "entropy_rate",
+            "Mean over the tercile's rollouts of their own entropy rate.",
+            "nats per token",
+        ),
+        _c(
+            "semantic_diversity",
+            "1 - mean cosine similarity over pairs of the tercile's rollouts; NULL of one.",
+        ),
+    ),
+    "model_length_terciles": (
+        _count("n_prompts", "Prompts with a rollout in the tercile."),
+        _count("n_rollouts", "Rollouts of all prompts in the tercile."),
+        _c("mean_length", "Mean over prompts of the tercile's mean_length.", "tokens"),
+        _c(
+            "entropy_rate",
+            "Mean over prompts of the tercile's entropy_rate, itself a mean over rollouts.",
+            "nats per token",
+        ),
+        _c("semantic_diversity", "Mean over prompts of the tercile's semantic_diversity."),
+    ),
+    "logging_check": (
+        _count("n_rollouts", "Rollouts of the run in the selection with logprob and entropy."),
+    ),
+    "cross_entropy": (
+        _count("n_rollouts", _SCORED.format("prompt")),
+        _count("n_outside", f"Of the prompt's n_rollouts those {_OUTSIDE}"),
+        _c(
+            "cross_entropy",
+            "Mean over the prompt's rollouts of -log q of the whole rollout, q the scorer's.",
+            "nats",
+        ),
+        _c("cross_entropy_se", "Standard error of cross_entropy over the prompt's rollouts.", "nats"),
+        _c(
+            "kl",
+            "Mean over the prompt's rollouts of log_ratio: over 'all' the estimate of "
+            "KL(run || scorer) at this prompt; NULL where a rollout has no logprob.",
+            "nats",
+        ),
+        _c("kl_se", "Standard error of kl over the prompt's rollouts.", "nats"),
+    ),
+    "kl_divergence": (
+        _count("n_prompts", "Prompts of the run with a scored rollout in the selection."),
+        _count("n_rollouts", _SCORED.format("run")),
+        _count("n_outside", f"Of the run's n_rollouts those {_OUTSIDE}"),
+        _c("cross_entropy", "Mean over prompts of their cross_entropy.", "nats"),
+        _c("cross_entropy_se", f"Standard error of cross_entropy, {_SAME_PROMPTS}", "nats"),
+        _c("kl", "Mean over prompts of their kl: over 'all' the estimate of KL(run || scorer).", "nats"),
+        _c("kl_se", f"Standard error of kl, {_SAME_PROMPTS}", "nats"),
+    ),
+    "kl_trajectory": (
+        _count("active", f"{_ACTIVE}, of those scored."),
+        _count("n_outside", f"Of the active rollouts' steps here those {_OUTSIDE}"),
+        _c("cross_entropy", "Mean over active rollouts of -log q of the step's token.", "nats"),
+        _c(
+            "kl",
+            "Mean over active rollouts of log p - log q of the step's token: over 'all' the estimate "
+            "of the step's KL(run || scorer); NULL where a rollout has no logprob.",
+            "nats",
+        ),
+        _c("kl_se", "Standard error of kl over active rollouts.", "nats"),
+    ),
+}
+
+
+def column_of(relation: str, name: str) -> Column:
+    """The column as this table or view means it: name, type, unit and doc.
+
+    A view's own meaning comes first, then one that holds everywhere; the column of another relation
+    only where the view shows that relation's rows as they are. A KeyError says that none is defined.
+    """
+    if relation in TABLES:
+        return {column.name: column for column in view_columns(relation)}[name]
+    for columns in (VIEW_DOCS.get(relation, ()), COLUMNS.values(), METRICS):
+        for column in columns:
+            if column.name == name:
+                return column
+    return column_of(_PASSED[relation], name)
