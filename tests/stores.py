@@ -61,7 +61,8 @@ def fill(root: Path, chain: Path, prompts: Path) -> Path:
     rng = np.random.default_rng(0)
     store.plan(root, "embedder", "E", {"embedder": "E"})
     in_scores = {c.name for c in TABLES["scores"].columns}
-    policy = "0123456789abcdef"
+    policy = {"temperature": 1.0}
+    policy_id = store.content_id(policy)
     embeddings, rewards, scores = [], [], []
     for number, path in enumerate(store.files(root, "rollouts")):
         rows = store.read_rows(path)
@@ -75,12 +76,12 @@ def fill(root: Path, chain: Path, prompts: Path) -> Path:
         store.write_rows(rewards[-1], "rewards", reward)
         where = store.folder(root, "scores", scorer_id="S", run=RUN)
         scored = {name: rows[name] for name in rows.column_names if name in in_scores}
-        scored |= {**keys, "policy": ['{"temperature":1.0}'] * len(rows)}
-        scores.append(where / f"part-{number:05d}.{policy}.parquet")
+        scored |= {**keys, "policy": [store.canonical(policy)] * len(rows)}
+        scores.append(where / f"part-{number:05d}.{policy_id}.parquet")
         store.write_rows(scores[-1], "scores", scored)
     store.commit(root, "embeddings", {"embedder": "E", "run": RUN}, embeddings, {"embedder": "E"})
     store.commit(root, "rewards", {"reward_model": "R", "run": RUN}, rewards, {})
-    store.commit(root, "scores", {"scorer_id": "S", "policy": policy, "run": RUN}, scores, {})
+    store.commit(root, "scores", {"scorer_id": "S", "policy": policy_id, "run": RUN}, scores, {})
     canopy_store.select_reward(root, 0.5)
     return root
 

@@ -813,11 +813,11 @@ def test_a_pulled_store_can_be_queried_and_nothing_else(shared, tmp_path, canopy
     )
     with canopy_store.open(root) as con:
         for query in queries:
-            with pytest.raises(duckdb.Error):
+            with pytest.raises((duckdb.Error, canopy_store.UsageError)):
                 con.execute(query).fetchall()
     for query in queries[::4]:
         code, out, err = canopy("sql", query, "--store", root)
-        assert (code, out, len(err.splitlines())) == (1, "", 1), query
+        assert (code, out, len(err.splitlines())) in ((1, "", 1), (2, "", 1)), query
     assert sorted(path.name for path in tmp_path.iterdir()) == ["s", "secret.csv"]
 
 

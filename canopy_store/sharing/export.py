@@ -34,7 +34,8 @@ from canopy_store.sharing.untrusted import check_source, checked_source, plan_of
 from canopy_store.store import Record
 from canopy_store.upkeep.verify import MANIFEST
 
-_ALWAYS = ("models", "prompts", "runs", "rollouts")  # without these a folder is no store
+# Without these a folder is no store: what stands for itself, less what a job took.
+_ALWAYS = {table.name for table in TABLES.values() if table.parent is None} - {"work"}
 
 
 # ---------------------------------------------------------------- export
@@ -104,15 +105,16 @@ def _tables(tables: Iterable[str] | None, embeddings: bool) -> set[str]:
         wanted.add("embedding_spectra")  # what makes the embeddings' measures
     if not embeddings:
         wanted.discard("embeddings")
-    return wanted | set(_ALWAYS)
+    return wanted | _ALWAYS
 
 
 def _chosen(root: Path, where: str | None) -> list[dict[str, Any]]:
     with sql.connect(root) as con:
         try:
             chosen = con.sql(f"select * from runs where ({where or 'true'}) order by run_id").pl()
-        except duckdb.Error as error:
-            raise UsageError(f"--where {where}: {sql.explain(error)}") from None
+        except (duckdb.Error, UsageError) as error:
+            said = sql.explain(error) if isinstance(error, duckdb.Error) else error
+            raise UsageError(f"--where {where}: {said}") from None
     if chosen.is_empty():
         raise DataError(f"{root}: no complete run" + (f" where {where}" if where else " to export"))
     return chosen.to_dicts()
