@@ -10,12 +10,13 @@ from typing import Any
 
 import polars as pl
 import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 from chain import save_chain
 from stores import (
     RUN,
+    as_format_1,
     contents,
+    enter,
     fill,
     import_alpha,
     ingest_arguments,
@@ -30,7 +31,7 @@ from stores import (
 
 import canopy_store
 from canopy_store import store
-from canopy_store.schema import TABLES, arrow_schema
+from canopy_store.schema import TABLES
 from canopy_store.sharing import export, pull
 from canopy_store.sharing.dataset_card import manifest_entry
 from canopy_store.sharing.merge import merge
@@ -89,18 +90,11 @@ def join(root: Path, *kinds: str) -> None:
         store.remove_unnamed(root, old.files)
 
 
-def reenter(root: Path, path: Path) -> None:
-    """Enters a file, as it is now, in the record that names it."""
-    name = path.relative_to(root).as_posix()
-    (old,) = [each for each in store.records(root) if name in each.files]
-    store.write_record(root, replace(old, files={**old.files, name: store.entry(path)}))
-
-
 def change(root: Path, table: str, column: str, value: Any) -> None:
     """Gives every row of a table's first file another value, and the file its place in the record."""
     path = store.files(root, table)[0]
     rewrite(path, table, lambda c: c.__setitem__(column, [value] * len(c[column])))
-    reenter(root, path)
+    enter(root, path)
 
 
 def forget(root: Path, *kinds: str) -> None:
@@ -309,34 +303,12 @@ def test_a_record_of_a_store_that_names_others_files_is_refused(other, tmp_path)
 # ---------------------------------------------------------------- a source of format 1
 
 
-def as_format_1(root: Path, old: Path) -> Path:
-    """The same store as format 1 had it: no records, and no columns that stand in the paths."""
-    shutil.copytree(root / "plans", old / "plans")
-    (old / "canopy.json").write_text('{"format": "canopy_store", "version": 1}')
-    for table in TABLES:
-        for path in store.files(root, table):
-            name = path.relative_to(root)
-            keys = store.path_keys(table, name.as_posix())
-            if table == "models":
-                stem = f"{store.quoted(keys['family'])}--{store.quoted(keys['variant'])}"
-                name = Path(table, f"{stem}.parquet")
-            elif table == "runs":
-                name = Path(table, f"{store.quoted(keys['run'])}.parquet")
-            rows = store.read_rows(path)
-            size = rows["embedding"].type.list_size if table == "embeddings" else None
-            schema = arrow_schema(table, size, version=1)
-            (old / name).parent.mkdir(parents=True, exist_ok=True)
-            rows = rows.select(schema.names).cast(schema).replace_schema_metadata(schema.metadata)
-            pq.write_table(rows, old / name, write_page_checksum=True)
-    return old
-
-
 def test_a_source_of_format_1_is_upgraded_in_a_copy(other, tmp_path, monkeypatch):
     """Whether it is a store or an exported folder; it stays as it is, and nothing else stays."""
     pytest.importorskip("canopy_store.upkeep.upgrade")
     (tmp_path / "scratch").mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "scratch"))
-    old = as_format_1(other, tmp_path / "old")
+    old = as_format_1(Path(shutil.copytree(other, tmp_path / "old")))
     before = contents(old)
     assert merge([old], tmp_path / "merged") == ALPHA
     assert contents(old) == before
@@ -417,7 +389,7 @@ def test_a_run_of_another_store_with_fewer_rollouts_is_another_run(root, origin,
     small = Path(shutil.copytree(origin, tmp_path / "small"))
     path = store.files(small, "rewards")[0]
     rewrite(path, "rewards", lambda c: {name: values[:5] for name, values in c.items()})
-    reenter(small, path)
+    enter(small, path)
     before = without_views(root)
     with pytest.raises(canopy_store.ConflictError, match=r"72 rows here, 53 in .*small, 53 of them"):
         merge([small], root)

@@ -115,7 +115,7 @@ def checked_source(folder: Path, exported: bool | None = None) -> Iterator[Sourc
     with tempfile.TemporaryDirectory(prefix="canopy-upgrade-") as copy:
         for name in ["canopy.json", *(name for name in entries if name not in _BESIDE)]:
             store.copy_file(folder / name, Path(copy, name), entries.get(name, {}).get("sha256"))
-        upgrade(Path(copy))
+        upgrade(Path(copy), without_locks=True)  # nobody else has it
         yield Source(Path(copy), store.records(Path(copy)), live=False)
 
 
