@@ -309,6 +309,7 @@ def test_a_source_of_format_1_is_upgraded_in_a_copy(other, tmp_path, monkeypatch
     (tmp_path / "scratch").mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "scratch"))
     old = as_format_1(Path(shutil.copytree(other, tmp_path / "old")))
+    shutil.rmtree(old / ".work")
     before = contents(old)
     assert merge([old], tmp_path / "merged") == ALPHA
     assert contents(old) == before
