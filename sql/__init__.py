@@ -235,6 +235,16 @@ def create_views(con: duckdb.DuckDBPyConnection, root: Path) -> None:
     _create_views(con, root, shown_files(root))
 
 
+def statements(root: Path) -> list[str]:
+    """What makes every macro, table view and view of a store, in order, run from inside its folder."""
+    old = format1.is_old(root)
+    texts = [source("macros").rstrip().rstrip(";")]
+    for table, names in shown_files(root).items():
+        listed = ", ".join(f"'{_literal(name)}'" for name in names)
+        texts.append(_table_view(table, f"[{listed}]" if names else None, old))
+    return texts + [f"create or replace view {view} as\n{source(view).rstrip()}" for view in VIEWS]
+
+
 def _create_views(
     con: duckdb.DuckDBPyConnection, root: Path, shown: dict[str, list[str]], relative: bool = False
 ) -> None:
