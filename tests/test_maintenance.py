@@ -14,6 +14,7 @@ from pathlib import Path
 import polars as pl
 import pyarrow.parquet as pq
 import pytest
+from canopy_store.upkeep.maintenance import compact, remove_run
 from stores import (
     RUN,
     contents,
@@ -31,7 +32,6 @@ from canopy_store.schema import TABLES
 from canopy_store.sharing import export
 from canopy_store.sharing.merge import merge
 from canopy_store.upkeep import maintenance
-from canopy_store.upkeep.maintenance import compact, remove_run
 from canopy_store.upkeep.verify import verify
 
 PROMPTS = [f"{a} {b}" for a in "abcd" for b in "efg"]  # 12: six shards of two
