@@ -25,7 +25,14 @@ from canopy_store.errors import DataError, StoreError
 from canopy_store.schema import FORMAT_VERSION, TABLES
 from canopy_store.store import format1
 from canopy_store.store.files import exists, reaching, read_json, read_many, remote, sha256, write_json
-from canopy_store.store.layout import commit_path, now, quoted, shard_number, unquoted
+from canopy_store.store.layout import (
+    commit_path,
+    now,
+    path_keys,
+    quoted,
+    shard_number,
+    unquoted,
+)
 from canopy_store.store.parquet import check_file
 
 # a table's folder, no part of a path that leaves it, a file's name
@@ -117,6 +124,8 @@ def read_record(path: Path, value: Any = None) -> Record:
         version, kind, keys = value["version"], value["kind"], value["keys"]
         if type(version) is int and version > FORMAT_VERSION:
             raise DataError(f"{path}: format version {version}; upgrade: pip install -U canopy-store")
+        if version != FORMAT_VERSION:
+            raise ValueError
         if {*keys} != {*TABLES[kind].commit} or not all(type(v) is str and v for v in keys.values()):
             raise ValueError
         keys = {key: keys[key] for key in TABLES[kind].commit}
@@ -162,27 +171,24 @@ def records(root: Path, kind: str | None = None, **keys: str) -> list[Record]:
             for old in (Record(*each) for each in format1.records(root))
             if kind in (None, old.kind) and keys.items() <= old.keys.items()
         ]
-    paths = record_paths(root)
-    there = {_place(path, root) for path in paths}
+    paths = record_paths(root, kind)
+    places = [_place(path, root) for path in paths]
+    there = {(of, run) for of, run in places}
+    if kind is not None and (above := TABLES[kind].parent) is not None:
+        there |= {_place(path, root) for path in record_paths(root, above)}
     wanted = []
-    for path in paths:
-        of, _, run = _place(path, root)
+    for path, (of, run) in zip(paths, places, strict=True):
         parent = TABLES[of].parent if of in TABLES else None
-        if (
-            kind in (None, of)
-            and keys.get("run", run) == run
-            and (parent is None or (parent, f"run={quoted(run)}.json", run) in there)
-        ):
+        if keys.get("run", run) == run and (parent is None or (parent, run) in there):
             wanted.append(path)
     every = (read_record(path, value) for path, value in _read_all(root, wanted))
     return [each for each in every if keys.items() <= each.keys.items()]
 
 
-def _place(path: Path, root: Path) -> tuple[str, str, str]:
-    """A record's kind, its place under that, and its run ('' where it is of none), from its path."""
-    kind, *folders, last = path.relative_to(root / "commits").parts
-    run = unquoted(last[4:-5]) if last.startswith("run=") else ""
-    return kind, "/".join([*folders, last]), run
+def _place(path: Path, root: Path) -> tuple[str, str]:
+    """A record's kind and its run ('' where it is of none), from its path."""
+    kind, last = path.parts[len(root.parts) + 1], path.name
+    return kind, unquoted(last[4:-5]) if last.startswith("run=") else ""
 
 
 def orphans(root: Path) -> list[Record]:
@@ -207,32 +213,30 @@ def record(root: Path, kind: str, **keys: str) -> Record | None:
     return read_record(path) if exists(path) else None
 
 
-def record_paths(root: Path) -> list[Path]:
-    """Where records stand.
+def record_paths(root: Path, kind: str | None = None) -> list[Path]:
+    """Where records stand, of one kind or of all.
 
     In the order in which they are to be read: what is made of rollouts before these, models last. So
     a run that is removed, or added, meanwhile is there with all that it is made of, or not at all.
     """
+    top = root / "commits" if kind is None else root / "commits" / kind
     with reaching(root):
-        paths = sorted((root / "commits").rglob("*.json")) if remote(root) else sorted(_walk(root))
+        paths = sorted(top.rglob("*.json")) if remote(root) else sorted(_walk(top))
     rank = {"rollouts": 1, "models": 2}
     depth = len(root.parts) + 1
     return sorted(paths, key=lambda path: rank.get(path.parts[depth], 0))
 
 
-def _walk(root: Path) -> Iterator[Path]:
-    folders = [root / "commits"]
+def _walk(top: Path) -> Iterator[Path]:
+    folders = [top]
     while folders:
         folder = folders.pop()
-        try:
-            with os.scandir(folder) as entries:
-                for each in entries:
-                    if each.is_dir(follow_symlinks=False):
-                        folders.append(folder / each.name)
-                    elif each.name.endswith(".json") and not each.name.startswith("."):
-                        yield folder / each.name
-        except (FileNotFoundError, NotADirectoryError):
-            continue
+        with suppress(FileNotFoundError, NotADirectoryError), os.scandir(folder) as entries:
+            for each in entries:
+                if each.is_dir(follow_symlinks=False):
+                    folders.append(folder / each.name)
+                elif each.name.endswith(".json") and not each.name.startswith("."):
+                    yield folder / each.name
 
 
 def _read_all(root: Path, paths: list[Path]) -> Iterator[tuple[Path, Any]]:
@@ -283,11 +287,15 @@ def remove_record(root: Path, old: Record) -> None:
 
 def remove_unnamed(root: Path, candidates: Iterable[str]) -> int:
     """How many of these files were removed: those that no record names, parent or none."""
-    named: set[str] = set()
+    left = set(candidates)
+    runs = {(path_keys(name.partition("/")[0], name) or {}).get("run", "") for name in left}
     for path in record_paths(root):
-        named.update(read_record(path).files)
+        # a file of a run is named by that run's records alone; of a prompts file, any may be
+        if left and (_place(path, root)[1] in runs or "" in runs):
+            left -= read_record(path).files.keys()
+            runs = {(path_keys(name.partition("/")[0], name) or {}).get("run", "") for name in left}
     count = 0
-    for name in sorted(set(candidates) - named):
+    for name in sorted(left):
         path = root / name
         with reaching(path):
             try:

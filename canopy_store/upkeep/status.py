@@ -76,7 +76,7 @@ def _counts(root: Path) -> tuple[dict[str, tuple[int, int]], set[str]]:
             if store.remote(root):
                 con.register_filesystem(root.fs)  # type: ignore[attr-defined]
             else:
-                store.check_folders(root, names)
+                store.check_folders(root)
             paths = [f"{glob.escape(str(root))}/{name}" for name in names]
             rows = con.execute(
                 "select run_id, n_rollouts, n_tokens, logged"
