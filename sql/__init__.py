@@ -205,6 +205,8 @@ def explain(error: duckdb.Error) -> DataError | StoreError:
     text = " ".join(str(error).split("LINE 1:")[0].split())
     if "No space left" in text:
         return StoreError(f"the disk is full: {text}; free some space and run it again")
+    if "Too many open files" in text:
+        return StoreError(f"{text}; raise the limit: ulimit -n 4096")
     for pattern, what in _FILE_ERRORS.items():
         if named := re.search(pattern, text):
             return DataError(f"{named[1]}: {what}")

@@ -233,10 +233,10 @@ def _walk(top: Path) -> Iterator[Path]:
         folder = folders.pop()
         with suppress(FileNotFoundError, NotADirectoryError), os.scandir(folder) as entries:
             for each in entries:
-                if each.is_dir(follow_symlinks=False):
-                    folders.append(folder / each.name)
-                elif each.name.endswith(".json") and not each.name.startswith("."):
+                if each.name.endswith(".json") and not each.name.startswith("."):
                     yield folder / each.name
+                elif each.is_dir(follow_symlinks=False):
+                    folders.append(folder / each.name)
 
 
 def _read_all(root: Path, paths: list[Path]) -> Iterator[tuple[Path, Any]]:
@@ -350,7 +350,7 @@ def check_folders(root: Path) -> list[str]:
         folder = waiting.pop()
         with suppress(FileNotFoundError), os.scandir(root / folder) as entries:
             for each in entries:
-                if each.is_dir(follow_symlinks=False):
+                if each.is_dir(follow_symlinks=False) and not each.name.endswith(".parquet"):
                     waiting.append(f"{folder}/{each.name}")
                 elif not each.is_file(follow_symlinks=False):
                     _check_link(root / folder / each.name)
