@@ -16,7 +16,7 @@ from canopy_store import sql, store
 from canopy_store.commands import analysis as cli_analysis
 from canopy_store.commands import ingest as cli_ingest
 from canopy_store.commands import sharing as cli_sharing
-from canopy_store.commands.shared import FORMAT, STORE, bar, print_rows, require_ingest
+from canopy_store.commands.shared import FORMAT, STORE, bar, echo, print_rows, require_ingest
 from canopy_store.errors import CanopyError
 from canopy_store.readers.importing import import_rollouts
 from canopy_store.schema import TABLES
@@ -53,7 +53,7 @@ def init(root: str) -> None:
       canopy init --store S && cd S && duckdb canopy.duckdb "from model_metrics"
     """
     path = sql.write_database(store.init(root))
-    click.echo(f"{root}: a store" + (f", with views in {path.name}" if path else ""))
+    echo(f"{root}: a store" + (f", with views in {path.name}" if path else ""))
 
 
 @cli.command("import")
@@ -144,7 +144,7 @@ def import_command(source: str, root: str, tokenizer: str | None, **options: Any
         runs = import_rollouts(
             root, source, tokenizer=loaded, on_shard=on_shard, say=progress.say, **options
         )
-    click.echo(f"{root}: {done} rollouts in {len(runs)} runs: {', '.join(runs)}")
+    echo(f"{root}: {done} rollouts in {len(runs)} runs: {', '.join(runs)}")
 
 
 def _listed(title: str, names: Iterable[str]) -> str:
@@ -203,21 +203,21 @@ def status_command(root: str, form: str) -> None:
         there = store.require(root)
         entries = {name: said for each in store.records(there) for name, said in each.files.items()}
         size = sum(said["bytes"] or 0 for said in entries.values())
-        click.echo(f"{len(frame)} runs, {total[0]:,} rollouts, {total[1]:,} tokens, {size:,} bytes")
+        echo(f"{len(frame)} runs, {total[0]:,} rollouts, {total[1]:,} tokens, {size:,} bytes")
         shards = sum(name.startswith("rollouts/") for name in entries)
         if shards >= MANY_SHARDS and total[2] < shards << 20 and not store.remote(there):
-            click.echo(
+            echo(
                 f"{shards:,} shards of less than a MiB: queries are quicker once they are few: "
                 f"canopy compact --store {root}"
             )
         for row in frame.filter(~frame["complete"]).iter_rows(named=True):
             planned = row["shards_planned"] or "?"
-            click.echo(
+            echo(
                 f"incomplete: {row['run_id']}: {row['shards']} of {planned} shards; "
                 "run its ingest again with the same settings to finish it"
             )
         for run_id in frame.filter(frame["complete"] & ~frame["entropies"])["run_id"]:
-            click.echo(
+            echo(
                 f"no entropies: {run_id}: its engine gave none; complete them with the run's own model: "
                 f"canopy ingest score --store {root} --run {run_id} --scorer MODEL"
             )
@@ -263,19 +263,19 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         cli.main(arguments, prog_name="canopy", standalone_mode=False)
     except click.exceptions.NoArgsIsHelpError as error:
-        click.echo(error.format_message())
+        echo(error.format_message())
         return 0
     except click.ClickException as error:
         hint = getattr(error, "ctx", None)
         where = f"; see: {hint.command_path} --help" if hint else ""
         message = " ".join(error.format_message().split()).rstrip(".")
-        click.echo(f"canopy: {message}{where}", err=True)
+        echo(f"canopy: {message}{where}", err=True)
         return 2
     except CanopyError as error:
-        click.echo(f"canopy: {' '.join(str(error).split())}", err=True)
+        echo(f"canopy: {' '.join(str(error).split())}", err=True)
         return error.exit_code
     except (KeyboardInterrupt, click.Abort):
-        click.echo(
+        echo(
             "canopy: interrupted; what was stored is whole: run the same command again to resume",
             err=True,
         )

@@ -5,11 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from sentence_transformers import SentenceTransformer
-
 from canopy_store import store
-from canopy_store.errors import StoreError
 from canopy_store.ingest import models
+from canopy_store.ingest.embedder import open_embedder, weights_sha256
 from canopy_store.ingest.jobs import (
     Columns,
     Job,
@@ -60,29 +58,12 @@ def open_embeddings(
 ) -> Job:
     """The job of `ingest_embeddings`, its model loaded."""
     root = store.writable(root)
-    path = models.resolve_model(embedder)
     name = name or models.short_name(embedder)
-    weights = sorted(path.rglob("*.safetensors"))
-    if not weights:
-        raise StoreError(f"{path}: no *.safetensors; pickled weights are not loaded")
-    settings = {
-        "embedder": name,
-        "weights_sha256": store.content_id([store.sha256(file) for file in weights]),
-        "prompt_prefix": prompt_prefix,
-    }
-    try:
-        encoder = SentenceTransformer(
-            str(path),
-            device=device or models.default_device(),
-            trust_remote_code=False,
-            local_files_only=True,
-            model_kwargs={"use_safetensors": True},
-        )
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise StoreError(f"{path}: cannot be loaded: {' '.join(str(error).split())[:300]}") from None
-    if encoder.tokenizer is not None and getattr(encoder.tokenizer, "pad_token", "") is None:
-        # texts of several lengths share a batch: any token can fill, the mask hides it
-        encoder.tokenizer.pad_token = encoder.tokenizer.eos_token or encoder.tokenizer.unk_token
+    encoder, identity = open_embedder(embedder, device)
+    plan = store.plan_path(root, "embedder", name)
+    if store.exists(plan) and "weights_sha256" in store.read_plan(plan)["settings"]:
+        identity = {"weights_sha256": weights_sha256(embedder)}  # it began when that told them apart
+    settings = {"embedder": name, **identity, "prompt_prefix": prompt_prefix}
 
     def rows(unit: Unit, progress: Progress) -> tuple[Columns, int]:
         part = store.read_rows(unit.source, ["prompt_id", "sample", "text", "n_tokens"]).to_pydict()

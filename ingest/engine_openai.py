@@ -87,13 +87,13 @@ def open_model(
     )
 
 
-def _served(server: Server, names: list[str], asked: str | None) -> str:
+def _served(server: Server, names: list[str], wanted: str | None) -> str:
     """The model to ask for, of those the server lists; an empty list is a server that lists none."""
     shown = ", ".join(server.shown(name, 80) for name in names[:20])
-    if asked is not None:
-        if names and asked not in names:
-            raise UsageError(f"--served-model {asked}: {server.url} serves {shown}")
-        return asked
+    if wanted is not None:
+        if names and wanted not in names:
+            raise UsageError(f"--served-model {wanted}: {server.url} serves {shown}")
+        return wanted
     if len(names) == 1:
         return names[0]
     if not names:
@@ -126,10 +126,10 @@ class _Completions:
         """Rollouts as of `Engine`: all requests of the jobs, ``concurrency`` at a time."""
         if self.kind == "sglang" and sampling.top_k and sampling.top_p < 1:
             raise UsageError(
-                "--top-k with --top-p: SGLang takes both of the whole softmax, not top-p "
-                "of what top-k left; give one of them, or use another engine"
+                "--top-k with --top-p: SGLang applies both to the whole softmax, not top-p to "
+                "what top-k left; give one of them, or use another engine"
             )
-        asked = [
+        requests = [
             (f"{job.name}, sample {sample}", self._request(job, sample, sampling))
             for job in jobs
             for sample in job.samples
@@ -137,11 +137,11 @@ class _Completions:
         # a loop in a thread of its own: it also runs where one is running already, as in a notebook,
         # and an interrupt here ends every request at once
         with start_blocking_portal() as portal:
-            answers = portal.call(self._ask, asked, sampling, progress)
+            answers = portal.call(self._ask, requests, sampling, progress)
         samples = [sample for job in jobs for sample in job.samples]
         rollouts = [
             self._rollout(sample, body, sampling, name)
-            for sample, (name, _), body in zip(samples, asked, answers, strict=True)
+            for sample, (name, _), body in zip(samples, requests, answers, strict=True)
         ]
         self._level(rollouts, progress)
         rest = iter(rollouts)
@@ -161,29 +161,29 @@ class _Completions:
         if sampling.end_ids != self.end_ids:
             if self.kind != "vllm":
                 raise UsageError(
-                    "--eos-token-id, --no-eos: of the servers only vLLM's can be told what "
-                    "ends a rollout; leave them out, or use another engine"
+                    "--eos-token-id, --no-eos: only vLLM's server can be told which tokens "
+                    "end a rollout; leave them out, or use another engine"
                 )
             body |= {"ignore_eos": True, "stop_token_ids": list(sampling.end_ids)}
         return body
 
     async def _ask(
-        self, asked: list[tuple[str, dict[str, Any]]], sampling: Sampling, progress: Progress
+        self, requests: list[tuple[str, dict[str, Any]]], sampling: Sampling, progress: Progress
     ) -> list[dict[str, Any]]:
         """The bodies of the answers, in order."""
-        bodies: list[Any] = [None] * len(asked)
+        bodies: list[Any] = [None] * len(requests)
         limit = anyio.Semaphore(self.server.concurrency)
 
         async def one(place: int) -> None:
             async with limit:
-                bodies[place] = await self._answer(client, asked[place][1], sampling, progress)
+                bodies[place] = await self._answer(client, requests[place][1], sampling, progress)
             counted = get(bodies[place], "usage.completion_tokens", int, self.server.url, 0)
             progress.tokens(min(max(counted, 0), sampling.max_new_tokens))
 
         async with self.server.client() as client:
             try:
                 async with anyio.create_task_group() as group:
-                    for place in range(len(asked)):
+                    for place in range(len(requests)):
                         group.start_soon(one, place)
             except ExceptionGroup as errors:
                 raise errors.exceptions[0] from None
@@ -199,15 +199,15 @@ class _Completions:
             answer = await self.server.complete(client, body | more, most)
             if answer.status not in (400, 422) or sampling.top_k:
                 return self.server.body(answer)
-        found = self.server.body(await self.server.complete(client, body, most))
+        reply = self.server.body(await self.server.complete(client, body, most))
         if self.added:
             self.added = False
             self._say(
                 progress,
-                "the server knows none of the fields that vLLM, SGLang and llama.cpp add to "
-                "the API: whether it samples in other ways too cannot be told",
+                "the server takes none of the fields that vLLM, SGLang and llama.cpp add to "
+                "the API, so samplers of its own that are on cannot be switched off",
             )
-        return found
+        return reply
 
     def _rollout(self, sample: int, body: dict[str, Any], sampling: Sampling, name: str) -> Rollout:
         """The rollout that an answer tells of.
@@ -220,12 +220,12 @@ class _Completions:
         where = f"{self.server.url}: {name}"
         choices = get(body, "choices", list, where)
         if len(choices) != 1:
-            raise DataError(f"{where}: {len(choices)} choices came, asked for 1")
+            raise DataError(f"{where}: the answer holds {len(choices)} choices, and one was asked for")
         choice = choices[0]
         reason = get(choice, "finish_reason", str, where)
         if reason not in ("stop", "length"):
             raise DataError(
-                f"{where}: the server ended it for another reason: {self.server.shown(reason, 80)!r}"
+                f"{where}: finish_reason needs stop or length, and is {self.server.shown(reason, 80)!r}"
             )
         logged = logged_tokens(choice, where)
         ids = self._token_ids(choice, logged, where)
@@ -285,14 +285,14 @@ class _Completions:
             ended = ids[-1]  # a special token
         if ended is not None and (type(ended) is not int or ended not in sampling.end_ids):
             raise DataError(
-                f"{where}: it ended with {self.server.shown(ended, 80)!r}, and the model's end tokens "
-                f"are {list(sampling.end_ids)}: the generation_config.json of --model needs those of "
+                f"{where}: the rollout ended with {self.server.shown(ended, 80)!r}, and the end tokens "
+                f"of --model are {list(sampling.end_ids)}: its generation_config.json needs those of "
                 "the served model"
             )
         if ended is None and len(sampling.end_ids) != 1:
             raise DataError(
-                f"{where}: the server does not say which of the end tokens {list(sampling.end_ids)} "
-                "ended it; vLLM's, SGLang's and llama.cpp's do"
+                f"{where}: the answer does not name which of the end tokens {list(sampling.end_ids)} "
+                "ended the rollout; use vLLM, SGLang or llama.cpp, whose answers do"
             )
         return [*ids, sampling.end_ids[0] if ended is None else ended]
 
@@ -308,11 +308,13 @@ class _Completions:
         """A rollout of text and what the server counts; its entropies can never be had."""
         length = counted if counted is not None else len(logged)
         if length < 1:
-            raise DataError(f"{where}: the server tells neither tokens nor their number")
+            raise DataError(
+                f"{where}: the answer holds neither tokens nor their number; ask the server for logprobs"
+            )
         if length > sampling.max_new_tokens:
             raise DataError(
-                f"{where}: the server counts {str(length)[:20]} tokens, asked for "
-                f"{sampling.max_new_tokens} at most"
+                f"{where}: the server counts {str(length)[:20]} tokens, more than the "
+                f"{sampling.max_new_tokens} of --max-new-tokens"
             )
         logprob = _logs(logged, None, sampling)[0] if length == len(logged) else None
         return Rollout(
@@ -337,8 +339,8 @@ class _Completions:
                 if name == "token_ids":
                     self._say(
                         progress,
-                        "the server gives no token ids, and its texts do not tell them: "
-                        "entropies of these rollouts cannot be had by rescoring",
+                        "the server gives no token ids, and they do not follow from its texts: "
+                        "entropies of these rollouts cannot be found by rescoring",
                     )
 
     def _say(self, progress: Progress, line: str) -> None:
@@ -387,16 +389,20 @@ def _check(ids: list[int], counted: int | None, reason: str, sampling: Sampling,
     early = next((i for i in ids[:-1] if i in sampling.end_ids), None)
     if early is not None:
         raise DataError(
-            f"{where}: it goes on after token {early}, which ends a rollout of --model: the "
-            "served model ends with other tokens"
+            f"{where}: the rollout goes on after token {early}, which ends one of --model; "
+            "give the --model that is served"
         )
     # a server that leaves the end token out may or may not count it
     if counted is not None and len(ids) - counted not in ((0, 1) if reason == "stop" else (0,)):
-        raise DataError(f"{where}: {len(ids)} tokens came and the server counts {str(counted)[:20]}")
+        raise DataError(
+            f"{where}: the answer holds {len(ids)} tokens, and its usage counts {str(counted)[:20]}"
+        )
     if len(ids) > sampling.max_new_tokens:
-        raise DataError(f"{where}: {len(ids)} tokens came, asked for {sampling.max_new_tokens} at most")
+        raise DataError(
+            f"{where}: {len(ids)} tokens, more than the {sampling.max_new_tokens} of --max-new-tokens"
+        )
     if reason == "length" and len(ids) < sampling.max_new_tokens:
         raise DataError(
-            f"{where}: the server cut it at {len(ids)} of {sampling.max_new_tokens} tokens: "
+            f"{where}: the server cut the rollout at {len(ids)} of {sampling.max_new_tokens} tokens: "
             "its context window is smaller; lower --max-new-tokens"
         )

@@ -35,7 +35,7 @@ def open_model(source: str, dtype: str | None = None) -> Engine:
         import vllm
     except ImportError as error:
         raise UsageError(
-            f"--engine vllm needs vLLM ({error}): pip install 'canopy-store[ingest,vllm]', best in an "
+            f"--engine vllm needs vLLM ({error}): pip install 'canopy-store[ingest,vllm]' in an "
             "environment of its own"
         ) from None
     path = models.resolve_model(source)
@@ -59,7 +59,7 @@ def open_model(source: str, dtype: str | None = None) -> Engine:
             max_model_len=-1,  # the model's own window, or what the memory holds
         )
     except (OSError, ValueError, RuntimeError, ImportError) as error:
-        raise StoreError(f"{path}: vLLM: {' '.join(str(error).split())[:300]}") from None
+        raise StoreError(f"{path}: vLLM cannot load it: {' '.join(str(error).split())[:300]}") from None
 
     def sample(jobs: Sequence[Job], sampling: Sampling, progress: Progress) -> list[list[Rollout]]:
         asked = [(job, number) for job in jobs for number in job.samples]

@@ -312,7 +312,7 @@ def _segments(record: dict[str, Any], tokenizer: Any, where: str) -> list[tuple[
         return [(record["text"], True, True)]
     if not tokenizer.chat_template:
         raise DataError(
-            f"{where}: messages need a chat template, which this tokenizer has not; write "
+            f"{where}: messages need a chat template, and this tokenizer has none; write "
             '{"prompt": …, "completion": …}'
         )
     try:

@@ -57,7 +57,7 @@ def resolve_model(source: str, revision: str | None = None) -> Path:
         try:
             return Path(importlib.import_module(name).MODEL_DIR)
         except (ImportError, AttributeError):
-            raise StoreError(f"{source}: no installed package of this name has a model") from None
+            raise StoreError(f"{source}: no installed package of this name holds a model") from None
     path = Path(source).expanduser()
     if path.exists():
         return path.resolve()
@@ -76,9 +76,7 @@ def resolve_model(source: str, revision: str | None = None) -> Path:
         )
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:120]
-        raise StoreError(
-            f"{source}: neither a local folder nor to be had from the hub ({reason})"
-        ) from None
+        raise StoreError(f"{source}: no local folder, and not found on the hub ({reason})") from None
 
 
 def load_model(
@@ -142,7 +140,9 @@ def read_config(path: Path) -> Any:
         if (path / "generation_config.json").exists():
             found["generation_config"] = GenerationConfig.from_pretrained(path)
     except (OSError, ValueError, KeyError) as error:
-        raise StoreError(f"{path}: its config: {' '.join(str(error).split())[:300]}") from None
+        raise StoreError(
+            f"{path}: its config cannot be read: {' '.join(str(error).split())[:300]}"
+        ) from None
     return SimpleNamespace(**found)
 
 

@@ -11,14 +11,17 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
+import transformers
 from transformers import AttentionInterface
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from canopy_store.errors import CanopyError
 
 NAME = "canopy_shared_prompt"
 GROWTH = 64  # tokens by which the slots' room grows
@@ -35,8 +38,24 @@ class Prompt:
     logits: torch.Tensor
 
 
+@dataclass
+class _Step:
+    """Where the step under way stands. The cache's layers hold it, and hand it on with their keys."""
+
+    filled: int = 0  # own tokens of the longest slot
+    at: torch.Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.long))  # (W,)
+    unused: torch.Tensor = field(default_factory=lambda: torch.zeros(0))  # (W, filled): not reached yet
+    lines: torch.Tensor | None = None  # (W * heads,): where the step's keys and values go
+    groups: list[tuple[Prompt, slice | torch.Tensor]] = field(default_factory=list)  # and their slots
+    layers: int = 0  # whose attention is done
+
+
 class _Own(CacheLayerMixin):
     """Keys and values of the slots' own tokens (W, heads, room, D), each filled up to its position."""
+
+    def __init__(self, step: _Step) -> None:
+        super().__init__()
+        self.step = step
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         # zeros: a row nobody has written yet must not be NaN where its weight is 0
@@ -51,18 +70,20 @@ class _Own(CacheLayerMixin):
             self.lazy_initialization(key_states, value_states)
         assert self.keys is not None
         assert self.values is not None
-        assert _now is not None
-        missing = -(-_now.filled // GROWTH) * GROWTH - self.keys.shape[2]
+        step = self.step
+        missing = -(-step.filled // GROWTH) * GROWTH - self.keys.shape[2]
         if missing > 0:
             self.keys = torch.nn.functional.pad(self.keys, (0, 0, 0, missing))
             self.values = torch.nn.functional.pad(self.values, (0, 0, 0, missing))
-        if _now.lines is None:  # the same in every layer
+        if step.lines is None:  # the same in every layer
             width, heads, room, _ = self.keys.shape
-            first = torch.arange(width * heads, device=_now.at.device) * room
-            _now.lines = first + _now.at.repeat_interleave(heads)
+            first = torch.arange(width * heads, device=step.at.device) * room
+            step.lines = first + step.at.repeat_interleave(heads)
         for kept, new in ((self.keys, key_states), (self.values, value_states)):
-            kept.view(-1, kept.shape[-1]).index_copy_(0, _now.lines, new.reshape(-1, new.shape[-1]))
-        return self.keys[:, :, : _now.filled], self.values[:, :, : _now.filled]
+            kept.view(-1, kept.shape[-1]).index_copy_(0, step.lines, new.reshape(-1, new.shape[-1]))
+        keys = self.keys[:, :, : step.filled]
+        keys.step = step  # type: ignore[attr-defined]  # `_attend` gets the very tensor
+        return keys, self.values[:, :, : step.filled]
 
     def keep(self, rows: torch.Tensor) -> None:
         """Drops all slots but these."""
@@ -73,7 +94,7 @@ class _Own(CacheLayerMixin):
         return self.get_seq_length(), 0
 
     def get_seq_length(self) -> int:
-        return _now.filled if _now else 0
+        return self.step.filled
 
     def get_max_length(self) -> int:
         return -1
@@ -84,13 +105,10 @@ class Slots:
 
     def __init__(self, model: Any) -> None:
         self.model = model
-        self.filled = 0  # own tokens of the longest slot
-        self.at = self.lengths = torch.zeros(0, dtype=torch.long)  # (W,)
-        self.lines: torch.Tensor | None = None  # (W * heads,): where a step's keys and values go
-        self.unused = torch.zeros(0)  # (W, filled): positions a slot has not reached
-        self.groups: list[tuple[Prompt, slice | torch.Tensor]] = []  # and the slots that have it
+        self.lengths = torch.zeros(0, dtype=torch.long)  # (W,): tokens of each slot's prompt
+        self.now = _Step()
         layers = model.config.get_text_config().num_hidden_layers
-        self.cache = Cache(layers=[_Own() for _ in range(layers)])
+        self.cache = Cache(layers=[_Own(self.now) for _ in range(layers)])
 
     def read(self, token_ids: list[int]) -> Prompt:
         """Reads a prompt: its keys, values and the logits of what follows."""
@@ -109,13 +127,13 @@ class Slots:
             rows.setdefault(id(prompt), []).append(slot)
         first = {id(prompt): prompt for prompt in prompts}
         device = self.model.device
-        self.groups = []
+        self.now.groups = []
         for key, found in rows.items():
             side_by_side = found[-1] - found[0] + 1 == len(found)  # read in place, not gathered
             slots = (
                 slice(found[0], found[-1] + 1) if side_by_side else torch.tensor(found, device=device)
             )
-            self.groups.append((first[key], slots))
+            self.now.groups.append((first[key], slots))
         self.lengths = torch.tensor([prompt.length for prompt in prompts], device=device)
 
     def keep(self, rows: torch.Tensor) -> None:
@@ -125,30 +143,25 @@ class Slots:
 
     def step(self, tokens: torch.Tensor, at: np.ndarray) -> torch.Tensor:
         """Logits (W, V) after each slot's token (W,), which is its own at position ``at`` (W,)."""
-        self.at, self.filled = torch.from_numpy(at).to(tokens.device), int(at.max()) + 1
-        self.lines = None
-        self.unused = torch.arange(self.filled, device=tokens.device)[None] > self.at[:, None]
+        now = self.now
+        now.at, now.filled = torch.from_numpy(at).to(tokens.device), int(at.max()) + 1
+        now.unused = torch.arange(now.filled, device=tokens.device)[None] > now.at[:, None]
+        now.lines, now.layers = None, 0
         # by column, as `_linear` leaves every activation: sums of both run over memory in order
         embedded = self.model.get_input_embeddings()(tokens).t().contiguous().t()[:, None]  # (W, 1, d)
-        global _now
-        _now = self
-        try:
-            return (
-                self.model(
-                    inputs_embeds=embedded,
-                    position_ids=(self.lengths + self.at)[:, None],
-                    past_key_values=self.cache,
-                    use_cache=True,
-                    logits_to_keep=1,
-                )
-                .logits[:, -1]
-                .contiguous()
+        out = self.model(
+            inputs_embeds=embedded,
+            position_ids=(self.lengths + now.at)[:, None],
+            past_key_values=self.cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        if now.layers != len(self.cache.layers):
+            raise CanopyError(
+                f"transformers {transformers.__version__}: the attention of "
+                f"{self.model.config.model_type} does not get the cache's own keys; install another"
             )
-        finally:
-            _now = None
-
-
-_now: Slots | None = None  # the slots that the forward pass under way belongs to
+        return out.logits[:, -1].contiguous()
 
 
 def _attend(
@@ -161,7 +174,8 @@ def _attend(
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """Attention (W, 1, H, D) of each slot's query (W, H, 1, D) over its prompt and its own tokens."""
-    if _now is None:  # reading a prompt
+    step: _Step | None = getattr(key, "step", None)
+    if step is None:  # reading a prompt
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, scaling=scaling, **kwargs
         )
@@ -169,10 +183,10 @@ def _attend(
     shared = key.shape[1]  # key-value heads; each serves heads / shared query heads
     q = query.reshape(width, shared, heads // shared, size) * (scaling or size**-0.5)
     own = q @ key.transpose(2, 3)  # (W, shared, heads/shared, filled)
-    own.masked_fill_(_now.unused[:, None, None, :], -torch.inf)
+    own.masked_fill_(step.unused[:, None, None, :], -torch.inf)
     out = torch.empty(*q.shape[:3], value.shape[-1], dtype=value.dtype, device=value.device)
     weights = torch.empty_like(own)
-    for prompt, rows in _now.groups:
+    for prompt, rows in step.groups:
         keys, values = prompt.layers[module.layer_idx]  # (shared, T, D)
         mine = q[rows].transpose(0, 1)  # (shared, n, heads/shared, D)
         n = mine.shape[1]
@@ -183,6 +197,7 @@ def _attend(
         onto = both[..., : prompt.length].transpose(0, 1).reshape(shared, -1, prompt.length)
         out[rows] = (onto @ values).view(shared, n, -1, values.shape[-1]).transpose(0, 1)
     out += weights @ value
+    step.layers += 1
     return out.reshape(width, 1, heads, -1), None
 
 

@@ -83,7 +83,7 @@ def connect(root: str | Path, *, incomplete: bool = False) -> Connection:
         else:
             root = root.resolve()
         shown = shown_files(root, incomplete)
-        allowed = [str(root)] if store.remote(root) else _folders(root, shown)
+        folders = [""] if store.remote(root) else store.check_folders(root)
         _create_views(con, root, shown)
     except duckdb.Error as error:
         con.close()
@@ -91,7 +91,9 @@ def connect(root: str | Path, *, incomplete: bool = False) -> Connection:
     except BaseException:
         con.close()
         raise
-    con.execute("set allowed_directories = ?", [allowed])
+    # the pattern is checked as well as the file that it leads to, and brackets in it are escaped
+    allowed = {f"{start}/{each}".rstrip("/") for start in (root, _escaped(root)) for each in folders}
+    con.execute("set allowed_directories = ?", [sorted(allowed)])
     con.execute("set enable_external_access = false")
     con.execute("set lock_configuration = true")
     return Connection(con)
@@ -99,21 +101,12 @@ def connect(root: str | Path, *, incomplete: bool = False) -> Connection:
 
 def shown_files(root: Path, incomplete: bool = False) -> dict[str, list[str]]:
     """The files of each table that its view reads, relative to the store: those that records name."""
-    records = store.records(root)
-    shown = {table: store.names(records, table) for table in TABLES}
+    shown = store.tables(store.records(root))
     if incomplete:
         begun = (run for run in store.runs(root) if not run["complete"])
         shards = (path for run in begun for path in run["shards"])
         shown["rollouts"] += [path.relative_to(root).as_posix() for path in shards]
     return shown
-
-
-def _folders(root: Path, shown: dict[str, list[str]]) -> list[str]:
-    """The folders that a query may read in: those of the files shown, and no other."""
-    folders = store.check_folders(root, (name for names in shown.values() for name in names))
-    # the pattern is checked as well as the file that it leads to, and brackets in it are escaped
-    both = ({str(root / each), _pattern(root, each)} for each in folders)
-    return sorted(set().union(*both))
 
 
 def read(root: str | Path, relation: str, *, incomplete: bool = False) -> pl.DataFrame:
@@ -212,6 +205,8 @@ def explain(error: duckdb.Error) -> DataError | StoreError:
     text = " ".join(str(error).split("LINE 1:")[0].split())
     if "No space left" in text:
         return StoreError(f"the disk is full: {text}; free some space and run it again")
+    if "Too many open files" in text:
+        return StoreError(f"{text}; raise the limit: ulimit -n 4096")
     for pattern, what in _FILE_ERRORS.items():
         if named := re.search(pattern, text):
             return DataError(f"{named[1]}: {what}")
@@ -232,9 +227,9 @@ def _literal(text: str) -> str:
     return text.replace("'", "''")
 
 
-def _pattern(root: Path, name: str) -> str:
-    """What DuckDB takes for the file of this name: brackets of the store's own path are escaped."""
-    return f"{glob.escape(str(root))}/{name}"
+def _escaped(root: Path) -> str:
+    """The store's own path in patterns of files, where a bracket would mean something else."""
+    return glob.escape(str(root))
 
 
 def create_views(con: duckdb.DuckDBPyConnection, root: Path) -> None:
@@ -242,11 +237,21 @@ def create_views(con: duckdb.DuckDBPyConnection, root: Path) -> None:
     _create_views(con, root, shown_files(root))
 
 
+def statements(root: Path) -> list[str]:
+    """What makes every macro, table view and view of a store, in order, run from inside its folder."""
+    old = format1.is_old(root)
+    texts = [source("macros").rstrip().rstrip(";")]
+    for table, names in shown_files(root).items():
+        listed = ", ".join(f"'{_literal(name)}'" for name in names)
+        texts.append(_table_view(table, f"[{listed}]" if names else None, old))
+    return texts + [f"create or replace view {view} as\n{source(view).rstrip()}" for view in VIEWS]
+
+
 def _create_views(
     con: duckdb.DuckDBPyConnection, root: Path, shown: dict[str, list[str]], relative: bool = False
 ) -> None:
     # A view is bound as it is made, files and all: on empty tables first that costs nothing
-    old = format1.is_old(root)
+    old, start = format1.is_old(root), _escaped(root)
     statements = [source("macros")]
     statements += [_table_view(table, None, old) for table in TABLES]
     statements += [f"create or replace view {view} as {source(view)}" for view in VIEWS]
@@ -260,7 +265,7 @@ def _create_views(
         else:
             # in a variable, for lists of thousands in a view's text are parsed with every query
             variable = f"canopy_{table}"
-            paths = [_pattern(root, name) for name in names]
+            paths = [f"{start}/{name}" for name in names]
             con.execute(f"set variable {variable} = ?", [paths[:1]])
             con.execute(_table_view(table, f"getvariable('{variable}')", old))
             con.execute(f"set variable {variable} = ?", [paths])

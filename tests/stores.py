@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,7 +17,7 @@ import polars as pl
 
 import canopy_store
 from canopy_store import sql, store
-from canopy_store.schema import TABLES
+from canopy_store.schema import TABLES, arrow_schema
 from canopy_store.store.embeddings import write_embeddings
 
 GOLDEN = Path(__file__).parent / "data" / "golden"  # rollouts and what the paper's code gives of them
@@ -59,20 +61,32 @@ def fill(root: Path, chain: Path, prompts: Path) -> Path:
     more = {"top-k": 5, "top-logprobs": 3, "samples": 12, "prompts-per-shard": 2}
     assert main(ingest_arguments(root, chain, prompts, **more)) == 0
     rng = np.random.default_rng(0)
-    store.plan(root, "embedder", "E", {"embedder": "E"})
-    in_scores = {c.name for c in TABLES["scores"].columns}
+    policy = {"temperature": 1.0}
+    names = {"embeddings": "E", "rewards": "R", "grades": "G", "scores": "S"}
+    made: dict[str, list[Path]] = {table: [] for table in names}
     for number, path in enumerate(store.files(root, "rollouts")):
         rows = store.read_rows(path)
         keys = {name: rows[name] for name in ("run_id", "prompt_id", "sample")}
         ids, samples = keys["prompt_id"].to_pylist(), keys["sample"].to_pylist()
-        write_embeddings(root, "E", RUN, number, ids, samples, rng.normal(size=(len(rows), 8)))
-        where = store.folder(root, "rewards", reward_model="R", run=RUN)
-        reward = {**keys, "reward": rng.normal(size=len(rows))}
-        store.write_rows(store.shard_path(where, number), "rewards", reward)
-        where = store.folder(root, "scores", scorer_id="S", run=RUN)
-        scored = {name: rows[name] for name in rows.column_names if name in in_scores}
-        scored |= {**keys, "policy": ['{"temperature":1.0}'] * len(rows)}
-        store.write_rows(where / f"part-{number:05d}.0123456789abcdef.parquet", "scores", scored)
+        vectors = rng.normal(size=(len(rows), 8))
+        made["embeddings"] += write_embeddings(root, "E", RUN, number, ids, samples, vectors)
+        scored = {c.name: rows[c.name] for c in TABLES["scores"].columns if c.name in rows.column_names}
+        columns = {
+            "rewards": {"reward": rng.normal(size=len(rows))},
+            "grades": {"answer": ids, "score": rng.uniform(size=len(rows))},
+            "scores": {**scored, "policy": [store.canonical(policy)] * len(rows)},
+        }
+        for table, values in columns.items():
+            where = store.folder(root, table, **{TABLES[table].partitions[0]: names[table]}, run=RUN)
+            end = f".{store.content_id(policy)}" if table == "scores" else ""
+            made[table].append(where / f"part-{number:05d}{end}.parquet")
+            store.write_rows(made[table][-1], table, {**keys, **values})
+    for table, files in made.items():
+        key = TABLES[table].partitions[0]
+        of = {key: names[table], "policy": store.content_id(policy), "run": RUN}
+        of = {name: of[name] for name in TABLES[table].commit}
+        store.plan(root, TABLES[table].plan, names[table], {key: names[table]})
+        store.commit(root, table, of, files, {key: names[table]})
     canopy_store.select_reward(root, 0.5)
     return root
 
@@ -136,6 +150,15 @@ def flip(path: Path, place: int, mask: int) -> None:
     path.write_bytes(data)
 
 
+def enter(root: Path, path: Path) -> None:
+    """Enters a file as it now is in every record that names it, as who edits it on purpose would."""
+    name = path.relative_to(root).as_posix()
+    for record in store.records(root):
+        if name in record.files:
+            files = {**record.files, name: store.entry(path)}
+            store.write_record(root, dataclasses.replace(record, files=files))
+
+
 def rewrite(path: Path, table: str, change: Callable[[dict[str, list[Any]]], Any]) -> None:
     """Changes a file's columns and writes it as the package would."""
     columns = store.read_rows(path).to_pydict()
@@ -143,6 +166,27 @@ def rewrite(path: Path, table: str, change: Callable[[dict[str, list[Any]]], Any
     columns = columns if changed is None else changed
     size = {"embedding_dim": len(columns["embedding"][0])} if table == "embeddings" else {}
     store.write_rows(path, table, columns, **size)
+
+
+def as_format_1(root: Path) -> Path:
+    """The same store in format 1, as far as that had its tables."""
+    committed = {table: store.files(root, table) for table in TABLES}
+    for table, paths in committed.items():
+        for path in paths:
+            rows = store.read_rows(path)
+            path.unlink()
+            store.remove_empty(root, path.parent)
+            if table in ("grades", "work"):
+                continue
+            size = rows["embedding"].type.list_size if table == "embeddings" else None
+            schema = arrow_schema(table, size, version=1)
+            values = store.path_keys(table, path.relative_to(root).as_posix()) or {}
+            if table in ("models", "runs"):  # whose files stood side by side
+                path = root / table / f"{'--'.join(map(store.quoted, values.values()))}.parquet"
+            store.write_table(path, table, rows.select(schema.names).cast(schema))
+    shutil.rmtree(root / "commits")
+    (root / "canopy.json").write_text(json.dumps({"format": "canopy_store", "version": 1}))
+    return root
 
 
 # ---------------------------------------------------------------- looked at
@@ -163,7 +207,7 @@ def views(root: Path) -> dict[str, pl.DataFrame]:
     """Every view, sorted; one thread, so that sums are added up in one order."""
     found = {}
     with duckdb.connect(config={"threads": 1}) as con:
-        sql.create_views(con, root, str(root), False)
+        sql.create_views(con, root)
         for view in sql.VIEWS:
             frame = con.sql(f"from {view}").pl()
             keys = sql.source(view).splitlines()[1].removeprefix("-- keys: ").split(", ")

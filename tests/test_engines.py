@@ -158,7 +158,7 @@ def test_every_servers_answers_are_read_to_the_same_tokens(tmp_path, chain, cano
             )
             assert code == 0, err
             # a server that knows only OpenAI's fields is asked in these alone, and that is said
-            assert ("none of the fields" in err) == (kind == "openai")
+            assert ("takes none of the fields" in err) == (kind == "openai")
         frames[kind] = rollouts(tmp_path / kind)
     first = frames["vllm"]
     assert set(first["finish_reason"]) == {"stop", "length"}
@@ -254,7 +254,7 @@ def test_texts_that_leave_the_ids_in_doubt_give_none(tmp_path, chain, canopy, pr
         with serving(kind=kind, names=names) as server:
             code, _, err = canopy(*arguments(tmp_path / kind, chain, server.url, prompts))
         assert code == 0, err
-        assert err.count("entropies of these rollouts cannot be had") == 1
+        assert err.count("entropies of these rollouts cannot be found") == 1
         stored = rollouts(tmp_path / kind)
         assert set(stored["finish_reason"]) == {"stop", "length"}
         assert (stored["n_tokens"] >= 1).all()
@@ -346,12 +346,17 @@ def test_retry_after_is_waited_for():
         ({"key": "s3cret"}, (), 2, "put the server's key in the environment as OPENAI_API_KEY"),
         ({"always": 418}, (), 2, "status 418 (busy)"),
         ({"kind": "openai"}, ("--top-k", 5), 2, "Unrecognized request argument: "),
-        ({"kind": "llamacpp"}, ("--eos-token-id", 3), 2, "only vLLM's can be told what ends a rollout"),
-        ({"kind": "sglang"}, ("--no-eos",), 2, "only vLLM's can be told what ends a rollout"),
-        ({"kind": "sglang"}, ("--top-k", 5, "--top-p", 0.9), 2, "--top-k with --top-p: SGLang takes"),
+        (
+            {"kind": "llamacpp"},
+            ("--eos-token-id", 3),
+            2,
+            "only vLLM's server can be told which tokens end",
+        ),
+        ({"kind": "sglang"}, ("--no-eos",), 2, "only vLLM's server can be told which tokens end"),
+        ({"kind": "sglang"}, ("--top-k", 5, "--top-p", 0.9), 2, "--top-k with --top-p: SGLang applies"),
         ({"window": 8}, (), 1, "its context window is smaller; lower --max-new-tokens"),
-        ({"ends": (0, 3), "kind": "sglang"}, (), 1, "it ended with '3', and the model's end tokens"),
-        ({"ends": (3,), "kind": "vllm"}, (), 1, "it goes on after token 0"),
+        ({"ends": (0, 3), "kind": "sglang"}, (), 1, "the rollout ended with '3', and"),
+        ({"ends": (3,), "kind": "vllm"}, (), 1, "the rollout goes on after token 0"),
         ({}, ("--batch-size", 4), 2, "--engine openai decides the width itself"),
         ({}, ("--device", "cpu"), 2, "--device: not an option of --engine openai"),
         ({}, ("--concurrency", 0), 2, "--concurrency 0: needs at least 1"),
@@ -404,12 +409,12 @@ def first_logged(**values):
         (
             "vllm",
             lambda choice: choice.update(token_ids=[*choice["token_ids"][:-1], 5], stop_reason=False),
-            "it ended with 'False', and the model's end tokens are [0]",
+            "the rollout ended with 'False', and the end tokens of --model are [0]",
         ),
         (
             "vllm",
             lambda choice: choice.update(finish_reason="s3cret-key\x1b[2J" + "x" * 999),
-            "the server ended it for another reason: '…xxx",
+            "finish_reason needs stop or length, and is '…xxx",
         ),
     ],
 )
@@ -462,7 +467,7 @@ def test_of_several_end_tokens_the_server_must_say_which(tmp_path, chain, canopy
     with serving(kind="openai", ends=(0, 3)) as server:
         code, _, err = canopy(*arguments(tmp_path / "openai", two, server.url, prompts))
     assert code == 1
-    assert "the server does not say which of the end tokens [0, 3] ended it" in err
+    assert "the answer does not name which of the end tokens [0, 3] ended the rollout" in err
 
 
 def test_other_end_tokens_are_asked_of_vllm(tmp_path, chain, canopy, prompts):

@@ -7,6 +7,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from canopy_store.errors import CanopyError
 from canopy_store.ingest import shared_prompt
 from canopy_store.ingest.sample import Job, Sampling, sample_prompts, uniforms
 
@@ -101,3 +102,44 @@ def test_widths_agree_but_for_near_ties():
         for a, b in zip(x, y, strict=True):
             assert np.array_equal(a.token_ids, b.token_ids)
             assert np.array_equal(a.entropy, b.entropy)
+
+
+def test_a_batch_steps_within_the_step_of_another():
+    """What a step needs goes with it: nothing of one batch stands where another finds it."""
+    model = tiny("llama")
+    assert shared_prompt.prepare(model)
+
+    def seated(*prompts: int) -> shared_prompt.Slots:
+        slots = shared_prompt.Slots(model)
+        slots.seat([slots.read(PROMPTS[prompt]) for prompt in prompts])
+        return slots
+
+    def step(slots: shared_prompt.Slots) -> torch.Tensor:
+        width = len(slots.lengths)
+        return slots.step(torch.arange(1, width + 1), np.zeros(width, int))
+
+    with torch.inference_mode():
+        alone = [step(seated(0)), step(seated(1, 2))]
+        outer, inner, within = seated(0), seated(1, 2), []
+
+        def between(*_: object) -> None:
+            hook.remove()
+            within.append(step(inner))
+
+        hook = model.model.layers[0].register_forward_hook(between)
+        assert torch.equal(step(outer), alone[0])
+    assert torch.equal(within[0], alone[1])
+
+
+def test_keys_that_do_not_come_from_the_cache_are_refused(monkeypatch):
+    """Without its cache's own keys a step would attend to nothing of the prompt, and say nothing."""
+    update = shared_prompt._Own.update
+
+    def copied(*args):
+        return tuple(part.clone() for part in update(*args))
+
+    monkeypatch.setattr(shared_prompt._Own, "update", copied)
+    model = tiny("llama")
+    shared_prompt.prepare(model)
+    with pytest.raises(CanopyError, match="the attention of llama does not get the cache's own keys"):
+        sample_prompts(model, jobs(2, 4), Sampling(1.0, 0, 1.0, 4, (0,), 0, 8))

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from canopy_store import sql, store
 from canopy_store.schema import TABLES, arrow_schema
 from canopy_store.sharing import export, pull, push, untrusted
 from canopy_store.sharing.export import _no_token
+from canopy_store.sharing.merge import merge
 from canopy_store.upkeep.verify import verify
 
 RUNS = [
@@ -86,10 +88,12 @@ def test_without_texts_every_measure_is_there_and_texts_can_come_later(
         assert found[view].select(left).equals(frame.select(left)), view
     assert b"text of" not in b"".join(p.read_bytes() for p in out.rglob("*") if p.is_file())
     pull(out, tmp_path / "back")
+    bare = store.files(tmp_path / "back", "rollouts")
     assert pull(shared, tmp_path / "back") == RUNS  # the same runs, with texts: they are filled in
     assert same_views(views(tmp_path / "back"), measured)
     assert tables(tmp_path / "back") == tables(origin)
     assert verify(tmp_path / "back", deep=True).is_empty()
+    assert not [path for path in bare if path.exists()]  # no reader takes the new files for the old
     before = contents(tmp_path / "back")
     pull(out, tmp_path / "back")  # and stay
     assert {**contents(tmp_path / "back"), "canopy.duckdb": ""} == {**before, "canopy.duckdb": ""}
@@ -102,6 +106,7 @@ def test_parts_of_a_store_and_the_whole_again(origin, shared, measured, tmp_path
     assert set(canopy_store.read(out, "prompts")["task"]) == {"coding"}
     assert len(canopy_store.read(out, "models")) == 1
     assert sorted(p.name for p in out.iterdir() if p.is_dir()) == [
+        "commits",
         "models",
         "plans",
         "prompts",
@@ -140,16 +145,40 @@ def test_an_export_neither_replaces_nor_nests_nor_passes_on_damage(origin, tmp_p
         with pytest.raises(canopy_store.UsageError, match="choose"):
             export(origin, place)
     broken = Path(shutil.copytree(origin, tmp_path / "broken"))
-    rewrite(
-        store.files(broken, "rollouts")[0], "rollouts", lambda c: c["entropy_sum"].__setitem__(0, 9.0)
-    )
+    path = store.files(broken, "rollouts")[0]
+    rewrite(path, "rollouts", lambda c: c["entropy_sum"].__setitem__(0, 9.0))
+    with pytest.raises(canopy_store.DataError, match="changed while it was read"):
+        export(broken, tmp_path / "out")
+    record(broken, path)
     with pytest.raises(canopy_store.DataError, match="entropy_sum is not the sum"):
         export(broken, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
+def test_a_store_of_format_1_is_upgraded_before_it_is_exported(origin, tmp_path):
+    root = Path(shutil.copytree(origin, tmp_path / "s"))
+    (root / "canopy.json").write_text('{"format": "canopy_store", "version": 1}')
+    with pytest.raises(canopy_store.StoreError, match="canopy upgrade --store"):
+        export(root, tmp_path / "out")
+    assert os.listdir(tmp_path) == ["s"]
+
+
+def test_what_a_killed_export_left_is_removed_and_a_living_one_is_left_alone(origin, tmp_path):
+    folder = tmp_path / ".out.0000abcd.exporting"
+    (folder / "rollouts").mkdir(parents=True)
+    living = tmp_path / ".out.0000abce.exporting"
+    living.mkdir()
+    held = os.open(living, os.O_RDONLY)
+    assert store.lock(held)
+    (tmp_path / ".out.0000abcf.exporting").symlink_to(origin)
+    export(origin, tmp_path / "out")
+    os.close(held)
+    assert sorted(os.listdir(tmp_path)) == [living.name, ".out.0000abcf.exporting", "out"]
+    assert (origin / "canopy.json").exists()
+
+
 def test_names_that_are_hostile_travel(tmp_path):
-    names = ["../../up", "'; drop view runs; --", "ü%41 \u2028=", "*[x]? {{: |"]
+    names = ["../../up", "'; drop view runs; --", "ü%41 =", "*[x]? {{: |"]
     pl.DataFrame(
         [
             {
@@ -188,15 +217,17 @@ def test_datasets_loads_every_table(shared, tmp_path):
     names = [config["config_name"] for config in head["configs"]]
     assert datasets.get_dataset_config_names(str(shared)) == names
     features = {info["config_name"]: info["features"] for info in head["dataset_info"]}
-    for name in names:
-        found = datasets.load_dataset(str(shared), name, split="train", cache_dir=str(tmp_path))
-        table = name.partition("--")[0]
+    for table in names:
+        found = datasets.load_dataset(str(shared), table, split="train", cache_dir=str(tmp_path))
         wanted = canopy_store.read(shared, table)
-        if table == name:
-            assert len(found) == len(wanted)
-        assert found.column_names == [c.name for c in TABLES[table].columns]
+        assert len(found) == len(wanted)
+        # the whole table, what stands in the paths included
+        assert found.column_names == wanted.columns
+        keys = list(TABLES[table].keys)
+        rows = found.select_columns(keys).to_polars()
+        assert sorted(rows.rows()) == sorted(wanted.select(keys).rows())
         derived = datasets.Features.from_arrow_schema(arrow_schema(table))
-        assert datasets.Features._from_yaml_list(features[name]) == derived
+        assert datasets.Features._from_yaml_list(features[table]) == derived
     rollouts = datasets.load_dataset(str(shared), split="train", cache_dir=str(tmp_path))  # the default
     assert (
         rollouts[0]["entropy"]
@@ -208,10 +239,11 @@ def test_pandas_polars_and_duckdb_read_it(shared, origin, measured):
     import pandas as pd
 
     count = len(canopy_store.read(origin, "rollouts"))
-    frame = pd.read_parquet(shared / "rollouts")
+    frame = pd.read_parquet(shared / "rollouts", partitioning=None)
     assert len(frame) == count
     assert set(frame["variant"]) == {"base", "instruct"}
-    assert len(pl.scan_parquet(shared / "rollouts", hive_partitioning=True).collect()) == count
+    lazy = pl.scan_parquet(shared / "rollouts")
+    assert len(lazy.filter(variant="base").collect()) == count // 2
     query = "select " + ", ".join(f"(select count(*) from {view}) as {view}" for view in sql.VIEWS)
     assert shell(shared, query) == [{view: len(frame) for view, frame in measured.items()}]
     program = Path(sys.executable).parent / "duckdb"
@@ -253,10 +285,20 @@ def _plain(value: Any) -> Any:
 def changed(
     folder: Path, table: str, change: Callable[[dict[str, list[Any]]], Any], which: int = 0
 ) -> None:
-    """Edits a file of an exported folder and enters it in the MANIFEST, as a forger would."""
+    """Edits a file of an exported folder and enters it in record and MANIFEST, as a forger would."""
     path = store.files(folder, table)[which]
     rewrite(path, table, change)
+    enter(folder, record(folder, path))
     enter(folder, path)
+
+
+def record(root: Path, path: Path, **said: Any) -> Path:
+    """Enters a file, as it is now, in the record that names it; says where that stands."""
+    name = path.relative_to(root).as_posix()
+    (old,) = [each for each in store.records(root) if name in each.files]
+    entry = {**store.entry(path), **said}
+    store.write_record(root, replace(old, files={**old.files, name: entry}))
+    return old.path(root)
 
 
 def enter(folder: Path, path: Path, rows: int | None = None) -> None:
@@ -320,8 +362,8 @@ def test_rules_travel_and_one_that_differs_is_refused(folder, origin, shared, tm
 
 def test_a_run_that_is_begun_here_is_not_overwritten(shared, origin, tmp_path):
     root = Path(shutil.copytree(origin, tmp_path / "s"))
-    (root / "runs" / "alpha.base.coding.parquet").unlink()
     path = next(p for p in store.files(root, "rollouts") if "alpha.base.coding" in str(p))
+    store.commit_path(root, "rollouts", {"run": "alpha.base.coding"}).unlink()
     rewrite(path, "rollouts", lambda c: {k: v[:5] for k, v in c.items()})
     before = contents(root)
     with pytest.raises(canopy_store.ConflictError, match="begun here and not complete"):
@@ -449,6 +491,176 @@ def test_links_out_of_the_folder_are_refused(folder, tmp_path):
     refused(folder, tmp_path, "a link out of the folder")
 
 
+def not_regular(path: Path, what: str) -> None:
+    """Puts something that is no file where one was; to open it would wait for ever, or never end."""
+    path.unlink(missing_ok=True)
+    if what == "pipe":
+        os.mkfifo(path)
+    elif what == "link to a pipe":
+        os.mkfifo(path.with_name(f"{path.name}.pipe"))
+        path.symlink_to(path.with_name(f"{path.name}.pipe"))
+    elif what == "device":
+        path.symlink_to("/dev/zero")
+    else:
+        path.mkdir()
+
+
+@pytest.fixture
+def in_time():
+    """Ends a test that waits, as it would for a pipe that it opened."""
+
+    def too_long(signum, frame):
+        raise AssertionError("waited for what it should not have opened")
+
+    before = signal.signal(signal.SIGALRM, too_long)
+    signal.alarm(60)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
+
+
+@pytest.mark.usefixtures("in_time")
+@pytest.mark.parametrize("what", ["pipe", "link to a pipe", "device", "folder"])
+def test_only_regular_files_are_opened(folder, tmp_path, origin, what):
+    """In a folder that is pulled, and in a store that is merged."""
+    places = {
+        "canopy.json",
+        "MANIFEST",
+        "plans/run=alpha.base.coding.json",
+        "commits/rewards/reward_model=imported/run=alpha.base.coding.json",
+        store.files(folder, "rewards")[0].relative_to(folder).as_posix(),
+    }
+    for name in sorted(places):
+        # a folder in a store's own place of a record is an empty one: that job is not finished
+        for root in (folder,) if what == "folder" else (folder, origin):
+            copy = Path(shutil.copytree(root, tmp_path / "copy"))
+            if (copy / name).exists():
+                not_regular(copy / name, what)
+                with pytest.raises(canopy_store.CanopyError) as error:
+                    merge([copy], tmp_path / "merged")
+                assert "\n" not in str(error.value)
+                if root is folder:
+                    refused(copy, tmp_path)
+            shutil.rmtree(copy)
+    assert not (tmp_path / "merged").exists()
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"a":' * 100_000, "9" * 10_000, "\0" * (5 << 20), ""])
+def test_json_that_no_store_writes_is_one_line(folder, origin, tmp_path, text):
+    for name in (
+        "canopy.json",
+        "plans/run=alpha.base.coding.json",
+        "commits/rollouts/run=alpha.base.coding.json",
+    ):
+        before = (folder / name).read_text()
+        (folder / name).write_text(text)
+        enter(folder, folder / name)
+        refused(folder, tmp_path, name)
+        (folder / name).write_text(before)
+        enter(folder, folder / name)
+        copy = Path(shutil.copytree(origin, tmp_path / "copy"))
+        (copy / name).write_text(text)
+        with pytest.raises(canopy_store.CanopyError, match=name) as error:
+            merge([copy], tmp_path / "refused")
+        assert "\n" not in str(error.value)
+        shutil.rmtree(copy)
+
+
+def test_settings_that_are_nested_deeply_are_no_traceback(folder, tmp_path):
+    """Each level that can be read must also be told, compared and written, or be refused in a line."""
+    for depth in (100, 300, 900, 960, 980, 2000, 10_000):
+        path = folder / "plans" / "run=alpha.base.coding.json"
+        before = path.read_text()
+        settings = json.dumps({**json.loads(before)["settings"], "more": "X"})
+        nested = settings.replace('"X"', "[" * depth + "]" * depth)
+        path.write_text(f'{{"settings": {nested}, "started_at": "2026-01-01T00:00:00"}}')
+        enter(folder, path)
+        refused(folder, tmp_path)
+        path.write_text(before)
+        enter(folder, path)
+
+
+def test_a_plan_that_no_run_uses_stays_where_it_is(folder, tmp_path):
+    """It would settle, beforehand, what a job of that name must do here."""
+    run = json.loads((folder / "plans" / "run=alpha.base.coding.json").read_text())
+    planted = {
+        "embedder=mine": {"embedder": "mine", "model": "theirs"},
+        "run=alpha.base.math": {**run["settings"], "run_id": "alpha.base.math"},
+        "selection=later": {"rule": "reward", "keep": 0.1},
+    }
+    for name, settings in planted.items():
+        path = folder / "plans" / f"{name}.json"
+        path.write_text(json.dumps({**run, "settings": settings}))
+        enter(folder, path)
+    assert pull(folder, tmp_path / "s") == RUNS
+    assert not {f"{name}.json" for name in planted} & set(os.listdir(tmp_path / "s" / "plans"))
+
+
+def forge(folder: Path, kind: str, keys: dict[str, str], *names: str, **rows: int) -> None:
+    """Adds a record that names these files of the folder, entered in the MANIFEST."""
+    files = {name: {**store.entry(folder / name), **rows} for name in names}
+    forged = store.Record(kind, keys, files, {}, "2026-01-01T00:00:00")
+    store.write_record(folder, forged)
+    enter(folder, forged.path(folder))
+
+
+def test_a_record_names_only_what_is_of_it(folder, tmp_path):
+    """Another run's rollouts under a record of rewards would be added to those that are stored."""
+    run = "alpha.base.coding"
+    (rollouts,) = (p for p in store.files(folder, "rollouts") if run in str(p))
+    (other,) = (p for p in store.files(folder, "rewards") if "instruct.coding" in str(p))
+    (spectra,) = (p for p in store.files(folder, "embedding_spectra") if f"all/run={run}" in str(p))
+    more = rollouts.with_name("part-00007.parquet")
+    shutil.copy(rollouts, more)
+    enter(folder, more)
+    name, others, spectrum = (p.relative_to(folder).as_posix() for p in (more, other, spectra))
+    for kind, keys, named in (
+        ("rewards", {"reward_model": "x", "run": run}, name),
+        ("rewards", {"reward_model": "x", "run": run}, others),
+        ("rewards", {"reward_model": "imported", "run": "alpha.base.completion"}, others),
+        ("embeddings", {"embedder": "x", "run": run}, spectrum),
+        ("embedding_spectra", {"embedder": "imported", "selection": "all", "run": run}, spectrum),
+        ("scores", {"scorer_id": "s", "policy": "p", "run": run}, name),
+        ("rollouts", {"run": "alpha.base.math"}, name),
+    ):
+        path = store.commit_path(folder, kind, keys)
+        before = path.read_bytes() if path.exists() else None
+        forge(folder, kind, keys, named)
+        refused(folder, tmp_path, path.name, "which is not of it")
+        path.unlink()
+        if before is None:
+            manifest = json.loads((folder / "MANIFEST").read_text())
+            del manifest["files"][path.relative_to(folder).as_posix()]
+            (folder / "MANIFEST").write_text(json.dumps(manifest))
+        else:
+            path.write_bytes(before)
+            enter(folder, path)
+    pull(folder, tmp_path / "s")
+    assert not list((tmp_path / "s").rglob("part-00007*"))
+
+
+def test_a_record_names_only_what_the_manifest_lists(folder, tmp_path):
+    path = store.files(folder, "rewards")[0]
+    for said in ({"rows": 3}, {"bytes": 1}, {"sha256": "0" * 64}):
+        enter(folder, record(folder, path, **said))
+        refused(folder, tmp_path, path.name, "not what MANIFEST lists")
+    enter(folder, record(folder, path))
+    path.rename(path.with_name("part-00003.parquet"))
+    manifest = json.loads((folder / "MANIFEST").read_text())
+    manifest["files"].pop(path.relative_to(folder).as_posix())
+    (folder / "MANIFEST").write_text(json.dumps(manifest))
+    enter(folder, path.with_name("part-00003.parquet"))
+    refused(folder, tmp_path, path.name, "not what MANIFEST lists")
+
+
+def test_a_run_without_its_row_is_refused(folder, tmp_path):
+    old = store.record(folder, "rollouts", run="alpha.base.coding")
+    left = {name: said for name, said in old.files.items() if not name.startswith("runs/")}
+    store.write_record(folder, replace(old, files=left))
+    enter(folder, old.path(folder))
+    refused(folder, tmp_path, "needs one file of runs with one row")
+
+
 def bomb_of_numbers(path: Path, schema: pa.Schema) -> None:
     """Long lists of one number: run lengths make kilobytes of 18 million values."""
     rows = store.read_rows(path).slice(0, 1)
@@ -476,7 +688,7 @@ def bomb_of_texts(path: Path, schema: pa.Schema) -> None:
     table = pa.table(dict(zip(schema.names, columns, strict=True)))
     with pq.ParquetWriter(path, table.schema, compression="zstd", store_schema=False) as writer:
         writer.write_table(table)
-        writer.add_key_value_metadata({"canopy_schema": "rollouts:1"})
+        writer.add_key_value_metadata({"canopy_schema": "rollouts:2"})
 
 
 def bomb_with_a_forged_footer(path: Path, schema: pa.Schema) -> None:
@@ -534,16 +746,16 @@ def test_rows_and_columns_that_are_not_what_they_say_are_refused(folder, tmp_pat
     enter(folder, path, rows=10**9)
     refused(folder, tmp_path, "MANIFEST says 1000000000 rows")
     names = ['"; drop table runs; --', "\x1b[2J\n", "../../etc"]
-    label = {b"canopy_schema": b"rewards:1"}
+    label = {b"canopy_schema": b"rewards:2"}
     schema = pa.schema([pa.field(name, pa.int64()) for name in names], metadata=label)
     pq.write_table(schema.empty_table(), path)
     enter(folder, path)
+    enter(folder, record(folder, path))
     refused(folder, tmp_path, "schema differs")
     path.write_bytes(b"PAR1 is not enough PAR1")
     enter(folder, path, rows=1)
     refused(folder, tmp_path, "truncated or not a Parquet file")
     shutil.copy(shared / path.relative_to(folder), path)
-    enter(folder, path)
     changed(folder, "rewards", set_all("reward", float("nan")))
     refused(folder, tmp_path, "reward is not finite")
 
@@ -601,11 +813,11 @@ def test_a_pulled_store_can_be_queried_and_nothing_else(shared, tmp_path, canopy
     )
     with canopy_store.open(root) as con:
         for query in queries:
-            with pytest.raises(duckdb.Error):
+            with pytest.raises((duckdb.Error, canopy_store.UsageError)):
                 con.execute(query).fetchall()
     for query in queries[::4]:
         code, out, err = canopy("sql", query, "--store", root)
-        assert (code, out, len(err.splitlines())) == (1, "", 1), query
+        assert (code, out, len(err.splitlines())) in ((1, "", 1), (2, "", 1)), query
     assert sorted(path.name for path in tmp_path.iterdir()) == ["s", "secret.csv"]
 
 
@@ -688,6 +900,7 @@ def test_the_command_line_exports_pulls_and_lists_what_it_would_push(origin, tmp
         "cc-by-4.0",
     )
     assert {p.name for p in out.iterdir() if p.is_dir()} == {
+        "commits",
         "embedding_spectra",
         "models",
         "plans",

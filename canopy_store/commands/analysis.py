@@ -11,7 +11,7 @@ import duckdb
 from canopy_store.analysis.comparison import SEED, compare
 from canopy_store.analysis.power import power
 from canopy_store.analysis.selections import select_lengths, select_reward
-from canopy_store.commands.shared import FORMAT, RUNS, STORE, print_rows
+from canopy_store.commands.shared import FORMAT, RUNS, STORE, echo, print_rows
 from canopy_store.errors import UsageError
 
 
@@ -33,7 +33,7 @@ def select_reward_command(root: str, keep: float, **options: Any) -> None:
       canopy select reward --store S --keep 0.7
       canopy sql "select selection, variant, ce_star from model_metrics" --store S
     """
-    click.echo(f"{root}: selection {select_reward(root, keep, **options)}")
+    echo(f"{root}: selection {select_reward(root, keep, **options)}")
 
 
 @select.command("lengths")
@@ -55,7 +55,7 @@ def select_lengths_command(root: str, **options: Any) -> None:
       canopy compare --store S --selection lengths_matched_sft
     """
     for name in select_lengths(root, **options):
-        click.echo(f"{root}: selection {name}")
+        echo(f"{root}: selection {name}")
 
 
 _COMPARED = (
@@ -149,9 +149,7 @@ def compare_command(root: str, margins: tuple[str, ...], form: str, **options: A
         short += ["equivalent"] if sizes else []
         print_rows(duckdb.from_arrow(frame.select(short).to_arrow()), form)
         if left:
-            click.echo(
-                f"left out: up to {left} prompts a row, which one variant lacks or has no value of"
-            )
+            echo(f"left out: up to {left} prompts a row, which one variant lacks or has no value of")
         return
     print_rows(duckdb.from_arrow(frame.to_arrow()), form)
 
@@ -242,17 +240,17 @@ def regress_command(
     if form != "table":
         print_rows(duckdb.from_arrow(fit.coefficients.to_arrow()), form)
         return
-    click.echo(f"{fit.model}: {fit.formula}")
+    echo(f"{fit.model}: {fit.formula}")
     for title, table in (
         ("", fit.coefficients),
         ("slopes of entropy rate", fit.slopes),
         ("tests", fit.tests),
     ):
         if len(table):
-            click.echo(title and f"\n{title}")
+            echo(title and f"\n{title}")
             print_rows(duckdb.from_arrow(table.to_arrow()), form)
-    click.echo("\nsimulated quantile residuals, p: " + _pairs(fit.residuals))
-    click.echo(_pairs(fit.fit))
+    echo("\nsimulated quantile residuals, p: " + _pairs(fit.residuals))
+    echo(_pairs(fit.fit))
 
 
 def _pairs(values: dict[str, Any]) -> str:
@@ -295,6 +293,6 @@ def report_command(
     """
     from canopy_store.report import write_figures, write_report
 
-    click.echo(write_report(root, out, explorer_rollouts=explorer_rollouts, **options))
+    echo(write_report(root, out, explorer_rollouts=explorer_rollouts, **options))
     if figures:
-        click.echo(f"{figures}: {len(write_figures(root, figures, **options))} files")
+        echo(f"{figures}: {len(write_figures(root, figures, **options))} files")

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from canopy_store.commands.shared import RUNS, STORE, bar, require_ingest
+from canopy_store.commands.shared import RUNS, STORE, bar, echo, require_ingest
 
 
 def _spread_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -144,9 +144,9 @@ def rollouts_command(root: str, model: str, **options: Any) -> None:
     with bar("sampling") as progress:
         run = ingest_rollouts(root, model, progress=progress, **options)
     if store.is_complete(store.require(root), run):
-        click.echo(f"{root}: run {run} is complete")
+        echo(f"{root}: run {run} is complete")
     else:
-        click.echo(f"{root}: run {run}: {options['shard']} is stored; other shards are still to come")
+        echo(f"{root}: run {run}: {options['shard']} is stored; other shards are still to come")
 
 
 @ingest.command("embed")
@@ -177,7 +177,7 @@ def embed_command(root: str, embedder: str, **options: Any) -> None:
 
     with bar("embedding") as progress:
         name = ingest_embeddings(root, embedder, progress=progress, **options)
-    click.echo(f"{root}: embedded as {name}")
+    echo(f"{root}: embedded as {name}")
 
 
 @ingest.command("reward")
@@ -217,7 +217,7 @@ def reward_command(root: str, model: str, **options: Any) -> None:
 
     with bar("scoring") as progress:
         name = ingest_rewards(root, model, progress=progress, **options)
-    click.echo(f"{root}: rewards as {name}")
+    echo(f"{root}: rewards as {name}")
 
 
 @ingest.command("score")
@@ -279,7 +279,7 @@ def score_command(root: str, scorer: str, **options: Any) -> None:
 
     with bar("scoring") as progress:
         name = ingest_scores(root, scorer, progress=progress, **options)
-    click.echo(f"{root}: scores as {name}")
+    echo(f"{root}: scores as {name}")
 
 
 @ingest.command("grade")
@@ -310,7 +310,7 @@ def grade_command(root: str, grader: str, **options: Any) -> None:
 
     with bar("grading") as progress:
         name = ingest_grades(root, grader, progress=progress, **options)
-    click.echo(f"{root}: grades as {name}")
+    echo(f"{root}: grades as {name}")
 
 
 @ingest.command("finetune")
@@ -363,4 +363,4 @@ def finetune_command(
         show_progress=sys.stderr.isatty(),
         **options,
     )
-    click.echo(f"{out}: {model_id}, now in {root}")
+    echo(f"{out}: {model_id}, now in {root}")

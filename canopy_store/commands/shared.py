@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import functools
+import re
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from canopy_store.errors import UsageError
+from canopy_store.terminal import printable
+
+if TYPE_CHECKING:
+    import polars as pl
 
 FORMATS = ("table", "csv", "json", "parquet")
 STORE = click.option(
@@ -22,17 +28,42 @@ STORE = click.option(
     envvar="CANOPY_STORE",
     help="Folder, or s3://BUCKET/PREFIX (or set CANOPY_STORE).",
 )
-FORMAT = click.option(
-    "--format",
-    "form",
-    type=click.Choice(FORMATS),
-    default="table",
-    show_default=True,
-    help="How the rows are printed.",
-)
 RUNS = click.option(
     "--run", "--runs", "runs", multiple=True, metavar="RUN", help="Only this run; repeatable."
 )
+
+
+def _formatted(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The command with --format and --spreadsheet; it gets both as ``form``, for `print_rows`."""
+
+    @functools.wraps(command)
+    def formatted(*args: Any, form: str, spreadsheet: bool, **options: Any) -> Any:
+        if spreadsheet and form != "csv":
+            raise UsageError(f"--spreadsheet: not for --format {form}; it goes with --format csv")
+        return command(*args, form="spreadsheet" if spreadsheet else form, **options)
+
+    safe = click.option(
+        "--spreadsheet",
+        is_flag=True,
+        help="With --format csv: an apostrophe before texts that a spreadsheet would take as formulas.",
+    )
+    form = click.option(
+        "--format",
+        "form",
+        type=click.Choice(FORMATS),
+        default="table",
+        show_default=True,
+        help="How the rows are printed.",
+    )
+    return form(safe(formatted))
+
+
+FORMAT = _formatted
+
+
+def echo(line: object, err: bool = False) -> None:
+    """Prints a line in which nothing steers the terminal: texts and names in it may be anyone's."""
+    click.echo(printable(str(line)), err=err)
 
 
 def require_ingest() -> None:
@@ -43,7 +74,10 @@ def require_ingest() -> None:
 
 
 def print_rows(relation: Any, form: str) -> None:
-    """Writes rows to stdout in one of FORMATS."""
+    """Writes rows to stdout in one of FORMATS, or as csv for a spreadsheet.
+
+    Into a file or a pipe all but a table is exact; on a terminal nothing is printed that steers it.
+    """
     frame = relation.pl()
     if form == "table":
         import polars as pl
@@ -62,18 +96,36 @@ def print_rows(relation: Any, form: str) -> None:
             tbl_formatting="UTF8_FULL_CONDENSED",
             float_precision=4,
         ):
-            click.echo(str(frame))
-    elif form == "csv":
+            echo(frame)
+    elif form in ("csv", "spreadsheet"):
         nested = [name for name, kind in frame.schema.items() if kind.is_nested()]
         if nested:
             raise UsageError(f"--format csv: column {nested[0]} is a list; choose json or parquet")
-        frame.write_csv(sys.stdout.buffer)
+        if form == "spreadsheet":
+            frame = _as_text(frame)
+        if sys.stdout.isatty():
+            echo(frame.write_csv().rstrip("\n"))
+        else:
+            frame.write_csv(sys.stdout.buffer)
     elif form == "json":
-        click.echo(frame.write_json())
+        (echo if sys.stdout.isatty() else click.echo)(frame.write_json())
     else:
         if sys.stdout.isatty():
             raise UsageError("--format parquet: redirect it to a file: > result.parquet")
         frame.write_parquet(sys.stdout.buffer)
+
+
+def _as_text(frame: pl.DataFrame) -> pl.DataFrame:
+    """The rows with an apostrophe before each text, and column name, that would be a formula."""
+    import polars as pl
+
+    formula = r"^[=+\-@\t\r]"
+    texts = [name for name, kind in frame.schema.items() if kind in (pl.String, pl.Categorical, pl.Enum)]
+    for name in texts:
+        text = pl.col(name).cast(pl.String)
+        marked = pl.when(text.str.contains(formula)).then("'" + text).otherwise(text)
+        frame = frame.with_columns(marked.alias(name))
+    return frame.rename({name: f"'{name}" for name in frame.columns if re.match(formula, name)})
 
 
 def _terminal_width() -> int:
@@ -113,7 +165,7 @@ def bar(what: str) -> Iterator[Any]:
             self.progress.advance(self.task, count)
 
         def say(self, line: str) -> None:
-            click.echo(f"canopy: {line}", err=True)
+            echo(f"canopy: {line}", err=True)
 
     console = Console(stderr=True)
     with Progress(

@@ -9,10 +9,11 @@ import click
 import duckdb
 
 from canopy_store import store
-from canopy_store.commands.shared import FORMAT, RUNS, STORE, bar, print_rows
+from canopy_store.commands.shared import FORMAT, RUNS, STORE, bar, echo, print_rows
 from canopy_store.errors import DataError
 from canopy_store.sharing import export, pull, push
 from canopy_store.sharing.merge import merge
+from canopy_store.terminal import printable
 from canopy_store.upkeep.compact import compact
 from canopy_store.upkeep.remove import remove_run, require_run
 from canopy_store.upkeep.upgrade import upgrade
@@ -41,7 +42,7 @@ def verify_command(root: str, deep: bool, form: str) -> None:
     if len(bad):
         raise DataError(f"{root}: {len(bad)} problems, the first in {bad['file'][0]}: {bad['what'][0]}")
     if form == "table":
-        click.echo(f"{root}: all is well" + (f", {len(problems)} leftovers" if len(problems) else ""))
+        echo(f"{root}: all is well" + (f", {len(problems)} leftovers" if len(problems) else ""))
 
 
 @click.command("export")
@@ -71,7 +72,7 @@ def export_command(
     named = [name.strip() for names in tables for name in names.split(",")]
     out = export(root, tables=named or None, text=not no_text, embeddings=not no_embeddings, **options)
     size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
-    click.echo(f"{out}: {size:,} bytes, described in README.md and MANIFEST")
+    echo(f"{out}: {size:,} bytes, described in README.md and MANIFEST")
 
 
 @click.command("pull")
@@ -90,7 +91,7 @@ def pull_command(source: str, root: str) -> None:
     """
     with bar("pulling") as progress:
         runs = pull(source, root, on_run=_counter(progress))
-    click.echo(f"{root}: {len(runs)} runs from {source}: {', '.join(runs)}")
+    echo(f"{root}: {len(runs)} runs from {source}: {', '.join(runs)}")
 
 
 @click.command("push")
@@ -109,9 +110,9 @@ def push_command(folder: str, repo: str, dry_run: bool, public: bool) -> None:
     """
     sent = push(folder, repo, dry_run=dry_run, private=not public)
     for name, size in sent if dry_run else ():
-        click.echo(f"{size:>14,}  {name}")
+        echo(f"{size:>14,}  {name}")
     verb = "would send" if dry_run else "sent"
-    click.echo(f"{verb} {len(sent)} files, {sum(s for _, s in sent):,} bytes, to {repo}")
+    echo(f"{verb} {len(sent)} files, {sum(s for _, s in sent):,} bytes, to {repo}")
 
 
 @click.command("merge")
@@ -129,7 +130,7 @@ def merge_command(sources: tuple[str, ...], root: str) -> None:
     """
     with bar("merging") as progress:
         runs = merge(sources, root, on_run=_counter(progress))
-    click.echo(f"{root}: {len(runs)} runs from {len(sources)} stores: {', '.join(runs)}")
+    echo(f"{root}: {len(runs)} runs from {len(sources)} stores: {', '.join(runs)}")
 
 
 WITHOUT_LOCKS = click.option(
@@ -164,9 +165,9 @@ def compact_command(root: str, runs: tuple[str, ...], target_mb: float, without_
         count = _counter(progress)
         done = compact(root, runs, target_mb=target_mb, on_run=count, without_locks=without_locks)
     for run_id, (before, after) in done.items():
-        click.echo(f"{root}: {run_id}: {before} shards are now {after}")
+        echo(f"{root}: {run_id}: {before} shards are now {after}")
     if not done:
-        click.echo(f"{root}: nothing to do: no two neighbouring shards fit in {target_mb:g} MB")
+        echo(f"{root}: nothing to do: no two neighbouring shards fit in {target_mb:g} MB")
 
 
 @click.command("rm-run")
@@ -186,10 +187,10 @@ def remove_run_command(runs: tuple[str, ...], root: str, yes: bool, without_lock
     for run_id in runs:
         require_run(store.require(root), run_id)
     if not yes:
-        click.confirm(f"Remove every file of {', '.join(runs)}?", abort=True)
+        click.confirm(printable(f"Remove every file of {', '.join(runs)}?"), abort=True)
     for run_id in runs:
         count = remove_run(root, run_id, without_locks=without_locks)
-        click.echo(f"{root}: {run_id} removed, {count} files")
+        echo(f"{root}: {run_id} removed, {count} files")
 
 
 @click.command("upgrade")
@@ -208,7 +209,7 @@ def upgrade_command(root: str, without_locks: bool) -> None:
     with bar("upgrading") as progress:
         count = upgrade(root, on_file=_counter(progress), say=progress.say, without_locks=without_locks)
     done = f"{count} files rewritten" if count else "nothing to do"
-    click.echo(f"{root}: a store of format {store.FORMAT_VERSION}: {done}")
+    echo(f"{root}: a store of format {store.FORMAT_VERSION}: {done}")
 
 
 def _counter(progress: Any) -> Callable[[int, int], None]:

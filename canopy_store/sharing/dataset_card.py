@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
 
 from canopy_store import sql, store
-from canopy_store.schema import TABLES
+from canopy_store.schema import TABLES, file_columns
 from canopy_store.upkeep.verify import MANIFEST
 
 
@@ -25,8 +25,9 @@ def describe(out: Path, name: str, text: bool, license: str | None) -> None:
     text : whether texts are in it
     license : identifier of the rollouts' licence
     """
-    found = {t: store.files(out, t) for t in TABLES}
-    counts = {t: sum(pq.read_metadata(p).num_rows for p in files) for t, files in found.items() if files}
+    records = store.records(out)
+    rows = {name: said["rows"] for record in records for name, said in record.files.items()}
+    counts = {t: sum(rows[n] for n in names) for t in TABLES if (names := store.names(records, t))}
     name = store.quoted(name)  # as in paths: nothing that means something to YAML or Markdown
     _write_text(out / "views.sql", _views(out))
     card = _croissant(name, list(counts), license, _newest(out))
@@ -59,10 +60,8 @@ def _newest(out: Path) -> str:
 
 
 def _views(out: Path) -> str:
-    statements = [sql.source("macros").rstrip().rstrip(";")]
-    statements += [sql.table_view(out, table, "", False) for table in TABLES]
-    statements += [f"create or replace view {v} as\n{sql.source(v).rstrip()}" for v in sql.VIEWS]
-    return "-- Run inside this folder: duckdb -init views.sql\n" + ";\n\n".join(statements) + ";\n"
+    statements = ";\n\n".join(sql.statements(out))
+    return f"-- Run inside this folder: duckdb -init views.sql\n{statements};\n"
 
 
 _YAML = {
@@ -85,36 +84,19 @@ _CROISSANT = {
 }
 
 
-def _glob(table: str, *middle: str) -> str:
-    return "/".join([table, *middle, *(["**"] if TABLES[table].partitions else []), "*.parquet"])
-
-
-def _configs(out: Path, tables: Iterable[str]) -> Iterator[dict[str, Any]]:
-    """One entry a table; then one a path value, where the key has several values and only paths say.
-
-    `datasets` does not read hive keys from paths: rows of two embedders would look alike.
-    """
-    for table in tables:
-        default = {"default": True} if table == "rollouts" else {}
-        yield {"config_name": table, "data_files": _glob(table), **default}
-        hidden = [key for key in TABLES[table].path_columns if key in TABLES[table].keys]
-        if not hidden:
-            continue
-        folders = sorted({p.relative_to(out).parts[1:][: len(hidden)] for p in store.files(out, table)})
-        for parts in folders if len(folders) > 1 else ():
-            values = [part.partition("=")[2] for part in parts]
-            yield {"config_name": "--".join([table, *values]), "data_files": _glob(table, *parts)}
+def _glob(table: str) -> str:
+    return "/".join([table, *(["**"] if TABLES[table].partitions else []), "*.parquet"])
 
 
 def _features(table: str) -> list[dict[str, Any]]:
-    found = []
-    for column in TABLES[table].columns:
+    features = []
+    for column in file_columns(table):
         depth = column.type.count("[]")
         kind: Any = _YAML[column.type.removesuffix("[]" * depth)]
         for level in range(depth):
             kind = {"list": kind} if level else kind
-        found.append({"name": column.name, **({"list": kind} if depth else {"dtype": kind})})
-    return found
+        features.append({"name": column.name, **({"list": kind} if depth else {"dtype": kind})})
+    return features
 
 
 def _card(out: Path, name: str, counts: Mapping[str, int], text: bool, license: str | None) -> str:
@@ -133,19 +115,19 @@ def _card(out: Path, name: str, counts: Mapping[str, int], text: bool, license: 
     head: dict[str, Any] = {"pretty_name": name}
     if license is not None:
         head |= {"license": license} if known else {"license": "other", "license_name": license}
-    configs = list(_configs(out, counts))
     head |= {
         "task_categories": ["text-generation"],
         "tags": ["canopy_store", "rollouts", "entropy", "evaluation"],
         "size_categories": [next((label for label, top in bounds if size < top), "n>1B")],
-        "configs": configs,
-        "dataset_info": [
+        "configs": [
             {
-                "config_name": config["config_name"],
-                "features": _features(config["config_name"].partition("--")[0]),
+                "config_name": table,
+                "data_files": _glob(table),
+                **({"default": True} if table == "rollouts" else {}),
             }
-            for config in configs
+            for table in counts
         ],
+        "dataset_info": [{"config_name": table, "features": _features(table)} for table in counts],
     }
     lines = ["---"]
     for key, value in head.items():
@@ -186,18 +168,18 @@ every step, kept by canopy_store.
 ## Use
 
 ```python
-import datasets, polars as pl
+import datasets, pandas, polars as pl
 
 rollouts = datasets.load_dataset("PATH_OR_REPO", "rollouts", split="train")
-rollouts = pl.scan_parquet("PATH/rollouts", hive_partitioning=True)  # with family, variant, task
+rollouts = pl.scan_parquet("PATH/rollouts")
+rollouts = pandas.read_parquet("PATH/rollouts", partitioning=None)  # what the paths say is in the files
 ```
 
 Inside the folder, `duckdb canopy.duckdb "from model_metrics"` has every view; `views.sql` makes them in
 any DuckDB. To merge the folder into a store of your own: `canopy pull PATH_OR_REPO --store S`.
 
-Family, variant, task, embedder, selection, reward model and scorer stand in the paths as hive keys.
-`datasets` leaves those keys out: runs says family, variant and task of each run_id, and a table with
-several embedders has a config for each. Sizes, hashes and row counts of all files: `MANIFEST`.
+Family, variant, task, embedder, selection, reward model and scorer are columns of the files, and hive
+keys of their paths. Sizes, hashes and row counts of all files: `MANIFEST`.
 """
 
 _CONTEXT = {
@@ -256,7 +238,7 @@ def _croissant(name: str, tables: list[str], license: str | None, date: str) -> 
             }
         )
         fields = []
-        for column in TABLES[table].columns:
+        for column in file_columns(table):
             unit = f" [{column.unit}]" if column.unit else ""
             depth = column.type.count("[]")
             fields.append(
@@ -268,21 +250,6 @@ def _croissant(name: str, tables: list[str], license: str | None, date: str) -> 
                     "dataType": _CROISSANT[column.type.removesuffix("[]" * depth)],
                     **({"repeated": True} if depth else {}),
                     "source": {"fileSet": {"@id": files}, "extract": {"column": column.name}},
-                }
-            )
-        for key in TABLES[table].path_columns:
-            fields.append(
-                {
-                    "@type": "cr:Field",
-                    "@id": f"{table}/{key}",
-                    "name": key,
-                    "dataType": "sc:Text",
-                    "description": "From the path; bytes outside letters and digits percent-encoded.",
-                    "source": {
-                        "fileSet": {"@id": files},
-                        "extract": {"fileProperty": "fullpath"},
-                        "transform": {"regex": f".*?{key}=([^/]+)/.*"},
-                    },
                 }
             )
         records.append(

@@ -4,7 +4,7 @@
     OUT/MANIFEST        JSON: sha256, bytes and rows of every file
     OUT/croissant.json  the same tables for Croissant readers
     OUT/views.sql       every view on relative paths; OUT/canopy.duckdb holds them ready
-    OUT/canopy.json, plans, models, prompts, runs, rollouts, …    the store itself
+    OUT/canopy.json, commits, plans, models, prompts, runs, rollouts, …    the store itself
 
 A pull reads JSON and Parquet only, and nothing that the MANIFEST does not name.
 """
@@ -14,9 +14,12 @@ from __future__ import annotations
 import glob
 import os
 import re
+import secrets
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +29,13 @@ from canopy_store import sql, store
 from canopy_store.errors import DataError, StoreError, UsageError
 from canopy_store.schema import TABLES
 from canopy_store.sharing.dataset_card import describe
-from canopy_store.sharing.merge import TEXTS, merge_folder
-from canopy_store.sharing.untrusted import check_source, require_sound
-from canopy_store.upkeep.verify import MANIFEST, path_keys
+from canopy_store.sharing.merge import merge_source
+from canopy_store.sharing.untrusted import check_source, checked_source, plan_of, require_sound
+from canopy_store.store import Record
+from canopy_store.upkeep.verify import MANIFEST
 
-_ALWAYS = ("models", "prompts", "runs", "rollouts")  # without these a folder is no store
+# Without these a folder is no store: what stands for itself, less what a job took.
+_ALWAYS = {table.name for table in TABLES.values() if table.parent is None} - {"work"}
 
 
 # ---------------------------------------------------------------- export
@@ -70,7 +75,7 @@ def export(
     DataError
         No run fits, or verify finds a problem.
     """
-    root, out = store.require(root), Path(out).absolute()
+    root, out = store.writable(root), Path(out).absolute()
     root = root if store.remote(root) else root.resolve()
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise UsageError(f"{out}: is there and not empty; choose another folder")
@@ -80,22 +85,14 @@ def export(
         raise UsageError(f"--license {license!r}: needs an identifier, as in apache-2.0")
     wanted = _tables(tables, embeddings)
     runs = _chosen(root, where)
-    scratch = out.parent / f".{out.name}.{os.getpid()}.exporting"
-    for old in out.parent.glob(f".{glob.escape(out.name)}.*.exporting"):
-        if not store.alive(int("0" + re.sub(r"\D", "", old.suffixes[-2]))):
-            shutil.rmtree(old, ignore_errors=True)  # of an export that was killed
-    try:
-        with store.writing(out):
-            scratch.mkdir(parents=True)
-        with store.holding(root, *(run["run_id"] for run in runs)):
-            _fill(root, scratch, runs, wanted, text)
+    with _scratch(out) as scratch:
+        _fill(root, scratch, runs, wanted, text)
         sql.write_database(scratch)
+        shutil.rmtree(scratch / ".work", ignore_errors=True)  # locks, which nobody has there
         describe(scratch, out.name, text, license)
         require_sound(scratch)
         with store.writing(out):
             os.replace(scratch, out)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
     return out
 
 
@@ -108,76 +105,122 @@ def _tables(tables: Iterable[str] | None, embeddings: bool) -> set[str]:
         wanted.add("embedding_spectra")  # what makes the embeddings' measures
     if not embeddings:
         wanted.discard("embeddings")
-    return wanted | set(_ALWAYS)
+    return wanted | _ALWAYS
 
 
 def _chosen(root: Path, where: str | None) -> list[dict[str, Any]]:
     with sql.connect(root) as con:
         try:
-            found = con.sql(f"select * from runs where ({where or 'true'}) order by run_id").pl()
-        except duckdb.Error as error:
-            raise UsageError(f"--where {where}: {sql.explain(error)}") from None
-    if found.is_empty():
+            chosen = con.sql(f"select * from runs where ({where or 'true'}) order by run_id").pl()
+        except (duckdb.Error, UsageError) as error:
+            said = sql.explain(error) if isinstance(error, duckdb.Error) else error
+            raise UsageError(f"--where {where}: {said}") from None
+    if chosen.is_empty():
         raise DataError(f"{root}: no complete run" + (f" where {where}" if where else " to export"))
-    return found.to_dicts()
+    return chosen.to_dicts()
+
+
+@contextmanager
+def _scratch(out: Path) -> Iterator[Path]:
+    """A new folder beside ``out``, locked until the block ends; those of killed exports are removed."""
+    for old in out.parent.glob(f".{glob.escape(out.name)}.*.exporting"):
+        try:
+            left = os.open(old, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+        except OSError:
+            continue  # gone meanwhile, or no folder
+        try:
+            if store.lock(left):
+                shutil.rmtree(old, ignore_errors=True)
+        finally:
+            os.close(left)
+    with store.writing(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        while True:
+            scratch = out.with_name(f".{out.name}.{secrets.token_hex(4)}.exporting")
+            scratch.mkdir()
+            held = os.open(scratch, os.O_RDONLY)
+            store.lock(held)
+            if scratch.exists():  # not tidied up by another export between the two steps
+                break
+            os.close(held)
+    try:
+        yield scratch
+    finally:
+        os.close(held)
+        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _fill(root: Path, out: Path, runs: list[dict[str, Any]], tables: set[str], text: bool) -> None:
-    """Copies the runs' files, their plans, models and prompts."""
-    names = {run["run_id"] for run in runs}
-    values: dict[str, set[str]] = {}
-    for table in (t for t in TABLES if t in tables and "run" in TABLES[t].partitions):
-        for path in store.files(root, table):
-            keys = path_keys(table, path.relative_to(root).as_posix())
-            if keys is None or keys["run"] not in names:
-                continue
-            if keys.get("selection", "all") != "all" and "selections" not in tables:
-                continue
-            for key, value in keys.items():
-                values.setdefault(key.removesuffix("_id"), set()).add(value)
-            target = out / path.relative_to(root).as_posix()
-            if text or table not in TEXTS:
-                store.copy_file(path, target)
-            else:
-                rows = store.read_rows(path)
-                kept = {n: rows[n] for n in rows.column_names if n not in TEXTS[table]}
-                store.write_rows(target, table, kept)
-    _fill_prompts(root, out, text)
-    checkpoints = store.table_rows(root, "models")
-    models = {row["model_id"]: (path, row["parent_id"]) for path, row in checkpoints}
+    """Copies the runs, one after the other, their models, and what says that the folder is a store."""
+    store.copy_file(root / "canopy.json", out / "canopy.json")
+    every = store.records(root)
+    of_runs: dict[str, list[Record]] = {run["run_id"]: [] for run in runs}
+    for record in every:
+        if record.run in of_runs:
+            of_runs[record.run].append(record)
+    for run_id, records in of_runs.items():
+        with store.holding(root, run_id):
+            for old in records:
+                # as it is now: it may have been compacted since it was listed
+                now = store.record(root, old.kind, **old.keys)
+                if now is None:
+                    raise DataError(f"{root}: run {run_id} was removed meanwhile; run it again")
+                _copy_record(root, out, now, tables, text)
+    checkpoints = {"/".join(r.keys.values()): r for r in every if r.kind == "models"}
+    parents = {row["model_id"]: row["parent_id"] for _, row in store.table_rows(root, "models")}
     needed = {run["model_id"] for run in runs}
     while needed:
-        known = models.pop(needed.pop(), None)
-        if known is not None:
-            store.copy_file(known[0], out / known[0].relative_to(root).as_posix())
-            needed |= {known[1]} - {None}  # ancestors, as far as they are known
-    for path in sorted((root / "plans").glob("[!.]*.json")):
-        kind, _, name = path.stem.partition("=")
-        if store.unquoted(name) in (names if kind == "run" else values.get(kind, ())):
-            store.copy_file(path, out / "plans" / path.name)
-    for run in runs:
-        path = root / "runs" / f"{store.quoted(run['run_id'])}.parquet"
-        store.copy_file(path, out / "runs" / path.name)
-    store.copy_file(root / "canopy.json", out / "canopy.json")
+        model_id = needed.pop()
+        model = checkpoints.pop(model_id, None)
+        if model is not None:
+            _copy_record(root, out, model, tables, text)
+            needed |= {parents[model_id]} - {None}  # ancestors, as far as they are known
 
 
-def _fill_prompts(root: Path, out: Path, text: bool) -> None:
-    """The prompts of the exported rollouts, once each; a file that is needed whole is copied."""
-    asked: dict[str, set[str]] = {}
-    for path in store.files(out, "rollouts"):
-        keys = path_keys("rollouts", path.relative_to(out).as_posix()) or {}
-        ids = store.read_rows(path, ["prompt_id"])["prompt_id"].unique().to_pylist()
-        asked.setdefault(keys["task"], set()).update(ids)
-    for path in store.files(root, "prompts"):
-        keys = path_keys("prompts", path.relative_to(root).as_posix()) or {}
-        rows = store.read_rows(path).to_pylist()
-        kept = [row for row in rows if row["prompt_id"] in asked.get(keys.get("task", ""), ())]
-        if text and len(kept) == len(rows) > 0:
-            store.copy_file(path, out / path.relative_to(root).as_posix())
-            continue
-        if not text:
-            kept = [{**row, **dict.fromkeys(TEXTS["prompts"])} for row in kept]
-        store.add_prompts(out, keys.get("task", ""), kept)
+def _copy_record(root: Path, out: Path, record: Record, tables: set[str], text: bool) -> None:
+    """Copies a record with its files and its plan; nothing where all that it is of stays at home."""
+    if "selection" in record.keys and "selections" not in tables:
+        return
+    taken = [name for name in record.files if name.partition("/")[0] in tables]
+    if not any(TABLES[name.partition("/")[0]].commit for name in taken):
+        return
+    asked: set[str] = set()
+    for name in record.of("rollouts"):
+        asked.update(store.read_rows(root / name, ["prompt_id"])["prompt_id"].unique().to_pylist())
+    files: dict[str, Any] = {}
+    for name in taken:
+        table = name.partition("/")[0]
+        said = record.files[name]
+        if table == "prompts":
+            files |= _copy_prompts(root, out, name, said, asked, text)
+        elif text or not TABLES[table].texts:
+            store.copy_file(root / name, out / name, said["sha256"])
+            files[name] = said
+        else:
+            rows = store.read_rows(root / name)
+            kept = {n: rows[n] for n in rows.column_names if n not in TABLES[table].texts}
+            store.write_rows(out / name, table, kept)
+            files[name] = store.entry(out / name)
+    plan = plan_of(record)
+    if plan is not None and store.exists(store.plan_path(root, *plan)):
+        store.copy_file(store.plan_path(root, *plan), store.plan_path(out, *plan))
+    store.write_record(out, replace(record, files=dict(sorted(files.items()))))
+
+
+def _copy_prompts(
+    root: Path, out: Path, name: str, said: Mapping[str, Any], asked: set[str], text: bool
+) -> dict[str, Any]:
+    """Copies the prompts asked for, a file needed whole as it is; the entry of what came of it."""
+    rows = store.read_rows(root / name).to_pylist()
+    kept = [row for row in rows if row["prompt_id"] in asked]
+    if text and len(kept) == len(rows):
+        store.copy_file(root / name, out / name, said["sha256"])
+        return {name: said}
+    if not text:
+        kept = [{**row, **dict.fromkeys(TABLES["prompts"].texts)} for row in kept]
+    keys = store.path_keys("prompts", name) or {}
+    paths = store.add_prompts(out, keys["task"], kept)
+    return {path.relative_to(out).as_posix(): store.entry(path) for path in paths}
 
 
 # ---------------------------------------------------------------- pull
@@ -220,9 +263,8 @@ def pull(
 
 
 def _pull_folder(folder: Path, root: str | Path, on_run: Callable[[int, int], None] | None) -> list[str]:
-    entries = check_source(folder)
-    require_sound(folder, trusted=False)
-    return merge_folder(folder, root, entries, on_run)
+    with checked_source(folder, exported=True) as source:
+        return merge_source(source, root, on_run)
 
 
 # ---------------------------------------------------------------- push

@@ -32,6 +32,7 @@ from canopy_store.store.commits import (
     remove_empty,
     remove_record,
     remove_unnamed,
+    tables,
     uncommitted,
     write_record,
 )
@@ -137,6 +138,7 @@ __all__ = [
     "shard_path",
     "snapshot",
     "table_rows",
+    "tables",
     "uncommitted",
     "unquoted",
     "waiting",

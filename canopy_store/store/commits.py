@@ -16,6 +16,7 @@ import os
 import re
 import stat
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,11 +25,18 @@ from canopy_store.errors import DataError, StoreError
 from canopy_store.schema import FORMAT_VERSION, TABLES
 from canopy_store.store import format1
 from canopy_store.store.files import exists, reaching, read_json, read_many, remote, sha256, write_json
-from canopy_store.store.layout import commit_path, now, quoted, shard_number, unquoted
+from canopy_store.store.layout import (
+    commit_path,
+    now,
+    path_keys,
+    quoted,
+    shard_number,
+    unquoted,
+)
 from canopy_store.store.parquet import check_file
 
-_SHA256 = re.compile(r"[0-9a-f]{64}")
-_PLAIN = re.compile(r"[^/\0\\]+(/[^/\0\\]+)*\.parquet")
+# a table's folder, no part of a path that leaves it, a file's name
+_PLAIN = re.compile(r"(\w+)/(?:(?!\.\.?/)[^/\0\\]+/)*[^/\0\\]+\.parquet")
 
 
 @dataclass(frozen=True)
@@ -57,7 +65,8 @@ class Record:
 
     def of(self, table: str) -> list[str]:
         """Its files of one table, in name order."""
-        return sorted(name for name in self.files if name.startswith(f"{table}/"))
+        start = f"{table}/"
+        return sorted(name for name in self.files if name.startswith(start))
 
     def path(self, root: Path) -> Path:
         """Where the record stands."""
@@ -115,27 +124,33 @@ def read_record(path: Path, value: Any = None) -> Record:
         version, kind, keys = value["version"], value["kind"], value["keys"]
         if type(version) is int and version > FORMAT_VERSION:
             raise DataError(f"{path}: format version {version}; upgrade: pip install -U canopy-store")
+        if version != FORMAT_VERSION:
+            raise ValueError
         if {*keys} != {*TABLES[kind].commit} or not all(type(v) is str and v for v in keys.values()):
             raise ValueError
         keys = {key: keys[key] for key in TABLES[kind].commit}
         record = Record(kind, keys, value["files"], value["settings"], value["committed_at"])
-        if not isinstance(record.settings, dict) or tuple(path.parts[-2 - len(keys) :]) != (
-            record.path(Path()).parts
-        ):
+        if not isinstance(record.settings, dict) or not str(path).endswith(_end(kind, keys)):
             raise ValueError
         for name, said in record.files.items():
-            _check_entry(name, said, record.run)
+            _check_entry(name, said)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise DataError(f"{path}: not a readable record of a commit; take it from a copy") from None
     return record
 
 
-def _check_entry(name: str, said: Mapping[str, Any], run: str | None) -> None:
+def _end(kind: str, keys: Mapping[str, str]) -> str:
+    """What the path of a record ends in."""
+    parts = "/".join(f"{key}={quoted(value)}" for key, value in keys.items())
+    return f"/commits/{kind}/{parts}.json"
+
+
+def _check_entry(name: str, said: Mapping[str, Any]) -> None:
     """Raises ValueError for what no record says of a file."""
-    counts = type(said["rows"]) is int and type(said["bytes"]) is int
-    if not counts or not _SHA256.fullmatch(said["sha256"]) or not _PLAIN.fullmatch(name):
+    plain = _PLAIN.fullmatch(name)
+    if plain is None or plain[1] not in TABLES:
         raise ValueError
-    if not {".", ".."}.isdisjoint(name.split("/")):
+    if type(said["rows"]) is not int or type(said["bytes"]) is not int or len(said["sha256"]) != 64:
         raise ValueError
 
 
@@ -156,27 +171,24 @@ def records(root: Path, kind: str | None = None, **keys: str) -> list[Record]:
             for old in (Record(*each) for each in format1.records(root))
             if kind in (None, old.kind) and keys.items() <= old.keys.items()
         ]
-    paths = record_paths(root)
-    there = {_place(path, root) for path in paths}
+    paths = record_paths(root, kind)
+    places = [_place(path, root) for path in paths]
+    there = {(of, run) for of, run in places}
+    if kind is not None and (above := TABLES[kind].parent) is not None:
+        there |= {_place(path, root) for path in record_paths(root, above)}
     wanted = []
-    for path in paths:
-        of, _, run = _place(path, root)
+    for path, (of, run) in zip(paths, places, strict=True):
         parent = TABLES[of].parent if of in TABLES else None
-        if (
-            kind in (None, of)
-            and keys.get("run", run) == run
-            and (parent is None or (parent, f"run={quoted(run)}.json", run) in there)
-        ):
+        if keys.get("run", run) == run and (parent is None or (parent, run) in there):
             wanted.append(path)
     every = (read_record(path, value) for path, value in _read_all(root, wanted))
     return [each for each in every if keys.items() <= each.keys.items()]
 
 
-def _place(path: Path, root: Path) -> tuple[str, str, str]:
-    """A record's kind, its place under that, and its run ('' where it is of none), from its path."""
-    kind, *folders, last = path.relative_to(root / "commits").parts
-    run = unquoted(last[4:-5]) if last.startswith("run=") else ""
-    return kind, "/".join([*folders, last]), run
+def _place(path: Path, root: Path) -> tuple[str, str]:
+    """A record's kind and its run ('' where it is of none), from its path."""
+    kind, last = path.parts[len(root.parts) + 1], path.name
+    return kind, unquoted(last[4:-5]) if last.startswith("run=") else ""
 
 
 def orphans(root: Path) -> list[Record]:
@@ -201,32 +213,30 @@ def record(root: Path, kind: str, **keys: str) -> Record | None:
     return read_record(path) if exists(path) else None
 
 
-def record_paths(root: Path) -> list[Path]:
-    """Where records stand.
+def record_paths(root: Path, kind: str | None = None) -> list[Path]:
+    """Where records stand, of one kind or of all.
 
     In the order in which they are to be read: what is made of rollouts before these, models last. So
     a run that is removed, or added, meanwhile is there with all that it is made of, or not at all.
     """
+    top = root / "commits" if kind is None else root / "commits" / kind
     with reaching(root):
-        paths = sorted((root / "commits").rglob("*.json")) if remote(root) else sorted(_walk(root))
+        paths = sorted(top.rglob("*.json")) if remote(root) else sorted(_walk(top))
     rank = {"rollouts": 1, "models": 2}
     depth = len(root.parts) + 1
     return sorted(paths, key=lambda path: rank.get(path.parts[depth], 0))
 
 
-def _walk(root: Path) -> Iterator[Path]:
-    folders = [root / "commits"]
+def _walk(top: Path) -> Iterator[Path]:
+    folders = [top]
     while folders:
         folder = folders.pop()
-        try:
-            with os.scandir(folder) as entries:
-                for each in entries:
-                    if each.is_dir(follow_symlinks=False):
-                        folders.append(folder / each.name)
-                    elif each.name.endswith(".json") and not each.name.startswith("."):
-                        yield folder / each.name
-        except (FileNotFoundError, NotADirectoryError):
-            continue
+        with suppress(FileNotFoundError, NotADirectoryError), os.scandir(folder) as entries:
+            for each in entries:
+                if each.name.endswith(".json") and not each.name.startswith("."):
+                    yield folder / each.name
+                elif each.is_dir(follow_symlinks=False):
+                    folders.append(folder / each.name)
 
 
 def _read_all(root: Path, paths: list[Path]) -> Iterator[tuple[Path, Any]]:
@@ -246,6 +256,15 @@ def _read_all(root: Path, paths: list[Path]) -> Iterator[tuple[Path, Any]]:
 def names(every: Iterable[Record], table: str) -> list[str]:
     """The files of a table that these records name, each once, in name order."""
     return sorted({name for each in every for name in each.of(table)})
+
+
+def tables(every: Iterable[Record]) -> dict[str, list[str]]:
+    """The files that these records name, by table, each once, in name order."""
+    named: dict[str, set[str]] = {table: set() for table in TABLES}
+    for each in every:
+        for name in each.files:
+            named[name[: name.index("/")]].add(name)
+    return {table: sorted(files) for table, files in named.items()}
 
 
 def files(root: Path, table: str) -> list[Path]:
@@ -268,11 +287,15 @@ def remove_record(root: Path, old: Record) -> None:
 
 def remove_unnamed(root: Path, candidates: Iterable[str]) -> int:
     """How many of these files were removed: those that no record names, parent or none."""
-    named: set[str] = set()
+    left = set(candidates)
+    runs = {(path_keys(name.partition("/")[0], name) or {}).get("run", "") for name in left}
     for path in record_paths(root):
-        named.update(read_record(path).files)
+        # a file of a run is named by that run's records alone; of a prompts file, any may be
+        if left and (_place(path, root)[1] in runs or "" in runs):
+            left -= read_record(path).files.keys()
+            runs = {(path_keys(name.partition("/")[0], name) or {}).get("run", "") for name in left}
     count = 0
-    for name in sorted(set(candidates) - named):
+    for name in sorted(left):
         path = root / name
         with reaching(path):
             try:
@@ -309,43 +332,38 @@ def uncommitted(root: Path, run_id: str) -> list[Path]:
     return sorted(path for path in paths if path.relative_to(root).as_posix() not in named)
 
 
-def _is_folder(path: Path) -> bool:
-    return path.is_dir() and not path.is_symlink()
-
-
-def check_folders(root: Path, every: Iterable[str]) -> list[str]:
-    """The folders of committed files, once every name in them proves to be a file's.
+def check_folders(root: Path) -> list[str]:
+    """The tables' folders, once all that stands in them proves to be folders and regular files.
 
     Raises
     ------
     StoreError
-        A folder that is a link, or one in which a folder, a pipe or a device stands.
+        A link that leads to a folder, by which a path could leave the store; a pipe or a device, which
+        could be opened for a file.
     """
-    folders = sorted({name.rpartition("/")[0] for name in every})
-    seen: set[str] = set()
-    looked_at = list(folders)
-    for folder in looked_at:
-        parts = folder.split("/")
-        for depth in range(1, len(parts) + 1):
-            part = "/".join(parts[:depth])
-            if part not in seen:
-                seen.add(part)
-                if (root / part).is_symlink():
-                    raise StoreError(f"{root / part}: a link, not a folder; put the folder itself there")
-        try:
-            with os.scandir(root / folder) as entries:
-                odd = [e.name for e in entries if not e.is_file(follow_symlinks=False)]
-                # while a store is upgraded, the new places of models and runs stand beside the old ones
-                deeper = [name for name in odd if "=" in name and _is_folder(root / folder / name)]
-        except FileNotFoundError:
-            continue  # the query that needs it will say so
-        looked_at += [f"{folder}/{name}" for name in deeper]
-        for name in sorted({*odd} - {*deeper}):
-            path = root / folder / name
-            try:
-                regular = stat.S_ISREG(os.stat(path).st_mode)
-            except OSError:
-                regular = False
-            if not regular:
-                raise StoreError(f"{path}: not a regular file; move it out of the store")
+    folders = [table for table in TABLES if os.path.lexists(root / table)]
+    waiting = list(folders)
+    for folder in folders:
+        if os.path.islink(root / folder) or not os.path.isdir(root / folder):
+            raise StoreError(f"{root / folder}: not a folder; put the folder itself there")
+    while waiting:
+        folder = waiting.pop()
+        with suppress(FileNotFoundError), os.scandir(root / folder) as entries:
+            for each in entries:
+                if each.is_dir(follow_symlinks=False) and not each.name.endswith(".parquet"):
+                    waiting.append(f"{folder}/{each.name}")
+                elif not each.is_file(follow_symlinks=False):
+                    _check_link(root / folder / each.name)
     return folders
+
+
+def _check_link(path: Path) -> None:
+    """Raises StoreError for what is no file, and for a link that leads to anything else."""
+    try:
+        regular = stat.S_ISREG(os.stat(path).st_mode)
+    except FileNotFoundError:
+        return  # a link to nothing: the query that needs it will say so
+    except OSError:
+        regular = False
+    if not regular:
+        raise StoreError(f"{path}: not a regular file; move it out of the store")

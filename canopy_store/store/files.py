@@ -124,7 +124,7 @@ def read_bytes(path: Path, most: int = 64 << 20) -> bytes:
     with open(path, "rb") as file:
         data = file.read(most + 1)
     if len(data) > most:
-        raise DataError(f"{path}: over {most:,} bytes; no file of this kind is so long")
+        raise DataError(f"{path}: over {most:,} bytes; take it from a copy")
     return data
 
 

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 
 from canopy_store import store
 from canopy_store.errors import DataError, UsageError
-from canopy_store.upkeep.verify import MANIFEST
+from canopy_store.upkeep.manifest import MANIFEST
 
 
 def require_own(root: Path, instead: str = "") -> Path:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import glob
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
+import duckdb
 import polars as pl
 
 from canopy_store import sql, store
@@ -27,33 +31,25 @@ _COLUMNS = {
 def status(root: str | Path) -> pl.DataFrame:
     """One row per run begun: whether complete, shards, rollouts, tokens, bytes, embedders.
 
-    ``entropies`` is false where the engine gave none and no scores complete them yet. ``embedders``
-    names each embedder with the share of the run's shards it has done. Reads the
-    footer of every file in the store.
+    Read from records, plans and the table ``runs``: ``rollouts`` and ``tokens`` are NULL of a run that
+    is not complete. ``entropies`` is false where the engine gave none and no scores complete them yet.
+    ``embedders`` names each embedder, with the share of the run's shards where it has not done all.
 
     Raises
     ------
     DataError
-        A file in the store is truncated, foreign or of a newer version.
+        A record, a plan or a file of the table ``runs`` cannot be read.
     """
     root = store.snapshot(store.require(root))
-    with sql.connect(root, incomplete=True) as con:
-        counts = {
-            run_id: counted
-            for run_id, *counted in con.sql(
-                "select run_id, count(*), sum(n_tokens) from rollouts group by all"
-            ).fetchall()
-        }
-        lacking = {
-            run_id
-            for (run_id,) in con.sql(
-                "select distinct run_id from selected_rollouts where entropy_sum is null"
-            ).fetchall()
-        }
+    counts, lacking = sql.again(lambda: _counts(root))
+    embedded = {(r.run, r.keys["embedder"]): r for r in store.records(root, "embeddings")}
+    planned = [name for name, _ in store.plans(root, "embedder")]
     rows = []
     for run in store.runs(root):
-        shards = run["shards"]
-        rollouts, tokens = counts.get(run["run_id"], (0, 0))
+        run_id, shards = run["run_id"], run["shards"]
+        rollouts, tokens = counts.get(run_id, (None, None))
+        names = sorted({*planned, *(name for of, name in embedded if of == run_id)})
+        embedders = (_embedder(root, run, name, embedded.get((run_id, name))) for name in names)
         rows.append(
             {
                 **{key: run[key] for key in ("run_id", "family", "variant", "task", "complete")},
@@ -61,19 +57,57 @@ def status(root: str | Path) -> pl.DataFrame:
                 "shards_planned": len(shards) if run["complete"] else run.get("n_shards"),
                 "rollouts": rollouts,
                 "tokens": tokens,
-                "bytes": sum(p.stat().st_size for p in shards),
-                "entropies": run["run_id"] not in lacking,
-                "embedders": ", ".join(_embedders(root, run["run_id"], len(shards))),
+                "bytes": _bytes(run["record"], shards),
+                "entropies": run_id not in lacking,
+                "embedders": ", ".join(name for name in embedders if name),
             }
         )
     return pl.DataFrame(rows, schema=_COLUMNS)
 
 
-def _embedders(root: Path, run_id: str, shards: int) -> list[str]:
-    found = []
-    for where in store.matching(root / "embedding_spectra", "embedder=*"):
-        done = len(store.shards(where / "selection=all" / f"run={store.quoted(run_id)}"))
-        if done:
-            name = store.unquoted(where.name.partition("=")[2])
-            found.append(name if done == shards else f"{name} ({done}/{shards})")
-    return found
+def _counts(root: Path) -> tuple[dict[str, tuple[int, int]], set[str]]:
+    """Rollouts and tokens of each complete run, and the runs of which entropies lack."""
+    names = store.names(store.records(root, "rollouts"), "runs")
+    if not names:
+        return {}, set()
+    lacking: list[tuple[str]] = []
+    try:
+        with duckdb.connect() as con:  # no view: these files alone are opened
+            if store.remote(root):
+                con.register_filesystem(root.fs)  # type: ignore[attr-defined]
+            else:
+                store.check_folders(root)
+            paths = [f"{glob.escape(str(root))}/{name}" for name in names]
+            rows = con.execute(
+                "select run_id, n_rollouts, n_tokens, logged"
+                " from read_parquet(?, hive_partitioning = false)",
+                [paths],
+            ).fetchall()
+        if not all(logged for *_, logged in rows):
+            with sql.connect(root) as con:
+                lacking = con.sql(
+                    "select distinct run_id from selected_rollouts where entropy_sum is null"
+                    " and run_id in (select run_id from runs where not logged)"
+                ).fetchall()
+    except duckdb.Error as error:
+        raise sql.explain(error) from None
+    return {run_id: (n, tokens) for run_id, n, tokens, _ in rows}, {run_id for (run_id,) in lacking}
+
+
+def _bytes(record: store.Record | None, shards: Iterable[Path]) -> int:
+    """Size of a run's rollouts: as recorded, or as found where no record says it."""
+    said = [record.files[name]["bytes"] for name in record.of("rollouts")] if record else [None]
+    known = [size for size in said if size is not None]
+    return sum(known) if len(known) == len(said) else sum(path.stat().st_size for path in shards)
+
+
+def _embedder(root: Path, run: dict[str, Any], name: str, record: store.Record | None) -> str | None:
+    """An embedder, with the share of the run's shards where it has not done all; None where none."""
+    whole = len(run["shards"])
+    if record is not None:
+        done = len(record.of("embedding_spectra"))
+        half = done < whole and None in (said["bytes"] for said in record.files.values())
+        return f"{name} ({done}/{whole})" if half else name  # format 1 lists what is there
+    where = store.folder(root, "embeddings", embedder=name, run=run["run_id"])
+    done = len(store.matching(where, "part-*.parquet"))
+    return f"{name} ({done}/{whole})" if done else None

@@ -1,4 +1,4 @@
-"""What is wrong inside a file's rows: lengths, bounds (nats) and sums, by table.
+"""What is wrong inside a file's rows: lengths, bounds (nats) and sums.
 
 Sums are recomputed by the formulas that store them, not written again here.
 """
@@ -6,7 +6,7 @@ Sums are recomputed by the formulas that store them, not written again here.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from itertools import chain
 from typing import Any
 
@@ -14,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from canopy_store.schema import TABLES
 from canopy_store.store.rollouts import stop_entropy
 
 SPECTRUM = 1e-9  # what summing in another order may change in a spectrum
@@ -22,21 +23,12 @@ _ABOVE = 1e-4  # nats: what float32 may leave above log |support|
 _UNIT = 1e-5
 
 
-def problems(table: str, rows: pa.Table, run: dict[str, Any] | None) -> Iterator[str]:
+def problems(table: str, rows: pa.Table, run: Mapping[str, Any] | None) -> Iterator[str]:
     """A line for each kind of fault in ``rows`` of ``table``, of the run with this row in ``runs``."""
-    if table == "rollouts":
-        return chain(_rollout_problems(rows), _step_problems(rows, _support(run)))
-    if table == "scores":
-        return _step_problems(rows, math.inf, own=False)
-    checks = {
-        "embeddings": _embedding_problems,
-        "embedding_spectra": _spectrum_problems,
-        "rewards": _reward_problems,
-    }
-    return checks[table](rows) if table in checks else iter(())
+    return chain.from_iterable(CHECKS[check](rows, run) for check in TABLES[table].checks)
 
 
-def _support(run: dict[str, Any] | None) -> float:
+def _support(run: Mapping[str, Any] | None) -> float:
     """log |support| of the run's policy in nats; infinite where the vocabulary is not recorded."""
     if run is None:
         return math.inf
@@ -69,7 +61,7 @@ def _sums(values: np.ndarray, lengths: np.ndarray, starts: np.ndarray) -> np.nda
     return result
 
 
-def _rollout_problems(rows: pa.Table) -> Iterator[str]:
+def _rollout_problems(rows: pa.Table, run: Mapping[str, Any] | None) -> Iterator[str]:
     wrong = np.flatnonzero(rows["n_tokens"].to_numpy() < 1)
     if len(wrong):
         yield f"n_tokens below 1 {_rows_at(rows, wrong)}"
@@ -86,12 +78,24 @@ _SUMMED: dict[str, tuple[str, Callable[[np.ndarray], np.ndarray]]] = {
 }
 
 
-def _step_problems(rows: pa.Table, support: float, own: bool = True) -> Iterator[str]:
+def _sampled_problems(rows: pa.Table, run: Mapping[str, Any] | None) -> Iterator[str]:
+    return _step_problems(rows, rows["n_tokens"].to_numpy(), _support(run), own=True)
+
+
+def _scored_problems(rows: pa.Table, run: Mapping[str, Any] | None) -> Iterator[str]:
+    return _step_problems(rows, _flat(rows["entropy"])[1], math.inf, own=False)
+
+
+def _step_problems(rows: pa.Table, wanted: np.ndarray, support: float, own: bool) -> Iterator[str]:
     """What is wrong in lists of one value a step: lengths, bounds (nats), sums.
 
-    ``own`` is false for scores, where another policy may give a sampled token no probability.
+    Parameters
+    ----------
+    rows : a row group
+    wanted : each row's number of steps (rows,)
+    support : log of the number of tokens that the policy chooses from
+    own : false for scores, where another policy may give a sampled token no probability
     """
-    wanted = rows["n_tokens"].to_numpy() if own else _flat(rows["entropy"])[1]
     rules: dict[str, tuple[str, Callable[[np.ndarray], np.ndarray]]] = {
         "entropy": (
             f"outside 0 to {support + _ABOVE:.4g} nats",
@@ -132,7 +136,7 @@ def _step_problems(rows: pa.Table, support: float, own: bool = True) -> Iterator
             yield f"{column} is not the sum over {name} {_rows_at(rows, wrong)}"
 
 
-def _embedding_problems(rows: pa.Table) -> Iterator[str]:
+def _embedding_problems(rows: pa.Table, run: Mapping[str, Any] | None) -> Iterator[str]:
     lists = rows["embedding"].combine_chunks()
     if not pa.types.is_fixed_size_list(lists.type):
         yield "embedding has no fixed size"
@@ -143,13 +147,22 @@ def _embedding_problems(rows: pa.Table) -> Iterator[str]:
         yield f"embedding is not of unit length {_rows_at(rows, wrong)}"
 
 
-def _reward_problems(rows: pa.Table) -> Iterator[str]:
-    wrong = np.flatnonzero(~np.isfinite(rows["reward"].to_numpy()))
+def _reward_problems(rows: pa.Table, run: Mapping[str, Any] | None) -> Iterator[str]:
+    return _not_finite(rows, "reward")
+
+
+def _grade_problems(rows: pa.Table, run: Mapping[str, Any] | None) -> Iterator[str]:
+    return _not_finite(rows, "score")
+
+
+def _not_finite(rows: pa.Table, name: str) -> Iterator[str]:
+    values = rows[name].to_numpy(zero_copy_only=False).astype(np.float64)
+    wrong = np.flatnonzero(~np.isfinite(values) & rows[name].is_valid().to_numpy())
     if len(wrong):
-        yield f"reward is not finite {_rows_at(rows, wrong)}"
+        yield f"{name} is not finite {_rows_at(rows, wrong)}"
 
 
-def _spectrum_problems(rows: pa.Table) -> Iterator[str]:
+def _spectrum_problems(rows: pa.Table, run: Mapping[str, Any] | None) -> Iterator[str]:
     """What in a row of spectra contradicts itself: lengths, eigenvalues, sum against distances."""
     n = rows["n"].to_numpy().astype(np.float64)
     samples, distances = _flat(rows["samples"]), _flat(rows["semantic_distances"])
@@ -160,7 +173,8 @@ def _spectrum_problems(rows: pa.Table) -> Iterator[str]:
     values, lengths, starts = _flat(rows["eigenvalues"])
     total = _sums(values, lengths, starts)
     fall = np.diff(values) > SPECTRUM
-    fall[starts[1:-1] - 1] = False  # from one row's last to the next row's first may rise
+    first = starts[1:-1]
+    fall[first[(first > 0) & (first < len(values))] - 1] = False  # a row's first may be above the last's
     good = np.isfinite(values) & (values >= 0) & (values <= 1 + SPECTRUM)
     at = np.concatenate([np.flatnonzero(~good), np.flatnonzero(fall)])
     if len(at):
@@ -178,3 +192,15 @@ def _spectrum_problems(rows: pa.Table) -> Iterator[str]:
     wrong = np.flatnonzero(many)[~(np.abs(mean - diversity) <= SPECTRUM)]
     if len(wrong):
         yield f"semantic_distances do not agree with embedding_sum {_rows_at(rows, wrong)}"
+
+
+# What each name in a table's ``checks`` stands for.
+CHECKS: dict[str, Callable[[pa.Table, Mapping[str, Any] | None], Iterator[str]]] = {
+    "rollouts": _rollout_problems,
+    "steps": _sampled_problems,
+    "scored_steps": _scored_problems,
+    "embeddings": _embedding_problems,
+    "spectra": _spectrum_problems,
+    "rewards": _reward_problems,
+    "grades": _grade_problems,
+}

@@ -1,0 +1,222 @@
+"""What two stores say of the same name: the same, more or less of it, or something else."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+
+from canopy_store import store
+from canopy_store.errors import ConflictError, differences
+from canopy_store.schema import TABLES, file_columns
+from canopy_store.sharing.untrusted import Source, plan_of
+from canopy_store.store import Record
+
+# Of a run, what may differ between two ingests that gave the same rollouts.
+_VOLATILE = ("started_at", "finished_at", "wall_s", "energy_j", "energy_method", "versions", "n_shards")
+_TODO = "nothing was taken: use another store, or remove what is here first"
+
+
+def check_conflicts(source: Source, root: Path) -> None:
+    """Nothing where all that the source has can come into the store, which need not exist.
+
+    Raises
+    ------
+    ConflictError
+        A name that is stored means something else in the source; says what differs.
+    """
+    stored = []
+    if store.exists(root / "canopy.json"):
+        stored = store.records(store.writable(root))
+    _check_names(source, root, stored)
+    for record in source.records:
+        _check_plan(source, root, record)
+    _check_models(source, root, stored)
+    _check_prompts(source, root, stored)
+    for run_id in source.runs if stored else ():
+        check_run(source, root, run_id)
+
+
+def _same(what: str, stored: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
+    if stored != asked:
+        raise ConflictError(
+            f"{what} is stored with other values: {differences(stored, asked)[:400]}; {_TODO}"
+        )
+
+
+# ---------------------------------------------------------------- names, models, prompts
+
+
+def _check_names(source: Source, root: Path, stored: Iterable[Record]) -> None:
+    """Raises ConflictError for names that differ by case alone: some disks have one place for both."""
+    taken, new = _names(stored), _names(source.records)
+    for kind, names in new.items():
+        begun = {name for name, _ in store.plans(root, kind)} if kind != "model" else set()
+        there = taken.get(kind, set()) | begun
+        for name in sorted(names - there):
+            store.require_own_name(kind, name, there | names)
+
+
+def _names(records: Iterable[Record]) -> dict[str, set[str]]:
+    """The names that records bear, under the kind of thing that each names."""
+    names: dict[str, set[str]] = {}
+    for record in records:
+        kind, name = plan_of(record) or ("model", "/".join(record.keys.values()))
+        names.setdefault(kind, set()).add(name)
+    return names
+
+
+def _check_plan(source: Source, root: Path, record: Record) -> None:
+    plan = source.plan(record)
+    if plan is not None and store.exists(root / plan):
+        kind, _, name = plan.stem.partition("=")
+        both = (store.read_plan(place / plan)["settings"] for place in (root, source.folder))
+        _same(f"{kind} {store.unquoted(name)}", *both)
+
+
+def _check_models(source: Source, root: Path, stored: Iterable[Record]) -> None:
+    here = {row["model_id"]: row for row in _rows(root, stored, "models")}
+    for row in _rows(source.folder, source.models, "models"):
+        # what the source does not say is in no conflict; where it was loaded from may differ
+        said = {key: value for key, value in row.items() if value is not None and key != "source"}
+        known = here.get(row["model_id"], said)
+        _same(f"model {row['model_id']}", {key: known[key] for key in said}, said)
+
+
+def _rows(root: Path, records: Iterable[Record], table: str) -> list[dict[str, Any]]:
+    names = store.names(records, table)
+    return [row for name in names for row in store.read_rows(root / name).to_pylist()]
+
+
+def _check_prompts(source: Source, root: Path, stored: list[Record]) -> None:
+    """Raises ConflictError for a prompt that has another text here."""
+    theirs = _prompts(source.folder, store.names(source.records, "prompts"))
+    tasks = set(theirs["task"].unique())
+    names = store.names(stored, "prompts")
+    here = [n for n in names if (store.path_keys("prompts", n) or {}).get("task") in tasks]
+    both = _prompts(root, here).join(theirs, on=["task", "prompt_id"], suffix="_asked")
+    for text in TABLES["prompts"].texts:
+        for row in both.filter(pl.col(text) != pl.col(f"{text}_asked")).head(1).iter_rows(named=True):
+            _same(f"prompt {row['prompt_id']}", {text: row[text]}, {text: row[f"{text}_asked"]})
+
+
+def _prompts(root: Path, names: Iterable[str]) -> pl.DataFrame:
+    """The rows of files of prompts, each row once, with the task of the path."""
+    none = pl.DataFrame(schema={column.name: pl.String for column in file_columns("prompts")})
+    return pl.concat([none, *(pl.DataFrame(store.read_rows(root / name)) for name in names)]).unique()
+
+
+def prompts_add(source: Source, root: Path, ours: Record, theirs: Record) -> bool:
+    """Whether the source's prompts of a run say anything that ours, of the same run, do not."""
+    here, there = _prompts(root, ours.of("prompts")), _prompts(source.folder, theirs.of("prompts"))
+    keys = ["task", "prompt_id"]
+    return any(
+        len(there.filter(pl.col(c).is_not_null()).join(here.drop_nulls(c), on=keys, how="anti"))
+        for c in there.columns
+    )
+
+
+# ---------------------------------------------------------------- runs
+
+
+def check_run(source: Source, root: Path, run_id: str) -> None:
+    """Nothing where a run of the source is not here, or says the same as far as both say anything.
+
+    Raises
+    ------
+    ConflictError
+        It does not, or is begun here and not complete.
+    """
+    if store.record(root, "rollouts", run=run_id) is None:
+        _check_unfinished(source, root, run_id)
+        return
+    for theirs in source.runs[run_id]:
+        ours = store.record(root, theirs.kind, **theirs.keys)
+        if ours is not None and ours.files != theirs.files:
+            _check_record(source, root, ours, theirs)
+
+
+def _check_unfinished(source: Source, root: Path, run_id: str) -> None:
+    """Raises ConflictError where the store has files of the run that no stopped merge has left."""
+    if not store.exists(store.plan_path(root, "run", run_id)):
+        return
+    said = {name: entry for record in source.runs[run_id] for name, entry in record.files.items()}
+    for path in store.uncommitted(root, run_id):
+        name = path.relative_to(root).as_posix()
+        if name not in said or not stored_as(path, said[name]):
+            raise ConflictError(
+                f"{path}: its run is begun here and not complete; finish it, or remove it: canopy rm-run"
+            )
+
+
+def _check_record(source: Source, root: Path, ours: Record, theirs: Record) -> None:
+    """Raises ConflictError where two records of the same keys are of other rows."""
+    if ours.kind == "rollouts":
+        rows = (store.run_row(root, ours), store.run_row(source.folder, theirs))
+        _same(f"run {ours.run}", *({k: v for k, v in r.items() if k not in _VOLATILE} for r in rows))
+    for table in {name.partition("/")[0] for name in ours.files if name.partition("/")[0] in _COMPARED}:
+        if not theirs.of(table) or same_files(ours, theirs, table):
+            continue
+        here = _comparable(root, ours, table)
+        there = _comparable(source.folder, theirs, table)
+        keys = [key for key in TABLES[table].keys if key in here.columns]
+        both = here.join(there, on=keys, how="semi")
+        where = (root / ours.of(table)[0]).parent
+        if not len(both) == len(here) == len(there):
+            what = (
+                f"{len(here)} rows here, {len(there)} in {source.folder}, {len(both)} of them the same"
+            )
+            raise ConflictError(f"{where}: {what}; {_TODO}")
+        names = [c for c in here.columns if not _agree(here[c], there[c], c in TABLES[table].texts)]
+        if names:
+            raise ConflictError(f"{where}: other values of {', '.join(names)}; {_TODO}")
+
+
+# tables of which a record is: of the others, runs and prompts have checks of their own
+_COMPARED = {name for name, table in TABLES.items() if table.commit}
+
+
+def _agree(one: pl.Series, other: pl.Series, text: bool) -> bool:
+    """Whether two columns say the same; one that a side leaves out says nothing."""
+    if len(one) in (one.null_count(), other.null_count()):
+        return True
+    both = one.is_not_null() & other.is_not_null()
+    return one.filter(both).equals(other.filter(both)) if text else one.equals(other)
+
+
+def _comparable(root: Path, record: Record, table: str) -> pl.DataFrame:
+    """The rows in key order, of what says whether two are the same: sums stand for their arrays."""
+    lists = {c.name for c in TABLES[table].columns if c.type.endswith("[]")} - {"embedding", "samples"}
+    own = [c.name for c in TABLES[table].columns if c.name not in lists]
+    frames = [pl.DataFrame(store.read_rows(root / name, own)) for name in record.of(table)]
+    return pl.concat(frames).sort([key for key in TABLES[table].keys if key in own])
+
+
+# ---------------------------------------------------------------- files
+
+
+def same_files(ours: Record, theirs: Record, table: str) -> bool:
+    """Whether both records name the same files of a table, by content, whatever their names."""
+    return _hashes(ours, table) == _hashes(theirs, table)
+
+
+def _hashes(record: Record, table: str) -> list[str]:
+    return sorted(record.files[name]["sha256"] for name in record.of(table))
+
+
+def same_cut(source: Source, rollouts: Record) -> bool:
+    """Whether a run that is stored stands in the same shards in the source."""
+    theirs = next(each for each in source.runs[rollouts.keys["run"]] if each.kind == "rollouts")
+    cuts = [[(n, each.files[n]["rows"]) for n in each.of("rollouts")] for each in (rollouts, theirs)]
+    return cuts[0] == cuts[1]
+
+
+def stored_as(path: Path, said: Mapping[str, Any]) -> bool:
+    """Whether a file is there, with the bytes that a record's entry says."""
+    if not store.exists(path):
+        return False
+    with store.reaching(path):
+        size = path.stat().st_size
+    return size == said["bytes"] and store.sha256(path) == said["sha256"]
