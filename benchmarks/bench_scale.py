@@ -17,7 +17,7 @@ from pathlib import Path
 from bench_query import bare_scan, machine, make_store, query, timed
 
 import canopy_store
-from canopy_store.upkeep.maintenance import compact
+from canopy_store.upkeep.compact import compact
 
 RUNS, PROMPTS, SAMPLES = 24, 100, 100
 SHARDS = (5, 84)  # of a run

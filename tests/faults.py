@@ -133,6 +133,7 @@ def make_world(world: Path) -> None:
     must(["ingest", "score", "--store", str(whole), "--scorer", str(world / "model")])
     must(["select", "reward", "--store", str(whole), "--keep", "0.5"])
     must(["export", "--store", str(whole), "--out", str(world / "shared")])
+    shutil.copytree(Path(__file__).parent / "data" / "format1" / "sampled", stores / "old")
     with canopy_store.open(stores / "plain") as con:
         con.sql(
             "select 'imported' as family, variant, task, prompt_id, sample, text, token_ids, entropy, "
@@ -193,6 +194,7 @@ def writes(world: Path) -> list[Write]:
             "out",
         ),
         Write("rm-run", "whole", on("rm-run", "chain.base.walk", "--yes")),
+        Write("upgrade", "old", on("upgrade")),
     ]
 
 

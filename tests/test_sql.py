@@ -297,6 +297,7 @@ def test_the_public_names_are_these():
         "select_lengths",
         "select_reward",
         "status",
+        "upgrade",
         "verify",
         "write_figures",
         "write_report",

@@ -74,22 +74,31 @@ def compact(
         _look(root, run_id, target)
     done: dict[str, tuple[int, int]] = {}
     old = _Old(root, without_locks)
-    for at, run_id in enumerate(chosen, 1):
-        with store.holding(root, run_id, exclusive=True, without_locks=without_locks):
-            look = _look(root, run_id, target)
-            if look.unread:
-                store.remove_unnamed(root, look.unread)
-            for record, groups in look.records:
-                now = _join(root, record, groups) if groups else record
-                if groups and record.kind == "rollouts":
-                    done[run_id] = len(record.of("rollouts")), len(now.of("rollouts"))
-                old.add(run_id, now, record, look.stale)
-        if on_run:
-            on_run(at, len(chosen))
-        if old.size > _MAY_WAIT:
-            old.remove()
+    try:
+        for at, run_id in enumerate(chosen, 1):
+            with store.holding(root, run_id, exclusive=True, without_locks=without_locks):
+                _compact(root, run_id, target, old, done)
+            if on_run:
+                on_run(at, len(chosen))
+            if old.size > _MAY_WAIT:
+                old.remove()
+    except CanopyError:
+        old.remove()  # of the runs before
+        raise
     old.remove()
     return done
+
+
+def _compact(root: Path, run_id: str, target: int, old: _Old, done: dict[str, tuple[int, int]]) -> None:
+    """Replaces a run's records, one after the other; adds to what is old and to what is done."""
+    look = _look(root, run_id, target)
+    if look.unread:
+        store.remove_unnamed(root, look.unread)
+    for record, groups in look.records:
+        now = _join(root, record, groups) if groups else record
+        if groups and record.kind == "rollouts":
+            done[run_id] = len(record.of("rollouts")), len(now.of("rollouts"))
+        old.add(run_id, now, record, look.stale)
 
 
 # ---------------------------------------------------------------- what there is to do
