@@ -83,6 +83,7 @@ def connect(root: str | Path, *, incomplete: bool = False) -> Connection:
         else:
             root = root.resolve()
         shown = shown_files(root, incomplete)
+        root = store.snapshot(root)  # listed after the records: what these name is there
         folders = [""] if store.remote(root) else store.check_folders(root)
         _create_views(con, root, shown)
     except duckdb.Error as error:

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import write_prompts
+from stores import write_prompts
 
 import canopy_store
 from canopy_store import store

@@ -185,7 +185,7 @@ def sampling() -> list[psutil.Process]:
     found = []
     for process in psutil.Process().children(recursive=True):
         try:
-            if process.cmdline()[:1] == ["ray::_Worker.sample"]:
+            if process.cmdline()[:1] == ["ray::_Worker.make"]:
                 found.append(process)
         except psutil.Error:
             pass

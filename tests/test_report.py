@@ -447,11 +447,11 @@ def test_a_model_that_is_compared_with_none_stands_beside_those_that_are(tmp_pat
 
 def test_runs_that_are_not_complete_are_named(browse, tmp_path):
     root = store_of(tmp_path, rollouts())
-    (root / "runs" / "f.sft.math.parquet").unlink()
+    (root / "commits" / "rollouts" / "run=f.sft.math.json").unlink()
     gathered = facts_of(root)
     assert any("Not complete" in n and "f.sft.math" in n for n in facts.notes(gathered))
     assert len(gathered.shown) == 3
-    for path in (root / "runs").iterdir():
+    for path in (root / "commits" / "rollouts").iterdir():
         path.unlink()
     driver = browse(write_report(root, tmp_path / "report.html"))
     assert_quiet(driver)

@@ -407,7 +407,7 @@ def test_an_imported_run_is_completed_by_its_own_model(tmp_path, chain, other):
     canopy_store.import_rollouts(root, tmp_path / "in.parquet")
     policy = {"temperature": 1.0, "top_k": 0, "top_p": 1.0}
     for missing, settings in (
-        ("temperature, top_k, top_p is not recorded; say --policy full", {}),
+        ("temperature, top_k, top_p is not recorded; pass --policy full", {}),
         ("is not recorded; say --template chat or plain", policy),
         ("has no text of it to score after; name the file", {**policy, "template": "plain"}),
     ):

@@ -6,41 +6,43 @@ so that memory stays bounded and every check is made before anything is stored.
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import polars as pl
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.dataset as ds
-import pyarrow.parquet as pq
 
 from canopy_store import readers, sql, store
-from canopy_store.errors import DataError, UsageError
+from canopy_store.errors import UsageError
+from canopy_store.readers.source import (
+    check_policy,
+    check_schema,
+    check_tokens,
+    embedding_matrix,
+    finish_reasons,
+    grade_column,
+    of_the_run,
+    read_keys,
+)
 from canopy_store.readers.staging import (
-    LENGTHS,
     LISTS,
     NAMES,
     PLAIN,
     as_parquet,
     decoding,
-    parquet_schema,
 )
 from canopy_store.schema import TABLES
 from canopy_store.store.embeddings import write_embeddings
 from canopy_store.store.rollouts import write_shard
 
-_KEYS = (*NAMES, "prompt_id", "sample")
 _ROLLOUT = ("text", "n_tokens", "finish_reason", *LISTS)
 _GRADE = ("answer", "correct", "score")
 _STORED = {*_ROLLOUT, *_GRADE, "reward", "where", "embedding"}
 # kind of record and its key besides the run: the files of it
 _Files = defaultdict[tuple[str, str], list[Path]]
-_OF_THE_RUN = ("model", "temperature", "top_k", "top_p", "max_new_tokens")
 _ROLLOUTS_PER_SHARD = 8192
 
 
@@ -108,7 +110,7 @@ def import_rollouts(
         "top_p": top_p,
         "max_new_tokens": max_new_tokens,
     }
-    _check_policy(policy, "--{}", UsageError)
+    check_policy(policy, "--{}", UsageError)
     store.check_name("--embedder", embedder)
     store.check_name("--reward-model", reward_model)
     store.check_name("--grader", grader)
@@ -152,8 +154,8 @@ def _store(
     on_shard: Callable[[int, int], None] | None,
 ) -> list[str]:
     """Stores what ``file``, the Parquet form of the source at ``path``, holds."""
-    schema = _check_schema(file, path)
-    keys = _read_keys(file, path, schema)
+    schema = check_schema(file, path)
+    keys = read_keys(file, path, schema)
     groups = keys.partition_by(list(NAMES), maintain_order=True)
     if run is not None and len(groups) > 1:
         raise UsageError(f"--run: {path} holds {len(groups)} runs, one a family, variant and task")
@@ -162,7 +164,7 @@ def _store(
             store.check_name(f"{path}: column {name}", value)
     jobs = []
     for group in groups:
-        of_run = _of_the_run(group, path, told)
+        of_run = of_the_run(group, path, told)
         run_id = store.check_name("--run", run or ".".join(of_run[name] for name in NAMES))
         jobs.append(({"run_id": run_id, **common, **of_run}, group))
     return _store_jobs(store.init(root), path, file, schema, jobs, len(keys), on_shard)
@@ -208,145 +210,6 @@ def _hash(path: Path, files: list[Path]) -> str:
 
 def _tokenizer_hash(tokenizer: Any) -> str | None:
     return None if tokenizer is None else store.content_id(tokenizer.get_vocab())
-
-
-# ---------------------------------------------------------------- from Parquet
-
-
-def _is_list(kind: pa.DataType, of: Callable[[pa.DataType], bool]) -> bool:
-    listed = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
-    return listed and of(kind.value_type)
-
-
-def _is_text(kind: pa.DataType) -> bool:
-    if pa.types.is_dictionary(kind):
-        kind = kind.value_type
-    return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_null(kind)
-
-
-def _is_number(kind: pa.DataType) -> bool:
-    return pa.types.is_floating(kind) or pa.types.is_integer(kind) or pa.types.is_null(kind)
-
-
-def _is_whole(kind: pa.DataType) -> bool:
-    return pa.types.is_integer(kind) or pa.types.is_null(kind)
-
-
-def _check_schema(file: Path, path: Path) -> pa.Schema:
-    schema = parquet_schema(file)
-    missing = [name for name in _KEYS if name not in schema.names]
-    if not set(LENGTHS) & set(schema.names):
-        missing.append("entropy (or logprob, token_ids or n_tokens)")
-    if missing:
-        raise DataError(
-            f"{path}: missing column {', '.join(missing)}; there are {', '.join(schema.names)}"
-        )
-    floats = pa.types.is_floating
-    wanted: dict[str, tuple[Callable[[pa.DataType], bool], str]] = {
-        **dict.fromkeys(
-            ("entropy", "logprob", "eos_logprob"), (lambda k: _is_list(k, floats), "a list of floats")
-        ),
-        "token_ids": (lambda k: _is_list(k, pa.types.is_integer), "a list of integers"),
-        "top_token_ids": (
-            lambda k: _is_list(k, lambda i: _is_list(i, pa.types.is_integer)),
-            "a list of lists of integers",
-        ),
-        "top_logprobs": (
-            lambda k: _is_list(k, lambda i: _is_list(i, floats)),
-            "a list of lists of floats",
-        ),
-        "sample": (pa.types.is_integer, "integers"),
-        "prompt_id": (lambda k: _is_text(k) or _is_whole(k), "text or integers"),
-        **dict.fromkeys(NAMES, (_is_text, "text")),
-        **dict.fromkeys(("n_tokens", "top_k", "max_new_tokens"), (_is_whole, "integers")),
-        **dict.fromkeys(("temperature", "top_p", "reward", "score"), (_is_number, "numbers")),
-        "correct": (lambda k: _is_number(k) or pa.types.is_boolean(k), "true or false"),
-        **dict.fromkeys(
-            (
-                "text",
-                "finish_reason",
-                "prompt",
-                "messages",
-                "model",
-                "answer",
-                "reference",
-            ),
-            (_is_text, "text"),
-        ),
-    }
-    for name, kind in zip(schema.names, schema.types, strict=True):
-        rule = wanted["entropy"] if name.partition(".")[0] == "embedding" else wanted.get(name)
-        if rule and not rule[0](kind):
-            raise DataError(f"{path}: column {name} is {kind}, needs {rule[1]}")
-        if schema.names.count(name) > 1:
-            raise DataError(f"{path}: column {name} is there twice")
-    return schema
-
-
-def _read_keys(file: Path, path: Path, schema: pa.Schema) -> pl.DataFrame:
-    """Keys as text and what is said of the run, with the row number and the prompt id as it stands."""
-    others = [name for name in _OF_THE_RUN if name in schema.names]
-    with decoding(path):
-        table = pq.read_table(file, columns=[*_KEYS, *others])
-        table.validate(full=True)
-    if table.num_rows == 0:
-        raise DataError(f"{path}: holds no rows")
-    frame = pl.DataFrame(table)
-    for name in _KEYS:
-        if frame[name].null_count():
-            row = int(np.argmax(frame[name].is_null().to_numpy()))
-            raise DataError(f"{path}: row {row}: {name} is missing")
-    text = [pl.col(name).cast(pl.String) for name in NAMES]
-    frame = frame.select(
-        *text,
-        pl.col("prompt_id").alias("key"),
-        pl.col("prompt_id").cast(pl.String),
-        pl.col("sample").cast(pl.Int64, strict=False).fill_null(-1),
-        *others,
-    ).with_row_index("row")
-    twice = frame.filter(pl.struct("family", "variant", "task", "prompt_id", "sample").is_duplicated())
-    if len(twice):
-        first = twice.row(0, named=True)
-        raise DataError(
-            f"{path}: row {first['row']}: prompt {first['prompt_id']} sample {first['sample']} of "
-            f"{first['family']} {first['variant']} {first['task']} is there twice"
-        )
-    if frame["sample"].min() < 0 or frame["sample"].max() > 2**31 - 1:  # type: ignore[operator]
-        raise DataError(f"{path}: column sample needs numbers from 0 to 2147483647")
-    return frame
-
-
-def _of_the_run(group: pl.DataFrame, path: Path, told: dict[str, Any]) -> dict[str, Any]:
-    """Names, checkpoint and policy of a group's run, None left out; each has one value in it."""
-    found: dict[str, Any] = {name: group[name][0] for name in NAMES}
-    what = f"{path}: {' '.join(found.values())}"
-    for name in _OF_THE_RUN:
-        values = group[name].unique(maintain_order=True).to_list() if name in group.columns else [None]
-        if name in told:
-            values = [told[name]]
-        if len(values) > 1:
-            raise DataError(
-                f"{what}: {name} is {values[0]} and {values[1]}; a run has one: import them "
-                "apart, each with a --variant or --run of its own"
-            )
-        found[name] = values[0]
-    if found["temperature"] is not None:
-        found["temperature"] = float(found["temperature"])
-        found |= {k: v for k, v in PLAIN.items() if found[k] is None}
-    _check_policy(found, f"{what}: {{}}", DataError)
-    return {k: v for k, v in found.items() if v is not None or k == "max_new_tokens"}
-
-
-def _check_policy(policy: dict[str, Any], name: str, error: type[Exception]) -> None:
-    rules: dict[str, tuple[Callable[[Any], bool], str]] = {
-        "temperature": (lambda v: 0 <= v < math.inf, "0 (greedy) or more"),
-        "top_k": (lambda v: 0 <= v < 2**31, "0 (off) or more, and below 2147483648"),
-        "top_p": (lambda v: 0 < v <= 1, "above 0 and at most 1"),
-        "max_new_tokens": (lambda v: 1 <= v < 2**31, "at least 1, and below 2147483648"),
-    }
-    for key, (good, rule) in rules.items():
-        if policy[key] is not None and not good(policy[key]):
-            raise error(f"{name.format(key.replace('_', '-'))} {policy[key]}: needs {rule}")
 
 
 # ---------------------------------------------------------------- into the store
@@ -405,12 +268,12 @@ def _write(
         some = name.startswith("top_") and name in record and record[name].null_count
         if name in record and (some or record[name].null_count == len(rows)):
             del record[name]
-    _check_tokens(record, names)
+    check_tokens(record, names)
     record |= {
         "run_id": [run_id] * len(rows),
         "prompt_id": rows["prompt_id"].to_list(),
         "sample": rows["sample"].to_list(),
-        "finish_reason": _finish_reasons(record, settings["max_new_tokens"], names),
+        "finish_reason": finish_reasons(record, settings["max_new_tokens"], names),
     }
     write_shard(store.shard_path(where, shard), record, names)
     files["rollouts", run_id].append(store.shard_path(where, shard))
@@ -418,7 +281,7 @@ def _write(
         kind, _, embedder = column.partition(".")
         if kind == "embedding" and data[column].null_count < len(rows):
             embedder = embedder or settings["embedder"]
-            matrix = _matrix(data[column], names)
+            matrix = embedding_matrix(data[column], names)
             files["embeddings", embedder] += write_embeddings(
                 root, embedder, run_id, shard, record["prompt_id"], record["sample"], matrix
             )
@@ -427,7 +290,7 @@ def _write(
         reward = {"reward": data["reward"].cast(pa.float64(), safe=False)}
         _write_known(root, "rewards", settings["reward_model"], shard, {**of_rollout, **reward}, files)
     if {"correct", "score"} & set(columns):
-        grade = {name: _grade(data[name], name, names) for name in _GRADE if name in columns}
+        grade = {name: grade_column(data[name], name, names) for name in _GRADE if name in columns}
         _write_known(
             root, "grades", settings.get("grader", "imported"), shard, {**of_rollout, **grade}, files
         )
@@ -446,72 +309,6 @@ def _write_known(
         path = store.shard_path(store.folder(root, table, **{key: name, "run": run_id}), shard)
         store.write_rows(path, table, {key: rows[key].to_arrow() for key in columns})
         files[table, name].append(path)
-
-
-def _grade(values: pa.ChunkedArray, name: str, names: list[str]) -> pa.Array:
-    """A column of grades: answers as text, scores as numbers, correct as booleans, also of 0 and 1."""
-    listed = values.to_pylist()
-    if name == "correct":
-        for where, value in zip(names, listed, strict=True):
-            if value not in (None, 0, 1):
-                raise DataError(f"{where}: correct is {value}, needs true or false")
-        return pa.array([None if value is None else bool(value) for value in listed], pa.bool_())
-    if name == "answer":
-        return pa.array([None if value is None else str(value) for value in listed], pa.string())
-    for where, value in zip(names, listed, strict=True):
-        if value is not None and not math.isfinite(value):
-            raise DataError(f"{where}: score is {value}, needs a finite number")
-    return pa.array([None if value is None else float(value) for value in listed], pa.float64())
-
-
-def _check_tokens(record: dict[str, Any], names: list[str]) -> None:
-    """Refuses a number or an id of tokens that none can be."""
-    if not any(name in record for name in LENGTHS[:3]):
-        if "n_tokens" not in record:
-            raise DataError(f"{names[0]}: {', '.join(LENGTHS)} are missing")
-        counts = record["n_tokens"].to_pylist()
-        for name, count in zip(names, counts, strict=True):
-            if count is None or not 0 <= count < 2**31:
-                raise DataError(f"{name}: n_tokens is {count}, needs the number of tokens")
-    if "token_ids" in record:
-        for name, ids in zip(names, record["token_ids"], strict=True):
-            if ids.values and (ids.values.null_count or not _are_ids(ids.values)):
-                raise DataError(f"{name}: token_ids needs ids from 0 on, one a token")
-    if "top_token_ids" in record:
-        for name, steps in zip(names, record["top_token_ids"], strict=True):
-            if not _are_ids(pc.list_flatten(steps.values)):
-                raise DataError(f"{name}: top_token_ids needs ids from 0 on")
-
-
-def _are_ids(values: pa.Array) -> bool:
-    """Whether token ids can be these numbers, NULL left out."""
-    low, high = pc.min_max(values).as_py().values()
-    return low is None or (low >= 0 and high < 2**31)
-
-
-def _finish_reasons(
-    record: dict[str, Any], max_new_tokens: int | None, names: list[str]
-) -> list[str | None]:
-    known = next(name for name in LENGTHS if name in record)
-    values = record[known].combine_chunks()
-    lengths = (values if known == "n_tokens" else values.value_lengths()).to_pylist()
-    given = record["finish_reason"].to_pylist() if "finish_reason" in record else [None] * len(names)
-    reasons: list[str | None] = []
-    for name, reason, length in zip(names, given, lengths, strict=True):
-        if reason not in (None, "stop", "length"):
-            raise DataError(f"{name}: finish_reason {reason!r}: needs stop or length")
-        if reason is None and max_new_tokens is not None and length is not None:
-            reason = "length" if length >= max_new_tokens else "stop"
-        reasons.append(reason)
-    return reasons
-
-
-def _matrix(lists: pa.ChunkedArray, names: list[str]) -> np.ndarray:
-    values = lists.to_pylist()
-    for name, value in zip(names, values, strict=True):
-        if value is None or len(value) != len(values[0] or []) or not value:
-            raise DataError(f"{name}: embedding is missing or of another length than the first")
-    return np.array(values, np.float64)
 
 
 def _complete(
