@@ -240,11 +240,15 @@ def committed(job: Job, group: Group) -> store.Record | None:
         It was made with other settings.
     """
     record = store.record(job.root, job.table, **group.keys)
-    if record is not None and record.settings and job.kind != "run" and record.settings != job.settings:
-        raise ConflictError(
-            f"{job.kind} {job.name} of run {group.run_id} is stored with other settings: "
-            f"{differences(record.settings, job.settings)}; give it another name with --name"
-        )
+    if record is not None and job.kind != "run":
+        both = record.settings.keys() & job.settings.keys()
+        stored, asked = ({k: side[k] for k in both} for side in (record.settings, job.settings))
+        if stored != asked or record.settings.get("engine") == "import":
+            stored = {**stored, **{k: v for k, v in record.settings.items() if k == "engine"}}
+            raise ConflictError(
+                f"{job.kind} {job.name} of run {group.run_id} is stored with other settings: "
+                f"{differences(stored, asked)}; give it another name with --name"
+            )
     return record if record is None or _is_whole(job, record) else None
 
 

@@ -76,15 +76,15 @@ def connect(root: str | Path, *, incomplete: bool = False) -> Connection:
     con = duckdb.connect(config={"python_enable_replacements": False})
     con.execute("set temp_directory = ?", [spill_folder()])
     try:
+        if not store.remote(root):
+            root = root.resolve()
+        shown = shown_files(root, incomplete)
+        folders = [""] if store.remote(root) else store.check_folders(root)
         if store.remote(root):
+            root = store.snapshot(root)  # listed after the records: what these name is there
             con.register_filesystem(root.fs)  # type: ignore[attr-defined]
             # a file's entity tag goes with every request for it, so what was read of it stays true
             con.execute("set validate_external_file_cache = 'NO_VALIDATION'")
-        else:
-            root = root.resolve()
-        shown = shown_files(root, incomplete)
-        root = store.snapshot(root)  # listed after the records: what these name is there
-        folders = [""] if store.remote(root) else store.check_folders(root)
         _create_views(con, root, shown)
     except duckdb.Error as error:
         con.close()

@@ -117,9 +117,13 @@ def start(arguments: list[str]) -> subprocess.Popen[str]:
     )
 
 
+def is_shard(key: str) -> bool:
+    return "/rollouts/" in key and key.endswith(".parquet")
+
+
 def wait_for_shards(server: Server, bucket: str, count: int) -> None:
     deadline = time.monotonic() + 120
-    while sum("/rollouts/" in key for key in server.keys(bucket)) < count:
+    while sum(is_shard(key) for key in server.keys(bucket)) < count:
         assert time.monotonic() < deadline
         time.sleep(0.05)
 
@@ -180,7 +184,7 @@ def test_every_view_is_that_of_the_same_store_in_a_folder(tmp_path, chain, promp
         ):
             code, _, err = canopy(*arguments)
             assert code == 0, (arguments, err)
-    timed = ("started_at", "finished_at", "wall_s")
+    timed = ("started_at", "finished_at", "wall_s", "seconds")
     with canopy_store.open(str(local)) as a, canopy_store.open(there) as b:
         for relation in (*TABLES, *sql.VIEWS):
             here, away = (con.sql(f"from {relation}").pl() for con in (a, b))
@@ -233,7 +237,7 @@ def test_killed_again_and_again_a_run_equals_one_in_a_folder(tmp_path, chain, bu
         assert process.returncode == -signal.SIGKILL
     assert len(canopy_store.read(there, "rollouts")) == 0  # incomplete
     stored = server.keys(bucket)
-    assert 20 <= sum("/rollouts/" in key for key in stored) < 60
+    assert 20 <= sum(map(is_shard, stored)) < 60
     assert not [key for key in stored if not key.endswith((".parquet", ".json"))]
     server.asked.clear()
     assert canopy(*ingest(there, chain, prompts))[0] == 0
