@@ -255,7 +255,8 @@ def committed(job: Job, group: Group) -> store.Record | None:
 def _is_whole(job: Job, record: store.Record) -> bool:
     """Whether every file that the record names is there: a shard that was lost is made again."""
     files = [job.root / name for name in record.files]
-    return _stored(files).issuperset(files)
+    # an object store loses nothing, and each question is a request
+    return store.remote(job.root) or _stored(files).issuperset(files)
 
 
 def units_to_do(job: Job, group: Group, part: tuple[int, int] = (1, 1)) -> list[Unit]:
@@ -317,25 +318,30 @@ def do_unit(job: Job, unit: Unit, progress: Progress) -> None:
 
 def complete(job: Job, group: Group, progress: Progress) -> bool:
     """Whether the group is committed, which it is once every unit is stored."""
-    done = committed(job, group) is not None
-    if not done:
-        units = group.units(group)
-        files = [path for unit in units for path in job.files(unit)]
-        if _stored(files).issuperset(files):
-            lost = store.record(job.root, job.table, **group.keys)
-            shards = [unit.target for unit in units]
-            if job.finish is not None:
-                job.finish(group, shards)
-            else:
-                noted, _ = work.gather(job.root, job.table, job.name, group.run_id, shards)
-                store.commit(job.root, job.table, group.keys, [*files, *noted], job.settings)
-                work.forget(job.root, shards)
-            if lost is not None:
-                store.remove_unnamed(job.root, lost.files)
-            done = True
+    with store.waiting(job.root, "commit"):  # of two that store the last shards, one commits
+        done = committed(job, group) is not None or _commit(job, group)
     if done and job.after is not None:
         job.after(group, progress)
     return done
+
+
+def _commit(job: Job, group: Group) -> bool:
+    """Whether every unit is stored, and so the group is committed now."""
+    units = group.units(group)
+    files = [path for unit in units for path in job.files(unit)]
+    if not _stored(files).issuperset(files):
+        return False
+    lost = store.record(job.root, job.table, **group.keys)
+    shards = [unit.target for unit in units]
+    if job.finish is not None:
+        job.finish(group, shards)
+    else:
+        noted, _ = work.gather(job.root, job.table, job.name, group.run_id, shards)
+        store.commit(job.root, job.table, group.keys, [*files, *noted], job.settings)
+        work.forget(job.root, shards)
+    if lost is not None:
+        store.remove_unnamed(job.root, lost.files)
+    return True
 
 
 def text_of(part: Mapping[str, list[Any]], column: str, what: str, run_id: str) -> list[Any]:

@@ -38,7 +38,7 @@ from stores import ingest_arguments, write_prompts
 
 DOCS = Path(__file__).parent.parent / "docs" / "reliability.md"
 BEGIN, END = "<!-- faults: made by make faults -->", "<!-- end of faults -->"
-VOLATILE = {"started_at", "finished_at", "wall_s", "versions", "n_shards"}
+VOLATILE = {"started_at", "finished_at", "wall_s", "versions", "n_shards", "seconds"}
 ONCE = ("rm-run", "export", "ingest finetune")  # refused where there is nothing left to do
 Arguments = list[str]
 

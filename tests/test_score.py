@@ -408,7 +408,7 @@ def test_an_imported_run_is_completed_by_its_own_model(tmp_path, chain, other):
     policy = {"temperature": 1.0, "top_k": 0, "top_p": 1.0}
     for missing, settings in (
         ("temperature, top_k, top_p is not recorded; pass --policy full", {}),
-        ("is not recorded; say --template chat or plain", policy),
+        ("is not recorded; pass --template chat or plain", policy),
         ("has no text of it to score after; name the file", {**policy, "template": "plain"}),
     ):
         with pytest.raises(canopy_store.DataError, match=missing):

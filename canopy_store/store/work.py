@@ -67,10 +67,12 @@ def forget(root: Path, shards: Iterable[Path]) -> None:
     """Removes the notes of shards that are committed."""
     for shard in shards:
         path = _note_path(root, shard)
-        if exists(path):
+        try:
             path.unlink()
-            if not remote(root):
-                _remove_empty(root / ".work" / "notes", path.parent)
+        except FileNotFoundError:
+            continue  # not noted, or another job has committed the same
+        if not remote(root):
+            _remove_empty(root / ".work" / "notes", path.parent)
 
 
 def _remove_empty(top: Path, place: Path) -> None:
