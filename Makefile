@@ -70,6 +70,8 @@ bench: install
 	$(PYTHON) benchmarks/bench_query.py
 	$(PYTHON) benchmarks/bench_compare.py
 	$(PYTHON) benchmarks/bench_scale.py
+	$(PYTHON) benchmarks/bench_open.py
+	$(PYTHON) benchmarks/bench_readers.py
 
 bench-ingest: install
 	test -e demo-real-output/base || $(PYTHON) demo/demo_real.py

@@ -58,7 +58,9 @@ def test_the_help_of_sql_lists_every_table_and_view(canopy):
 
 def test_every_example_of_the_readme_runs(tmp_path, chain):
     shutil.copytree(chain, tmp_path / "my-model")
-    blocks = re.findall(r"```(sh|python)\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    pages = (ROOT / "README.md", ROOT / "docs" / "format.md")
+    text = "\n".join(page.read_text(encoding="utf-8") for page in pages)
+    blocks = re.findall(r"```(sh|python)\n(.*?)```", text, re.DOTALL)
     assert len(blocks) > 8
     script = ["set -euo pipefail"]
     for language, text in blocks:
