@@ -6,21 +6,21 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Module, Router
 from sentence_transformers.util import import_from_string
 
 from canopy_store import store
-from canopy_store.errors import StoreError
+from canopy_store.errors import CanopyError, StoreError
 from canopy_store.ingest import models
 
 _READ = (".json", ".safetensors", ".gguf", ".txt", ".model", ".jinja")  # what an embedder is loaded from
 _PICKLED = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
-_WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
+_LONGEST = 200  # characters of a module's path
 # Settings that name code, or files other than those that are checked and hashed here.
 _FOREIGN = {
     "auto_map",
@@ -54,10 +54,10 @@ def open_embedder(source: str, device: str | None = None) -> tuple[SentenceTrans
     if not path.is_dir():
         raise StoreError(f"{path}: an embedder is a folder of sentence-transformers")
     path = path.resolve()
-    files = _files(path)
-    _check(path, files)
     models.quiet()
-    try:
+    with _told_in_a_line(path):
+        files = _files(path)
+        _check(path, files)
         encoder = SentenceTransformer(
             str(path),
             device=device or models.default_device(),
@@ -65,21 +65,25 @@ def open_embedder(source: str, device: str | None = None) -> tuple[SentenceTrans
             local_files_only=True,
             model_kwargs={"use_safetensors": True},
         )
-    except (
-        OSError,
-        ValueError,
-        KeyError,
-        TypeError,
-        ImportError,
-        RuntimeError,
-        SafetensorError,
-    ) as error:
-        raise StoreError(f"{path}: cannot be loaded: {' '.join(str(error).split())[:300]}") from None
-    if encoder.tokenizer is not None and getattr(encoder.tokenizer, "pad_token", "") is None:
-        # texts of several lengths share a batch: any token can fill, the mask hides it
-        encoder.tokenizer.pad_token = encoder.tokenizer.eos_token or encoder.tokenizer.unk_token
+        if encoder.tokenizer is not None and getattr(encoder.tokenizer, "pad_token", "") is None:
+            # texts of several lengths share a batch: any token can fill, the mask hides it
+            encoder.tokenizer.pad_token = encoder.tokenizer.eos_token or encoder.tokenizer.unk_token
+        # some that load cannot embed: better told now than after the work began
+        encoder.encode(["a"], show_progress_bar=False)
     hashes = {file.relative_to(path).as_posix(): store.sha256(file) for file in files}
     return encoder, {"files_sha256": hashlib.sha256(store.canonical(hashes).encode()).hexdigest()}
+
+
+@contextmanager
+def _told_in_a_line(path: Path) -> Iterator[None]:
+    """Turns whatever an embedder's files make its loading raise into one StoreError."""
+    try:
+        yield
+    except CanopyError:
+        raise
+    except Exception as error:  # which ones depends on the files: there is no list of them
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise StoreError(f"{path}: cannot be loaded: {reason}") from None
 
 
 def weights_sha256(source: str) -> str:
@@ -94,7 +98,7 @@ def _files(path: Path) -> list[Path]:
     Raises
     ------
     StoreError
-        A link out of the folder, or to a folder.
+        A link out of the folder, or to a folder; a pipe or a device.
     """
     inside = [path]
     if path.parent.name == "snapshots":
@@ -108,7 +112,9 @@ def _files(path: Path) -> list[Path]:
             out = not any(file.resolve().is_relative_to(folder) for folder in inside)
             if out or file.is_dir():
                 raise StoreError(f"{file}: a link; copy what it links to into the embedder's folder")
-        if not hidden and file.suffix in _READ and file.is_file():
+        if not hidden and file.suffix in _READ and not file.is_dir():
+            if not file.is_file():
+                raise StoreError(f"{file}: not a regular file; move it out of the embedder's folder")
             files.append(file)
     return files
 
@@ -139,7 +145,8 @@ def _check(path: Path, files: list[Path]) -> None:
 
 def _check_module(path: Path, named_in: Path, kind: Any, place: Any) -> None:
     """Refuses a module that is not sentence-transformers' own, or not in the embedder's folder."""
-    inside = isinstance(place, str) and (path / place).resolve().is_relative_to(path)
+    nameable = isinstance(place, str) and place.isprintable() and len(place) <= _LONGEST
+    inside = nameable and (path / place).resolve().is_relative_to(path)
     if not inside or any(part.startswith((".", "/")) for part in Path(place).parts):
         raise StoreError(
             f"{named_in}: path {str(place)[:80]!r} needs to be a folder inside the embedder's"
@@ -175,12 +182,26 @@ def _own_module(kind: Any) -> type[Module] | None:
 
 
 def _check_weights(folder: Path) -> None:
-    pickled = sorted(file.name for file in folder.glob("*") if file.suffix in _PICKLED)
-    if pickled and not any((folder / name).is_file() for name in _WEIGHTS):
+    """Refuses a folder with pickled weights, or with an index of other weights than its safetensors."""
+    pickled = sorted(file.name for file in folder.glob("*") if file.suffix.lower() in _PICKLED)
+    if pickled:  # beside safetensors too: which of both is loaded is for each module to say
         raise StoreError(
             f"{folder}: {pickled[0]} is pickled, and pickled weights are not loaded; if you trust it, "
-            "load it with SentenceTransformer and save it with save_pretrained, as safetensors"
+            "load it with SentenceTransformer and save it with save_pretrained, as safetensors; if they "
+            "are there already, remove it"
         )
+    for index in sorted(folder.glob("*.index.json")):
+        content = _json(index)
+        weights = content.get("weight_map") if isinstance(content, dict) else None
+        if not isinstance(weights, dict) or not weights:
+            raise StoreError(f"{index}: needs a weight_map that names safetensors; save the model again")
+        beside = {file.name for file in folder.glob("*.safetensors") if file.is_file()}
+        for name in weights.values():
+            if not isinstance(name, str) or name not in beside:
+                raise StoreError(
+                    f"{index}: names {str(name)[:80]!r}, which is no safetensors file beside it; "
+                    "save the model again"
+                )
 
 
 def _json(file: Path) -> Any:

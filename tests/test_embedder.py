@@ -100,13 +100,12 @@ def test_every_file_that_matters_changes_the_identity(embedder, changed):
     assert identity(embedder) != first
 
 
-def test_a_card_a_place_and_a_pickled_copy_do_not_change_the_identity(embedder, tmp_path):
+def test_a_card_and_a_place_do_not_change_the_identity(embedder, tmp_path):
     first = identity(embedder)
     moved = shutil.copytree(embedder, tmp_path / "moved")
     (moved / "README.md").write_text("another card")
     (moved / ".git").mkdir()
     (moved / ".git" / "config.json").write_text("no JSON")
-    (moved / "pytorch_model.bin").write_bytes(b"never read, since model.safetensors is there")
     assert identity(moved) == first
     link = tmp_path / "link"
     link.symlink_to(moved)
@@ -187,6 +186,18 @@ def pickled(folder: Path) -> None:
     weights.unlink()
 
 
+def pickled_with_index(content: object) -> Callable[[Path], None]:
+    def damage(folder: Path) -> None:
+        pickled(folder)
+        (folder / "2_Dense" / "model.safetensors.index.json").write_text(json.dumps(content))
+
+    return damage
+
+
+def index(content: object) -> Callable[[Path], None]:
+    return lambda folder: (folder / "model.safetensors.index.json").write_text(json.dumps(content))
+
+
 def linked_out(folder: Path) -> None:
     shutil.move(folder / "1_Pooling", folder.parent / "outside")
     (folder / "1_Pooling").symlink_to(folder.parent / "outside")
@@ -230,6 +241,9 @@ FOREIGN = "names code or files from elsewhere"
         (placed("/etc"), INSIDE),
         (placed(".hidden"), INSIDE),
         (placed(None), INSIDE),
+        (placed("\0"), INSIDE),
+        (placed("x" * 5000), INSIDE),
+        (placed("\ud800"), INSIDE),
         (linked_out, "1_Pooling: a link; copy what it links to"),
         (file_linked_out, "tokenizer.json: a link; copy what it links to"),
         (routed(f"{PACKAGE}.Router"), OWN),
@@ -243,6 +257,18 @@ FOREIGN = "names code or files from elsewhere"
         (setting("2_Dense/config.json", "activation_function", f"{PACKAGE}.Tanh"), FOREIGN),
         (setting("2_Dense/config.json", "activation_function", "torch.hub.load"), FOREIGN),
         (pickled, "2_Dense: pytorch_model.bin is pickled, and pickled weights are not loaded; if you"),
+        (pickled_with_index({}), "2_Dense: pytorch_model.bin is pickled"),
+        (pickled_with_index({"weight_map": {"x": "pytorch_model.bin"}}), "pytorch_model.bin is pickled"),
+        (lambda folder: (folder / "pytorch_model.bin").write_bytes(b""), "already, remove it"),
+        (index({}), "needs a weight_map that names safetensors"),
+        (index([]), "needs a weight_map that names safetensors"),
+        (index({"weight_map": {"x": "weights.dat"}}), "names 'weights.dat', which is no safetensors"),
+        (index({"weight_map": {"x": "2_Dense/model.safetensors"}}), "no safetensors file beside it"),
+        (index({"weight_map": {"x": 5}}), "names '5', which is no safetensors file"),
+        (lambda folder: os.mkfifo(folder / "special_config.json"), "not a regular file"),
+        (lambda folder: (folder / "1_Pooling" / "config.json").write_text("[1]"), "cannot be loaded: "),
+        (setting("2_Dense/config.json", "activation_function", "torch.nn.NoSuch"), "cannot be loaded: "),
+        (setting("2_Dense/config.json", "activation_function", "torch.nn.Module"), "cannot be loaded: "),
         (lambda folder: (folder / "adapter_config.json").write_text("{}"), "merge it into the model"),
         (lambda folder: (folder / "modules.json").write_text("{}"), "needs a list of modules"),
         (lambda folder: (folder / "config.json").write_text("{"), "config.json: not JSON"),
