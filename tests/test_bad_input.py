@@ -341,6 +341,36 @@ def test_impossible_settings(tmp_path, chain, canopy, option, value, message):
     refused(result, 2, f"--{option}", message)
 
 
+@pytest.mark.parametrize(
+    ("value", "form"),
+    [
+        ("interval 1 day", "table"),
+        ("interval 1 day", "parquet"),
+        ("[{'a': interval 1 day}]", "json"),
+        ("union_value(a := 1)", "csv"),
+        ("340282366920938463463374607431768211455::uhugeint", "table"),
+        ("timestamp 'infinity'", "table"),
+        ("timestamptz '-infinity'", "json"),
+        ("date 'infinity'", "csv"),
+        ("date '290000-01-01'", "json"),
+        ("[{'a': date 'infinity'}]", "json"),
+        ("'x'::blob", "json"),
+        ("map([1], [2])", "json"),
+    ],
+)
+def test_a_value_that_cannot_be_printed_is_to_be_cast(filled, canopy, value, form):
+    line = ("--store", filled, "--format", form)
+    refused(canopy("sql", f"select {value} as x", *line), 2, "cannot be printed", "cast", "varchar")
+    assert canopy("sql", f"select ({value})::varchar as x", "--store", filled)[0] == 0
+
+
+def test_dates_that_a_calendar_has_are_printed(filled, canopy):
+    query = "select date '9999-12-31' as d, timestamp '0001-01-01 00:00:00' as t, null::date as n"
+    code, out, err = canopy("sql", query, "--store", filled, "--format", "csv")
+    assert (code, err) == (0, "")
+    assert out.splitlines()[1].startswith("9999-12-31,0001-01-01T00:00:00")
+
+
 def test_a_query_reads_nothing_but_the_store(filled, tmp_path, canopy):
     secret = tmp_path / "secret.csv"
     secret.write_text("x\n1\n")

@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     import polars as pl
 
 FORMATS = ("table", "csv", "json", "parquet")
+_TYPES_NOT_READ = {"interval", "union", "uhugeint"}
+_TYPES_NOT_WRITTEN = {"blob", "bit", "bignum"}  # as csv or json
+_MOST_DAYS = 90_000_000  # before and after 1970: a calendar of 262,000 years has some more
 STORE = click.option(
     "--store",
     "root",
@@ -77,8 +80,78 @@ def print_rows(relation: Any, form: str) -> None:
     """Writes rows to stdout in one of FORMATS, or as csv for a spreadsheet.
 
     Into a file or a pipe all but a table is exact; on a terminal nothing is printed that steers it.
+
+    Raises
+    ------
+    UsageError
+        A column that cannot be printed in this form.
     """
-    frame = relation.pl()
+    import polars as pl
+
+    _require_types(relation, form)
+    try:
+        frame = relation.pl()
+        if form != "parquet":  # which holds them as they are
+            _require_dates(frame)
+        _print_frame(frame, form)
+    except (pl.exceptions.PolarsError, pl.exceptions.PanicException) as error:
+        reason = " ".join(str(error).split())[:150]
+        raise UsageError(
+            f"--format {form}: a column cannot be printed ({reason}); cast it to varchar, or choose "
+            "another --format"
+        ) from None
+
+
+def _require_types(relation: Any, form: str) -> None:
+    """Raises UsageError for a column of a type that polars lacks, reads wrongly, or cannot write."""
+    refused = _TYPES_NOT_READ | (set() if form in ("table", "parquet") else _TYPES_NOT_WRITTEN)
+    for name, kind in zip(relation.columns, relation.types, strict=True):
+        if unprintable := refused & set(_type_names(kind)):
+            raise UsageError(
+                f"column {name}: {min(unprintable)} cannot be printed; cast the column to varchar"
+            )
+
+
+def _type_names(kind: Any) -> Iterator[str]:
+    """The name of a DuckDB type, and of those inside it."""
+    yield kind.id
+    if kind.id in ("struct", "list", "array", "map"):
+        for _, inner in kind.children:
+            if not isinstance(inner, int):  # an array's size
+                yield from _type_names(inner)
+
+
+def _require_dates(frame: pl.DataFrame) -> None:
+    """Raises UsageError for a column with an infinite date or time, or one too far for a calendar."""
+    import polars as pl
+
+    per_day = {"ms": 86_400_000, "us": 86_400_000_000, "ns": 86_400_000_000_000}
+    for name, kind in frame.schema.items():
+        for times in _times(frame[name]) if "Date" in str(kind) else ():
+            days = times.to_physical().cast(pl.Int64)
+            if isinstance(times.dtype, pl.Datetime):
+                days = days // per_day[times.dtype.time_unit]
+            if not days.is_between(-_MOST_DAYS, _MOST_DAYS).all():
+                raise UsageError(
+                    f"column {name}: an infinite or very far date cannot be printed; cast the column "
+                    "to varchar"
+                )
+
+
+def _times(values: pl.Series) -> Iterator[pl.Series]:
+    """The dates and times of a column, those inside lists and structs too."""
+    import polars as pl
+
+    if isinstance(values.dtype, pl.Datetime | pl.Date):
+        yield values
+    elif isinstance(values.dtype, pl.List | pl.Array):
+        yield from _times(values.explode())
+    elif isinstance(values.dtype, pl.Struct):
+        for field in values.struct.fields:
+            yield from _times(values.struct.field(field))
+
+
+def _print_frame(frame: pl.DataFrame, form: str) -> None:
     if form == "table":
         import polars as pl
 
