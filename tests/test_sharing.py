@@ -772,6 +772,31 @@ def test_a_forged_manifest_and_no_manifest_are_refused(folder, tmp_path):
         pull(tmp_path / "nowhere", tmp_path / "refused")
 
 
+@pytest.mark.parametrize("version", ["1e999", "-1e999", "NaN", "true", '"2"', "2.0", "null", "[2]"])
+def test_a_version_that_is_no_whole_number_is_refused(folder, tmp_path, version):
+    manifest = json.loads((folder / "MANIFEST").read_text())
+    text = json.dumps({**manifest, "version": "@"}).replace('"@"', version)
+    (folder / "MANIFEST").write_text(text)
+    refused(folder, tmp_path, "not a readable MANIFEST")
+
+
+@pytest.mark.parametrize("name", ["\ud800.json", "rollouts/\udc80/x.parquet", "x" * 5000])
+def test_names_that_no_file_has_are_refused(folder, tmp_path, name):
+    manifest = json.loads((folder / "MANIFEST").read_text())
+    manifest["files"][name] = {"sha256": "0" * 64, "bytes": 1, "rows": None}
+    (folder / "MANIFEST").write_text(json.dumps(manifest))
+    refused(folder, tmp_path, "MANIFEST")
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, lambda path: os.symlink("/dev/zero", path)])
+def test_a_manifest_that_is_no_file_is_refused(folder, tmp_path, make):
+    (folder / "MANIFEST").unlink()
+    make(folder / "MANIFEST")
+    refused(folder, tmp_path, "MANIFEST: not a regular file")
+    with pytest.raises(canopy_store.DataError, match="MANIFEST: not a regular file"):
+        canopy_store.merge([folder], tmp_path / "refused")
+
+
 def test_nothing_of_the_source_is_executed(folder, tmp_path):
     """The views of a pulled store are this package's; a forged canopy.duckdb is never opened."""
     path = folder / "canopy.duckdb"

@@ -130,11 +130,12 @@ def check_source(folder: Path) -> Entries:
     DataError
         A path, a link, a size or a file that no export writes; names the file.
     """
-    if not (folder / MANIFEST).is_file():
+    if not (folder / MANIFEST).exists():
         raise DataError(
             f"{folder}: no {MANIFEST} here; make a folder to share with canopy export, or take a whole "
             "store in with canopy merge"
         )
+    store.require_regular(folder / MANIFEST)
     entries = read_manifest(folder)
     for name in ("canopy.json", *entries):
         try:

@@ -20,13 +20,15 @@ def read_manifest(folder: Path) -> dict[str, dict[str, Any]]:
     Raises
     ------
     DataError
-        It is not JSON of that form, or names a path that leaves the folder.
+        It is no regular file, not JSON of that form, or names a path that leaves the folder.
     """
     path = folder / MANIFEST
     try:
         recorded = json.loads(store.read_bytes(path))
         files = dict(recorded["files"])
-        version = int(recorded["version"])
+        version = recorded["version"]
+        if type(version) is not int:  # True is one, by isinstance
+            raise ValueError
         for entry in files.values():
             if not (
                 re.fullmatch(r"[0-9a-f]{64}", entry["sha256"])
@@ -42,6 +44,8 @@ def read_manifest(folder: Path) -> dict[str, dict[str, Any]]:
     for name in files:
         parts = PurePosixPath(name).parts
         plain = name == "/".join(parts) != "" and ".." not in parts and not name.startswith("/")
+        if any("\ud800" <= c <= "\udfff" for c in name):
+            raise DataError(f"{path}: names {name!r}, which is no text; do not trust it")
         if not plain or "\\" in name or any(ord(c) < 32 for c in name):
             raise DataError(f"{path}: names {name!r}, a path out of the folder; do not trust it")
         if inside and not os.path.realpath(folder / name).startswith(inside + os.sep):
