@@ -53,6 +53,7 @@ class Table:
     name, grain, keys, columns : what it is called, what one row is, its key, its own columns
     partitions : hive keys of the path (``family=…/``); all but ``run``, which is run_id, are columns too
     commit : keys of its commit record; none for tables whose files travel in records of other kinds
+    brings : tables whose files its records name beside its own
     parent : the table whose removal removes it
     checks : names of the checks of `canopy_store.upkeep.verify_rows` that its rows must pass
     split : float lists that are smaller byte-stream-split (figures: docs/performance.md)
@@ -65,6 +66,7 @@ class Table:
     columns: tuple[Column, ...]
     partitions: tuple[str, ...] = ()
     commit: tuple[str, ...] = ()
+    brings: tuple[str, ...] = ()
     parent: str | None = None
     checks: tuple[str, ...] = ()
     split: tuple[str, ...] = ()
@@ -107,9 +109,6 @@ _SCORE_LOGPROB = _c(
     "Per step, log-probability of the rollout's token under the policy; -inf outside its support.",
     "nats",
     False,
-)
-_ENTROPY = _c(
-    "entropy", "FLOAT[]", "Per step, entropy of the sampling policy over its whole support.", "nats"
 )
 _H = _c("entropy_sum", "DOUBLE", "H_i: sum of entropy over the rollout.", "nats")
 _EOS_LOGPROB = _c(
@@ -276,6 +275,7 @@ TABLES: dict[str, Table] = {
             ),
             ("family", "variant", "task", "run"),
             commit=("run",),
+            brings=("runs", "prompts", "work"),
             checks=("rollouts", "steps"),
             split=("logprob", "entropy", "eos_logprob", "top_logprobs"),
             texts=("text", "token_ids", "top_token_ids"),
@@ -290,13 +290,19 @@ TABLES: dict[str, Table] = {
                 _SAMPLE,
                 _c("policy", "VARCHAR", "The policy scored under, as JSON: temperature, top_k, top_p."),
                 _SCORE_LOGPROB,
-                _ENTROPY,
+                _c(
+                    "entropy",
+                    "FLOAT[]",
+                    "Per step, entropy of the scorer's policy over its whole support.",
+                    "nats",
+                ),
                 _EOS_LOGPROB,
                 _H,
                 *_SUMS,
             ),
             ("scorer_id", "run"),
             commit=("scorer_id", "policy", "run"),
+            brings=("work",),
             parent="rollouts",
             checks=("scored_steps",),
             split=("logprob", "entropy", "eos_logprob"),
@@ -313,6 +319,7 @@ TABLES: dict[str, Table] = {
             ),
             ("embedder", "run"),
             commit=("embedder", "run"),
+            brings=("embedding_spectra", "work"),
             parent="rollouts",
             checks=("embeddings",),
             split=("embedding",),
@@ -359,6 +366,7 @@ TABLES: dict[str, Table] = {
             (_RUN_ID, _PROMPT_ID, _SAMPLE, _c("reward", "DOUBLE", "The reward model's score.")),
             ("reward_model", "run"),
             commit=("reward_model", "run"),
+            brings=("work",),
             parent="rollouts",
             checks=("rewards",),
         ),
@@ -372,10 +380,17 @@ TABLES: dict[str, Table] = {
                 _SAMPLE,
                 _c("answer", "VARCHAR", "The answer found in the rollout's text.", "", False),
                 _c("correct", "BOOLEAN", "Whether the answer is right; NULL of none.", "", False),
-                _c("score", "DOUBLE", "The grader's score, from 0 to 1.", "", False),
+                _c(
+                    "score",
+                    "DOUBLE",
+                    "The grader's score; 1 is right and 0 wrong where it only tells these apart.",
+                    "",
+                    False,
+                ),
             ),
             ("grader", "run"),
             commit=("grader", "run"),
+            brings=("work",),
             parent="rollouts",
             checks=("grades",),
             texts=("answer",),

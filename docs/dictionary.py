@@ -17,7 +17,7 @@ Made by `python docs/dictionary.py` from `canopy_store/schema.py`, `sql/columns.
 store says the same of itself: `select table_name, column_name, comment from duckdb_columns()` in
 `canopy.duckdb`.
 
-Path columns are hive partitions (`family=…/`), not columns of the files.
+Path columns are hive partitions (`family=…/`) and columns of the files, too.
 """
 
 

@@ -15,6 +15,7 @@ import inspect
 import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -249,7 +250,11 @@ def committed(job: Job, group: Group) -> store.Record | None:
                 f"{job.kind} {job.name} of run {group.run_id} is stored with other settings: "
                 f"{differences(stored, asked)}; give it another name with --name"
             )
-    return record if record is None or _is_whole(job, record) else None
+    if record is not None and not _is_whole(job, record):
+        with suppress(FileNotFoundError):
+            record.path(job.root).unlink()  # what is left is committed anew, with the rest
+        return None
+    return record
 
 
 def _is_whole(job: Job, record: store.Record) -> bool:
@@ -331,7 +336,6 @@ def _commit(job: Job, group: Group) -> bool:
     files = [path for unit in units for path in job.files(unit)]
     if not _stored(files).issuperset(files):
         return False
-    lost = store.record(job.root, job.table, **group.keys)
     shards = [unit.target for unit in units]
     if job.finish is not None:
         job.finish(group, shards)
@@ -339,9 +343,20 @@ def _commit(job: Job, group: Group) -> bool:
         noted, _ = work.gather(job.root, job.table, job.name, group.run_id, shards)
         store.commit(job.root, job.table, group.keys, [*files, *noted], job.settings)
         work.forget(job.root, shards)
-    if lost is not None:
-        store.remove_unnamed(job.root, lost.files)
+    _remove_stale(job, group, files)
     return True
+
+
+def _remove_stale(job: Job, group: Group, files: list[Path]) -> None:
+    """Removes shards of a cut of the run that an earlier commit had, and what was made of them."""
+    left = store.uncommitted(job.root, group.run_id) if not store.remote(job.root) else []
+    folders = {path.parent for path in files}
+    ends = {path.name.partition(".")[2] for path in files}
+    for path in left:
+        mine = path.parent in folders and path.name.partition(".")[2] in ends
+        cut_otherwise = job.table == "rollouts" and store.shard_number(path) >= len(files)
+        if mine or cut_otherwise:
+            path.unlink(missing_ok=True)
 
 
 def text_of(part: Mapping[str, list[Any]], column: str, what: str, run_id: str) -> list[Any]:

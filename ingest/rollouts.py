@@ -8,8 +8,8 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-from canopy_store import store
-from canopy_store.errors import DataError, UsageError
+from canopy_store import sql, store
+from canopy_store.errors import ConflictError, DataError, UsageError
 from canopy_store.ingest.engines import Engine, open_engine
 from canopy_store.ingest.jobs import EXECUTORS, Columns, Group, Job, Unit, run_job
 from canopy_store.ingest.progress import Progress
@@ -60,6 +60,7 @@ def open_rollouts(
     store.check_name("--run", run_id)
     listed = read_prompts(source.prompts, source.limit)
     root = store.init(root)
+    _check_references(root, source, listed)
     engine = open_engine(
         runner.engine,
         checkpoint.model,
@@ -151,6 +152,18 @@ def open_rollouts(
         device=engine.settings.get("device"),
     )
     return job
+
+
+def _check_references(root: Path, source: Source, listed: list[dict[str, Any]]) -> None:
+    """Raises ConflictError where a prompt is stored with another reference: grades go by one."""
+    stored = sql.prompts(root) if any(p["reference"] is not None for p in listed) else {}
+    for prompt in listed:
+        known = stored.get((source.task, prompt["prompt_id"]), {}).get("reference")
+        if known is not None and prompt["reference"] not in (None, known):
+            raise ConflictError(
+                f"{source.prompts}: line {prompt['line']}: reference {prompt['reference']!r}, and the "
+                f"prompt is stored with {known!r}; mend the line, or use another --task"
+            )
 
 
 def _end_ids(engine: Engine, model: str, draws: Draws) -> tuple[int, ...]:

@@ -85,7 +85,7 @@ def connect(root: str | Path, *, incomplete: bool = False) -> Connection:
             con.register_filesystem(root.fs)  # type: ignore[attr-defined]
             # a file's entity tag goes with every request for it, so what was read of it stays true
             con.execute("set validate_external_file_cache = 'NO_VALIDATION'")
-        _create_views(con, root, shown)
+        files = _create_views(con, root, shown)
     except duckdb.Error as error:
         con.close()
         raise explain(error) from None
@@ -97,7 +97,7 @@ def connect(root: str | Path, *, incomplete: bool = False) -> Connection:
     con.execute("set allowed_directories = ?", [sorted(allowed)])
     con.execute("set enable_external_access = false")
     con.execute("set lock_configuration = true")
-    return Connection(con)
+    return Connection(con, files)
 
 
 def shown_files(root: Path, incomplete: bool = False) -> dict[str, list[str]]:
@@ -250,7 +250,9 @@ def statements(root: Path) -> list[str]:
 
 def _create_views(
     con: duckdb.DuckDBPyConnection, root: Path, shown: dict[str, list[str]], relative: bool = False
-) -> None:
+) -> dict[str, list[str]]:
+    """The lists of files that the views read, by the name of the variable that holds each."""
+    variables: dict[str, list[str]] = {}
     # A view is bound as it is made, files and all: on empty tables first that costs nothing
     old, start = format1.is_old(root), _escaped(root)
     statements = [source("macros")]
@@ -270,6 +272,8 @@ def _create_views(
             con.execute(f"set variable {variable} = ?", [paths[:1]])
             con.execute(_table_view(table, f"getvariable('{variable}')", old))
             con.execute(f"set variable {variable} = ?", [paths])
+            variables[variable] = paths
+    return variables
 
 
 def _table_view(table: str, files: str | None, old: bool) -> str:

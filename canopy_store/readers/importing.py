@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.dataset as ds
 
 from canopy_store import readers, sql, store
-from canopy_store.errors import UsageError
+from canopy_store.errors import DataError, UsageError
 from canopy_store.readers.source import (
     check_policy,
     check_schema,
@@ -24,6 +24,7 @@ from canopy_store.readers.source import (
     embedding_matrix,
     finish_reasons,
     grade_column,
+    number_column,
     of_the_run,
     read_keys,
 )
@@ -180,12 +181,31 @@ def _store_jobs(
     on_shard: Callable[[int, int], None] | None,
 ) -> list[str]:
     """Stores the run of each job; none is shown before all of the source proves good."""
+    with store.waiting(root, "import"):  # of two of the same run, one would clear the other's files
+        return _store_in_turn(root, path, file, schema, jobs, rollouts, on_shard)
+
+
+def _store_in_turn(
+    root: Path,
+    path: Path,
+    file: Path,
+    schema: pa.Schema,
+    jobs: list[tuple[dict[str, Any], pl.DataFrame]],
+    rollouts: int,
+    on_shard: Callable[[int, int], None] | None,
+) -> list[str]:
+    taken = list(store.models(root))
+    for settings, _ in jobs:  # before anything is written under the name
+        model_id = f"{settings['family']}/{settings['variant']}"
+        store.require_own_name("model", model_id, taken)
+        taken.append(model_id)
     done = 0
     written: list[_Files] = []
     columns = [name for name in schema.names if name.partition(".")[0] in _STORED]
     for settings, group in jobs:
         run_id, files = settings["run_id"], _Files(list)
         with store.holding(root, run_id):
+            _require_whole(root, run_id)
             store.forget_unfinished(root, run_id, engine="import")
             store.plan(root, "run", run_id, settings)
             for number, rows in enumerate(_shards(group)):
@@ -200,6 +220,17 @@ def _store_jobs(
             _complete(root, file, path, schema, settings, group, files)
     sql.write_database(root)
     return [settings["run_id"] for settings, _ in jobs]
+
+
+def _require_whole(root: Path, run_id: str) -> None:
+    """Raises DataError where the run is stored and a file of it is lost."""
+    done = store.record(root, "rollouts", run=run_id)
+    for name in done.files if done is not None else ():
+        if not store.exists(root / name):
+            raise DataError(
+                f"{root / name}: lost; take it from a copy, or remove the run and import it again: "
+                f"canopy rm-run {run_id} --store {root}"
+            )
 
 
 def _hash(path: Path, files: list[Path]) -> str:
@@ -287,7 +318,7 @@ def _write(
             )
     of_rollout = {key: record[key] for key in ("run_id", "prompt_id", "sample")}
     if "reward" in columns:
-        reward = {"reward": data["reward"].cast(pa.float64(), safe=False)}
+        reward = {"reward": number_column(data["reward"], "reward", names)}
         _write_known(root, "rewards", settings["reward_model"], shard, {**of_rollout, **reward}, files)
     if {"correct", "score"} & set(columns):
         grade = {name: grade_column(data[name], name, names) for name in _GRADE if name in columns}

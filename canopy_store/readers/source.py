@@ -166,9 +166,15 @@ def grade_column(values: pa.ChunkedArray, name: str, names: list[str]) -> pa.Arr
         return pa.array([None if value is None else bool(value) for value in listed], pa.bool_())
     if name == "answer":
         return pa.array([None if value is None else str(value) for value in listed], pa.string())
+    return number_column(values, name, names)
+
+
+def number_column(values: pa.ChunkedArray, name: str, names: list[str]) -> pa.Array:
+    """A column of finite numbers, or none."""
+    listed = values.to_pylist()
     for where, value in zip(names, listed, strict=True):
         if value is not None and not math.isfinite(value):
-            raise DataError(f"{where}: score is {value}, needs a finite number")
+            raise DataError(f"{where}: {name} is {value}, needs a finite number")
     return pa.array([None if value is None else float(value) for value in listed], pa.float64())
 
 

@@ -11,6 +11,7 @@ from canopy_store.schema import FORMAT_VERSION, TABLES
 from canopy_store.store import format1, work
 from canopy_store.store.commits import (
     Record,
+    check_folders,
     commit,
     files,
     orphans,
@@ -66,6 +67,8 @@ def require(root: str | Path) -> Path:
             f"{root}: format version {version}, this package reads up to {FORMAT_VERSION}; "
             "upgrade it: pip install -U canopy-store"
         )
+    if version < 1:
+        raise StoreError(f"{root / 'canopy.json'}: version {version} is none; take it from a copy")
     return root
 
 
@@ -82,6 +85,8 @@ def writable(root: str | Path) -> Path:
         raise StoreError(
             f"{root}: a store of format 1, which is only read; upgrade it: canopy upgrade --store {root}"
         )
+    if not remote(root):
+        check_folders(root, writing=True)
     return root
 
 
@@ -99,6 +104,9 @@ def add_model(root: Path, row: Mapping[str, Any]) -> str:
     model_id = f"{row['family']}/{row['variant']}"
     keys = {key: row[key] for key in TABLES["models"].commit}
     given = {k: v for k, v in row.items() if v is not None}
+    mine = record(root, "models", **keys)
+    if mine is not None and not all(exists(root / name) for name in mine.files):
+        remove_record(root, mine)  # its row is lost, and written again
     stored = models(root)
     if model_id in stored:
         # what is not given again is not in conflict: an ingest need not repeat the parent
@@ -251,7 +259,7 @@ def complete_runs(root: Path, wanted: Iterable[str] = ()) -> list[dict[str, Any]
         One that is wanted is not there or not complete.
     """
     complete = {run["run_id"]: run for run in runs(root) if run["complete"]}
-    wanted = list(wanted)
+    wanted = [wanted] if isinstance(wanted, str) else list(wanted)
     for run_id in wanted:
         if run_id not in complete:
             raise StoreError(f"--run {run_id}: no complete run of this name; see: canopy status")

@@ -35,8 +35,8 @@ from canopy_store.store.layout import (
 )
 from canopy_store.store.parquet import check_file
 
-# a table's folder, no part of a path that leaves it, a file's name
-_PLAIN = re.compile(r"(\w+)/(?:(?!\.\.?/)[^/\0\\]+/)*[^/\0\\]+\.parquet")
+# a table's folder, no part that leaves it, a file's name; nothing that a pattern of files would mean
+_PLAIN = re.compile(r"(\w+)/(?:(?!\.\.?/)[^/*?\[\]\0\\]+/)*[^/*?\[\]\0\\]+\.parquet")
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ def write_record(root: Path, record: Record) -> None:
     write_json(record.path(root), value)
 
 
-def read_record(path: Path, value: Any = None) -> Record:
+def read_record(root: Path, path: Path, value: Any = None) -> Record:
     """The record at ``path`` (whose JSON value may be at hand).
 
     Raises
@@ -130,7 +130,9 @@ def read_record(path: Path, value: Any = None) -> Record:
             raise ValueError
         keys = {key: keys[key] for key in TABLES[kind].commit}
         record = Record(kind, keys, value["files"], value["settings"], value["committed_at"])
-        if not isinstance(record.settings, dict) or not str(path).endswith(_end(kind, keys)):
+        if not isinstance(record.settings, dict) or path.parts[len(root.parts) :] != _place_of(
+            kind, keys
+        ):
             raise ValueError
         for name, said in record.files.items():
             _check_entry(name, said)
@@ -139,10 +141,33 @@ def read_record(path: Path, value: Any = None) -> Record:
     return record
 
 
-def _end(kind: str, keys: Mapping[str, str]) -> str:
-    """What the path of a record ends in."""
-    parts = "/".join(f"{key}={quoted(value)}" for key, value in keys.items())
-    return f"/commits/{kind}/{parts}.json"
+def _place_of(kind: str, keys: Mapping[str, str]) -> tuple[str, ...]:
+    """Where in the store a record stands, part by part."""
+    *parts, last = (f"{key}={quoted(value)}" for key, value in keys.items())
+    return ("commits", kind, *parts, f"{last}.json")
+
+
+def _require_own_files(root: Path, record: Record) -> Record:
+    """The record, unless it names files that a job of its kind and run does not make.
+
+    Raises
+    ------
+    DataError
+        It does; no query may go by it.
+    """
+    tables = {record.kind, *TABLES[record.kind].brings}
+    of_run = f"/run={quoted(record.run)}/" if record.run else ""
+    for name in record.files:
+        table = name[: name.index("/")]
+        own = table in tables and (of_run in name or "run" not in TABLES[table].partitions)
+        if not own:
+            break
+    else:
+        if record.files and (record.kind != "rollouts" or record.of("runs")):
+            return record
+        name = "not all that a job of its kind makes"
+    path = record.path(root)
+    raise DataError(f"{path}: names {name}, which is not of its job; see: canopy verify")
 
 
 def _check_entry(name: str, said: Mapping[str, Any]) -> None:
@@ -150,7 +175,8 @@ def _check_entry(name: str, said: Mapping[str, Any]) -> None:
     plain = _PLAIN.fullmatch(name)
     if plain is None or plain[1] not in TABLES:
         raise ValueError
-    if type(said["rows"]) is not int or type(said["bytes"]) is not int or len(said["sha256"]) != 64:
+    counts = (said["rows"], said["bytes"])
+    if not all(type(n) is int and 0 <= n < 1 << 62 for n in counts) or len(said["sha256"]) != 64:
         raise ValueError
 
 
@@ -172,16 +198,21 @@ def records(root: Path, kind: str | None = None, **keys: str) -> list[Record]:
             if kind in (None, old.kind) and keys.items() <= old.keys.items()
         ]
     paths = record_paths(root, kind)
-    places = [_place(path, root) for path in paths]
-    there = {(of, run) for of, run in places}
     if kind is not None and (above := TABLES[kind].parent) is not None:
-        there |= {_place(path, root) for path in record_paths(root, above)}
+        paths += record_paths(root, above)
+    there = {_place(path, root) for path in paths}
     wanted = []
-    for path, (of, run) in zip(paths, places, strict=True):
+    for path in paths:
+        of, run = _place(path, root)
         parent = TABLES[of].parent if of in TABLES else None
-        if keys.get("run", run) == run and (parent is None or (parent, run) in there):
+        if (
+            kind in (None, of)
+            and keys.get("run", run) == run
+            and (parent is None or (parent, run) in there)
+        ):
             wanted.append(path)
-    every = (read_record(path, value) for path, value in _read_all(root, wanted))
+    every = (read_record(root, path, value) for path, value in _read_all(root, wanted))
+    every = (_require_own_files(root, each) for each in every)
     return [each for each in every if keys.items() <= each.keys.items()]
 
 
@@ -198,7 +229,7 @@ def orphans(root: Path) -> list[Record]:
     every = []
     for path in record_paths(root):
         try:
-            every.append(read_record(path))
+            every.append(read_record(root, path))
         except (DataError, FileNotFoundError):
             continue
     there = {(each.kind, each.run) for each in every}
@@ -210,21 +241,26 @@ def record(root: Path, kind: str, **keys: str) -> Record | None:
     if format1.is_old(root):
         return next(iter(records(root, kind, **keys)), None)
     path = commit_path(root, kind, keys)
-    return read_record(path) if exists(path) else None
+    return _require_own_files(root, read_record(root, path)) if exists(path) else None
 
 
 def record_paths(root: Path, kind: str | None = None) -> list[Path]:
-    """Where records stand, of one kind or of all.
+    """Where records stand, of one kind or of all, in path order, at one moment.
 
-    In the order in which they are to be read: what is made of rollouts before these, models last. So
-    a run that is removed, or added, meanwhile is there with all that it is made of, or not at all.
+    Listed until two listings are alike: so a run that is added or removed meanwhile is there with all
+    that came with it, or not at all.
     """
     top = root / "commits" if kind is None else root / "commits" / kind
-    with reaching(root):
-        paths = sorted(top.rglob("*.json")) if remote(root) else sorted(_walk(top))
-    rank = {"rollouts": 1, "models": 2}
-    depth = len(root.parts) + 1
-    return sorted(paths, key=lambda path: rank.get(path.parts[depth], 0))
+    if remote(root):
+        with reaching(root):
+            return sorted(top.rglob("*.json"))
+    _require_folder(root / "commits")
+    paths, before = sorted(_walk(top)), None
+    for _ in range(20):
+        if paths == before:
+            break
+        paths, before = sorted(_walk(top)), paths
+    return paths
 
 
 def _walk(top: Path) -> Iterator[Path]:
@@ -292,7 +328,7 @@ def remove_unnamed(root: Path, candidates: Iterable[str]) -> int:
     for path in record_paths(root):
         # a file of a run is named by that run's records alone; of a prompts file, any may be
         if left and (_place(path, root)[1] in runs or "" in runs):
-            left -= read_record(path).files.keys()
+            left -= read_record(root, path).files.keys()
             runs = {(path_keys(name.partition("/")[0], name) or {}).get("run", "") for name in left}
     count = 0
     for name in sorted(left):
@@ -332,20 +368,21 @@ def uncommitted(root: Path, run_id: str) -> list[Path]:
     return sorted(path for path in paths if path.relative_to(root).as_posix() not in named)
 
 
-def check_folders(root: Path) -> list[str]:
+def check_folders(root: Path, writing: bool = False) -> list[str]:
     """The tables' folders, once all that stands in them proves to be folders and regular files.
+
+    ``writing`` looks at the folders of records, plans and locks, too.
 
     Raises
     ------
     StoreError
-        A link that leads to a folder, by which a path could leave the store; a pipe or a device, which
-        could be opened for a file.
+        A link that leads to a folder or out of the store, by which a path could leave it; a pipe or a
+        device, which could be opened for a file.
     """
-    folders = [table for table in TABLES if os.path.lexists(root / table)]
+    tops = [*TABLES, *(("commits", "plans", ".work") if writing else ())]
+    folders = [top for top in tops if _require_folder(root / top)]
     waiting = list(folders)
-    for folder in folders:
-        if os.path.islink(root / folder) or not os.path.isdir(root / folder):
-            raise StoreError(f"{root / folder}: not a folder; put the folder itself there")
+    inside = os.path.realpath(root) + os.sep
     while waiting:
         folder = waiting.pop()
         with suppress(FileNotFoundError), os.scandir(root / folder) as entries:
@@ -353,17 +390,26 @@ def check_folders(root: Path) -> list[str]:
                 if each.is_dir(follow_symlinks=False) and not each.name.endswith(".parquet"):
                     waiting.append(f"{folder}/{each.name}")
                 elif not each.is_file(follow_symlinks=False):
-                    _check_link(root / folder / each.name)
-    return folders
+                    _check_link(root / folder / each.name, inside)
+    return [folder for folder in folders if folder in TABLES]
 
 
-def _check_link(path: Path) -> None:
-    """Raises StoreError for what is no file, and for a link that leads to anything else."""
+def _require_folder(path: Path) -> bool:
+    """Whether a folder is there; what is there and is none, or leads elsewhere, is a StoreError."""
+    if not os.path.lexists(path):
+        return False
+    if os.path.islink(path) or not os.path.isdir(path):
+        raise StoreError(f"{path}: not a folder; put the folder itself there")
+    return True
+
+
+def _check_link(path: Path, inside: str) -> None:
+    """Raises StoreError for what is no file, and for a link to anything but a file of the store."""
     try:
-        regular = stat.S_ISREG(os.stat(path).st_mode)
+        regular = stat.S_ISREG(os.stat(path).st_mode) and os.path.realpath(path).startswith(inside)
     except FileNotFoundError:
         return  # a link to nothing: the query that needs it will say so
     except OSError:
         regular = False
     if not regular:
-        raise StoreError(f"{path}: not a regular file; move it out of the store")
+        raise StoreError(f"{path}: not a regular file of the store; move it out of the store")

@@ -31,7 +31,6 @@ from canopy_store.errors import UsageError
 from canopy_store.schema import TABLES
 
 _HIVE_NULL = "__HIVE_DEFAULT_PARTITION__"  # what readers of hive paths take for NULL
-_BIDI = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
 _SHARD = re.compile(r"part-\d{5,}(\.[\w-]+)?\.parquet")
 
 
@@ -126,9 +125,9 @@ def check_name(option: str, value: str) -> str:
     """
     shown = "".join(c if c.isprintable() else "?" for c in value[:40])
     for c in value:
-        if unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp") or c in _BIDI:
+        if not c.isprintable():  # control, bidirectional, invisible, half a surrogate pair
             raise UsageError(f"{option} {shown!r}: holds the character U+{ord(c):04X}; leave it out")
-    if not value or len(quoted(value)) > 200:
+    if not value.strip() or len(quoted(value)) > 200:
         raise UsageError(f"{option} {shown!r}: needs 1 to 200 printable characters, percent-encoded")
     return value
 

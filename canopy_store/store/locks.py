@@ -55,6 +55,8 @@ def waiting(root: Path, name: str) -> Iterator[None]:
     if remote(root):
         yield
         return
+    if (root / ".work").is_symlink():
+        raise StoreError(f"{root / '.work'}: a link, not a folder; remove it")
     try:
         import fcntl
 

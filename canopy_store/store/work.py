@@ -15,7 +15,7 @@ from canopy_store.errors import DataError
 from canopy_store.schema import TABLES
 from canopy_store.store.files import exists, read_json, remote, write_json
 from canopy_store.store.layout import folder, shard_number
-from canopy_store.store.parquet import write_rows
+from canopy_store.store.parquet import read_rows, write_rows
 
 
 def note(root: Path, shard: Path, **measured: Any) -> None:
@@ -28,19 +28,21 @@ def _note_path(root: Path, shard: Path) -> Path:
 
 
 def gather(
-    root: Path, kind: str, name: str, run_id: str, shards: Iterable[Path]
+    root: Path, kind: str, name: str, run_id: str, shards: list[Path]
 ) -> tuple[list[Path], dict[str, Any]]:
     """The file of ``work`` for these shards, none where nothing was noted; and what they took in all.
 
     The sums are {"seconds", "energy_j", "energy_method"}, None where a shard's is not known.
     """
     rows: list[Mapping[str, Any]] = []
-    last = ""
+    last = next((shard.name.partition(".")[2] for shard in shards), "")
+    path = folder(root, "work", kind=kind, name=name, run=run_id) / f"part-00000.{last}"
+    # of a run that is committed anew since a file of it was lost, what is known stays known
+    known = {row["shard"]: row for row in read_rows(path).to_pylist()} if exists(path) else {}
     for shard in shards:
-        path = _note_path(root, shard)
-        last = shard.name.partition(".")[2]
+        noted = _note_path(root, shard)
         try:
-            measured = read_json(path) if exists(path) else {}
+            measured = read_json(noted) if exists(noted) else known.get(shard_number(shard), {})
         except DataError:
             measured = {}
         rows.append({"run_id": run_id, "shard": shard_number(shard), "rows": 0, **measured})
@@ -52,7 +54,6 @@ def gather(
     if not any("host" in row for row in rows):
         return [], total
     columns = {c.name: [row.get(c.name) for row in rows] for c in TABLES["work"].columns}
-    path = folder(root, "work", kind=kind, name=name, run=run_id) / f"part-00000.{last}"
     write_rows(path, "work", columns)
     return [path], total
 

@@ -16,6 +16,7 @@ import pyarrow as pa
 
 from canopy_store import sql, store
 from canopy_store.errors import CanopyError, DataError, UsageError
+from canopy_store.schema import TABLES
 from canopy_store.upkeep.originals import read_intact, require_own
 
 # Seconds from a record's replacement to the removal of its old files: a reader may just have listed them
@@ -24,9 +25,9 @@ _GRACE = 2.0
 _MAY_WAIT = 1 << 30
 
 # Tables whose jobs write a shard for each shard of the run's rollouts, under its number.
-_BY_SHARD = ("scores", "embeddings", "rewards", "grades")
+_BY_SHARD = {name for name, table in TABLES.items() if table.parent and "work" in table.brings}
 # Tables whose files are no shards; they stay as they are.
-_WHOLE = ("prompts", "runs", "work")
+_WHOLE = {name for name, table in TABLES.items() if not table.commit and not table.parent}
 
 # A folder of the store and the end of its shards' names, which is the policy's of scores.
 Place = tuple[str, str]

@@ -13,14 +13,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import polars as pl
 import pyarrow as pa
 
 from canopy_store import sql, store
-from canopy_store.errors import ConflictError, StoreError
+from canopy_store.errors import ConflictError, DataError, StoreError
 from canopy_store.schema import FORMAT_VERSION, METADATA_KEY, TABLES
 from canopy_store.store import format1
 from canopy_store.store.embeddings import add_shard_spectra, spectra_settings
 from canopy_store.upkeep.originals import read_intact, require_own
+from canopy_store.upkeep.verify import verify
 
 # Tables whose jobs write a shard for each shard of the run's rollouts, under its number.
 _BY_SHARD = ("scores", "embeddings", "rewards")
@@ -58,6 +60,7 @@ def upgrade(
     count = 0
     if format1.is_old(root):
         _require_compacted(root)
+        _require_sound(root)
         count = _upgrade(root, on_file or (lambda *_: None), say or (lambda _: None), without_locks)
         version = {"format": "canopy_store", "version": FORMAT_VERSION}
         store.write_json(root / "canopy.json", version)
@@ -68,6 +71,13 @@ def upgrade(
             with store.reaching(path):
                 path.unlink()
     return count
+
+
+def _require_sound(root: Path) -> None:
+    """Raises DataError for the first thing that verify finds: nothing wrong gets a record of its own."""
+    problems = verify(root, database=False).filter(~pl.col("harmless"))
+    for row in problems.head(1).iter_rows(named=True):
+        raise DataError(f"{root / row['file']}: {row['what']}; {row['todo']}")
 
 
 def _require_compacted(root: Path) -> None:

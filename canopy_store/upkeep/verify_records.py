@@ -43,7 +43,7 @@ def read_records(report: Report) -> tuple[list[store.Record], list[store.Record]
     orphans: list[store.Record] = []
     for path in paths:
         try:
-            record = _read(path)
+            record = _read(report.root, path)
         except FileNotFoundError:
             continue  # removed since it was listed
         except (CanopyError, OSError) as error:
@@ -68,9 +68,9 @@ def read_records(report: Report) -> tuple[list[store.Record], list[store.Record]
     return shown, orphans
 
 
-def _read(path: Path) -> store.Record:
+def _read(root: Path, path: Path) -> store.Record:
     value = store.read_json(path)
-    record = store.read_record(path, value)
+    record = store.read_record(root, path, value)
     if value["version"] != FORMAT_VERSION:
         raise DataError(f"{path}: says format version {value['version']!r}; {COPY}")
     return record
@@ -82,7 +82,7 @@ def _check_upgrade(report: Report, runs: Collection[str | None]) -> None:
     recorded = store.record_paths(report.root)
     for path in recorded:
         try:
-            run = _read(path).run
+            run = _read(report.root, path).run
         except (CanopyError, OSError):
             continue
         if run is not None and run not in runs:
