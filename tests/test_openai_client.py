@@ -208,6 +208,42 @@ def test_no_part_of_the_key_is_shown_in_any_spelling(name):
     assert line.endswith("> ok")
 
 
+ESCAPED = {
+    "JSON": "".join(f"\\u{ord(c):04x}" for c in KEY),
+    "JSON, escaped twice": "".join(f"\\\\u{ord(c):04x}" for c in KEY),
+    "JSON, in part": KEY[:3] + "".join(f"\\u{ord(c):04X}" for c in KEY[3:]),
+    "JavaScript": "".join(f"\\u{{{ord(c):x}}}" for c in KEY),
+    "Python": "".join(f"\\x{ord(c):02x}" for c in KEY),
+    "Python, long": "".join(f"\\U{ord(c):08x}" for c in KEY),
+    "octal": "".join(f"\\{ord(c):03o}" for c in KEY),
+    "HTML": "".join(f"&#{ord(c)};" for c in KEY),
+    "HTML, hexadecimal": "".join(f"&#x{ord(c):X};" for c in KEY),
+    "bytes": ", ".join(str(b) for b in KEY.encode()),
+    "bytes, hexadecimal": ", ".join(f"{b:#x}" for b in KEY.encode()),
+    "wide": "".join(chr(ord(c) + 0xFEE0) if c != " " else c for c in KEY),
+    "backwards": KEY[::-1],
+    "base32": base64.b32encode(KEY.encode()).decode().rstrip("="),
+}
+
+
+@pytest.mark.parametrize("name", ESCAPED)
+def test_nothing_of_an_escaped_key_is_shown(name):
+    line = shown(f"denied <{ESCAPED[name]}> ok", KEY, longest=1000)
+    assert line in ("denied <…> ok", "denied <\\…> ok")  # the first of two backslashes may stay
+
+
+@pytest.mark.parametrize("before", range(5))
+def test_nothing_of_the_key_in_a_longer_base32_is_shown(before):
+    text = base64.b32encode(b"\0" * before + KEY.encode()).decode()
+    left = shown(text, KEY).replace("…", "").rstrip("=")
+    assert len(left) <= 8  # of what stood before it, with a character of which the key has a part
+
+
+def test_escapes_that_are_not_of_the_key_stay():
+    text = r"no \u0041\x42 &#67; \104 &#xffffffff; [1, 22, 333] １２ %zz"
+    assert shown(text, KEY) == text
+
+
 def test_text_that_has_nothing_of_the_key_stays_and_is_short():
     assert shown("model  not\nfound (404)", KEY) == "model not found (404)"
     assert shown("bad key: Bearer s3cret-key", "s3cret-key") == "bad key: Bearer …"
