@@ -283,6 +283,10 @@ def main(arguments: list[str] | None = None) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:  # a disk that fails while it is read: writing has its own line
+        reason = error.strerror or str(error)
+        echo(f"canopy: {error.filename or 'the disk'}: cannot be read: {reason}; try it again", err=True)
+        return 1
     return 0
 
 

@@ -536,3 +536,28 @@ def test_matched_pairs_of_other_runs_need_another_name(tmp_path):
     canopy_store.select_lengths(root)
     with pytest.raises(ConflictError, match="--name"):
         canopy_store.select_lengths(root, runs=("f.base.t", "f.sft.t"))
+
+
+def test_a_run_with_a_shard_entered_twice_is_not_compacted(tmp_path):
+    root = tmp_path / "s"
+    import_rows(root, rollout_rows())
+    shard = store.files(root, "rollouts")[0]
+    twin = shutil.copyfile(shard, shard.with_name("part-00005.parquet"))
+    path = store.commit_path(root, "rollouts", {"run": "f.base.t"})
+    record = json.loads(path.read_text())
+    said = record["files"][shard.relative_to(root).as_posix()]
+    record["files"][twin.relative_to(root).as_posix()] = said
+    path.write_text(json.dumps(record))
+    with pytest.raises(canopy_store.DataError, match="10 rollouts in its files, 5 in runs"):
+        canopy_store.compact(root)
+
+
+def test_a_disk_that_fails_while_it_is_read_is_one_line(tmp_path, monkeypatch, canopy):
+    root = tmp_path / "s"
+    import_rows(root, rollout_rows())
+
+    def fails(*_: object) -> None:
+        raise OSError(5, "Input/output error", str(root / "commits"))
+
+    monkeypatch.setattr(os, "scandir", fails)
+    refused(canopy("sql", "from runs", "--store", root), 1, "Input/output error", "commits")

@@ -144,8 +144,19 @@ def _look(root: Path, run_id: str, target: int) -> _Look:
             (look.unread if unread else look.stale).append(name)
     for record, groups in look.records:
         if record.kind == "rollouts":
+            _refuse_miscounted(root, record)
             _refuse_begun(record, groups, begun)
     return look
+
+
+def _refuse_miscounted(root: Path, rollouts: store.Record) -> None:
+    """Rows that the run does not have must not get a sound record of their own."""
+    rows = sum(rollouts.files[name]["rows"] for name in rollouts.of("rollouts"))
+    counted = store.run_row(root, rollouts)["n_rollouts"]
+    if rows != counted:
+        raise DataError(
+            f"run {rollouts.run}: {rows} rollouts in its files, {counted} in runs; see: canopy verify"
+        )
 
 
 def _refuse_begun(rollouts: store.Record, groups: Groups, begun: dict[Place, set[int]]) -> None:
