@@ -253,7 +253,7 @@ def test_a_prompt_has_one_text(tmp_path):
 @pytest.mark.parametrize(
     ("names", "said"),
     [
-        ({"family": "F"}, "run F.base.t: f.base.t is stored"),
+        ({"task": "T"}, "run f.base.T: f.base.t is stored"),
         ({"family": "F", "task": "u"}, "model F/base: f/base is stored"),
         ({"variant": "sft", "embedding": [0.6, 0.8]}, "embedder imported: Imported is stored"),
     ],
