@@ -16,7 +16,7 @@ import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +55,6 @@ class Group:
     rows : rows in all, for the bar
     units : its units, in order
     first : which of n jobs takes its first unit
-    detail : what else the job must know of it
     """
 
     keys: dict[str, str]
@@ -63,7 +62,6 @@ class Group:
     rows: int
     units: Callable[[Group], list[Unit]]
     first: int = 0
-    detail: Any = None
 
     @property
     def run_id(self) -> str:
@@ -102,7 +100,6 @@ class Job:
     after: Callable[[Group, Progress], None] | None = None
     yielding: tuple[str, ...] = ()
     device: str | None = None
-    begun: float = field(default_factory=time.monotonic)
 
     @property
     def kind(self) -> str:

@@ -110,11 +110,6 @@ def plan_path(root: Path, kind: str, name: str) -> Path:
     return root / "plans" / f"{kind}={quoted(name)}.json"
 
 
-def workspace(root: Path, run_id: str) -> Path:
-    """Where files that replace or leave a run stand meanwhile: where no view's pattern looks."""
-    return root / ".work" / f"run={quoted(run_id)}"
-
-
 def check_name(option: str, value: str) -> str:
     """``value`` if it can name a partition.
 
