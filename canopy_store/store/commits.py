@@ -148,7 +148,7 @@ def _place_of(kind: str, keys: Mapping[str, str]) -> tuple[str, ...]:
 
 
 def _require_own_files(root: Path, record: Record) -> Record:
-    """The record, unless it names files that a job of its kind and run does not make.
+    """The record, unless it names files that a job of its kind and run does not make, or lacks some.
 
     Raises
     ------
@@ -157,17 +157,16 @@ def _require_own_files(root: Path, record: Record) -> Record:
     """
     tables = {record.kind, *TABLES[record.kind].brings}
     of_run = f"/run={quoted(record.run)}/" if record.run else ""
+    path = record.path(root)
     for name in record.files:
         table = name[: name.index("/")]
-        own = table in tables and (of_run in name or "run" not in TABLES[table].partitions)
-        if not own:
-            break
-    else:
-        if record.files and (record.kind != "rollouts" or record.of("runs")):
-            return record
-        name = "not all that a job of its kind makes"
-    path = record.path(root)
-    raise DataError(f"{path}: names {name}, which is not of its job; see: canopy verify")
+        if table not in tables or ("run" in TABLES[table].partitions and of_run not in name):
+            raise DataError(f"{path}: names {name}, which is not of its job; see: canopy verify")
+    if not record.files:
+        raise DataError(f"{path}: lists no file; see: canopy verify")
+    if record.kind == "rollouts" and not record.of("runs"):
+        raise DataError(f"{path}: lists no file of runs, which every run has; see: canopy verify")
+    return record
 
 
 def _check_entry(name: str, said: Mapping[str, Any]) -> None:
