@@ -58,6 +58,7 @@ class Table:
     checks : names of the checks of `canopy_store.upkeep.verify_rows` that its rows must pass
     split : float lists that are smaller byte-stream-split (figures: docs/performance.md)
     texts : columns that hold text, which an export may leave out: every measure stays computable
+    plan : the kind of the plan that its job agrees on: run, embedder, …; None where it has no job
     """
 
     name: str
@@ -71,18 +72,13 @@ class Table:
     checks: tuple[str, ...] = ()
     split: tuple[str, ...] = ()
     texts: tuple[str, ...] = ()
+    plan: str | None = None
 
     @property
     def path_columns(self) -> tuple[str, ...]:
         """The partition keys that are no columns of their own (``run`` stands in the file as run_id)."""
         own = {column.name for column in self.columns}
         return tuple(key for key in self.partitions if key != "run" and key not in own)
-
-    @property
-    def plan(self) -> str | None:
-        """The kind of the plan that its job agrees on: embedder, scorer, …; None where it has no job."""
-        key = next((key for key in self.partitions if key != "run"), None)
-        return key.removesuffix("_id") if self.parent and key else None
 
 
 def _c(name: str, type: str, doc: str, unit: str = "", required: bool = True, since: int = 1) -> Column:
@@ -279,6 +275,7 @@ TABLES: dict[str, Table] = {
             checks=("rollouts", "steps"),
             split=("logprob", "entropy", "eos_logprob", "top_logprobs"),
             texts=("text", "token_ids", "top_token_ids"),
+            plan="run",
         ),
         Table(
             "scores",
@@ -306,6 +303,7 @@ TABLES: dict[str, Table] = {
             parent="rollouts",
             checks=("scored_steps",),
             split=("logprob", "entropy", "eos_logprob"),
+            plan="scorer",
         ),
         Table(
             "embeddings",
@@ -323,6 +321,7 @@ TABLES: dict[str, Table] = {
             parent="rollouts",
             checks=("embeddings",),
             split=("embedding",),
+            plan="embedder",
         ),
         Table(
             "embedding_spectra",
@@ -349,6 +348,7 @@ TABLES: dict[str, Table] = {
             commit=("embedder", "selection", "run"),
             parent="rollouts",
             checks=("spectra",),
+            plan="embedder",
         ),
         Table(
             "selections",
@@ -358,6 +358,7 @@ TABLES: dict[str, Table] = {
             ("selection", "run"),
             commit=("selection", "run"),
             parent="rollouts",
+            plan="selection",
         ),
         Table(
             "rewards",
@@ -369,6 +370,7 @@ TABLES: dict[str, Table] = {
             brings=("work",),
             parent="rollouts",
             checks=("rewards",),
+            plan="reward_model",
         ),
         Table(
             "grades",
@@ -394,6 +396,7 @@ TABLES: dict[str, Table] = {
             parent="rollouts",
             checks=("grades",),
             texts=("answer",),
+            plan="grader",
         ),
         Table(
             "work",

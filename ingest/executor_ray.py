@@ -20,9 +20,18 @@ from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
-from canopy_store import sql, store
+from canopy_store import sql
 from canopy_store.errors import CanopyError, UsageError
-from canopy_store.ingest.jobs import Job, OpenJob, announce, complete, do_unit, ready, units_to_do
+from canopy_store.ingest.jobs import (
+    Job,
+    OpenJob,
+    announce,
+    complete,
+    do_unit,
+    holding,
+    ready,
+    units_to_do,
+)
 from canopy_store.ingest.progress import Progress
 
 # So many workers may die over one shard, or one after the other before they are ready.
@@ -211,7 +220,7 @@ class _Worker:
         assert self.job is not None  # prepare has been awaited
         at, number = shard
         group = self.job.groups[at]
-        with store.holding(self.job.root, group.run_id):
+        with holding(self.job, group):
             for unit in group.units(group):
                 if unit.number == number:
                     do_unit(self.job, unit, self.tally)
@@ -221,7 +230,7 @@ class _Worker:
         """Commits a group."""
         assert self.job is not None
         group = self.job.groups[at]
-        with store.holding(self.job.root, group.run_id):
+        with holding(self.job, group):
             return complete(self.job, group, self.tally), self.tally.news()
 
     def news(self) -> tuple[None, _Told]:

@@ -15,8 +15,8 @@ import inspect
 import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import suppress
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -46,26 +46,35 @@ class Unit:
 
 @dataclass(frozen=True)
 class Group:
-    """What one commit is of: a run, or what else its keys say. ``units`` are looked up anew when asked.
+    """What one commit is of: the last of its keys says what the job is over, a run or a file of items.
 
     Parameters
     ----------
     keys : of the commit record
-    run : the run, as `store.runs` gives it, with run_id at least
     rows : rows in all, for the bar
-    units : its units, in order
+    units : its units, in order; looked up anew when asked
+    run : the run, as `store.runs` gives it, where it is one
     first : which of n jobs takes its first unit
     """
 
     keys: dict[str, str]
-    run: Mapping[str, Any]
     rows: int
     units: Callable[[Group], list[Unit]]
+    run: Mapping[str, Any] = field(default_factory=dict)
     first: int = 0
 
     @property
+    def subject(self) -> tuple[str, str]:
+        """Key and value of what the job is over, as of its record."""
+        return list(self.keys.items())[-1]
+
+    @property
     def run_id(self) -> str:
-        return self.run["run_id"]
+        """The run's name, or that of what else the job is over."""
+        return self.subject[1]
+
+    def __str__(self) -> str:
+        return " ".join(self.subject)
 
 
 @dataclass
@@ -104,7 +113,7 @@ class Job:
     @property
     def kind(self) -> str:
         """The kind of its plan."""
-        return TABLES[self.table].plan or "run"
+        return TABLES[self.table].plan or self.table
 
 
 OpenJob = Callable[..., Job]
@@ -155,12 +164,18 @@ def run_job(
     job = ready(root, open_job, own, progress)
     announce(job, part, progress)
     for group in job.groups:
-        with store.holding(job.root, group.run_id):
+        with holding(job, group):
             for unit in units_to_do(job, group, part):
                 do_unit(job, unit, progress)
             complete(job, group, progress)
     sql.write_database(job.root)
     return job.name
+
+
+def holding(job: Job, group: Group) -> AbstractContextManager[None]:
+    """Holds what a group is of until the block ends."""
+    key, name = group.subject
+    return store.holding(job.root, name, key=key)
 
 
 def _part(shard: str | None) -> tuple[int, int]:
@@ -176,7 +191,7 @@ def _part(shard: str | None) -> tuple[int, int]:
 def ready(root: str | Path, open_job: OpenJob, options: Mapping[str, Any], progress: Progress) -> Job:
     """The job, loaded, its plan agreed, nothing in the way that a dead one left."""
     if "options" not in inspect.signature(open_job).parameters:
-        require_options(options, options_of(open_job)[1:-1])
+        require_options(options, options_of(open_job))
     for option in ("name", "run"):
         if options.get(option) is not None:
             store.check_name(f"--{option}", options[option])  # before a model is loaded for nothing
@@ -193,21 +208,43 @@ def rollout_groups(
 
     ``keys`` gives the further keys of the commit record, by run id.
     """
-    first = TABLES[table].partitions[0]
     groups = []
     for run in store.complete_runs(root, runs):
-        run_id = run["run_id"]
-        of = {first: name, **{key: value(run_id) for key, value in keys.items()}, "run": run_id}
-        rows = sum(run["record"].files[each]["rows"] for each in run["record"].of("rollouts"))
-        groups.append(Group(of, run, rows, _shard_units(root, table), zlib.crc32(run_id.encode())))
+        further = {key: value(run["run_id"]) for key, value in keys.items()}
+        groups.append(shard_group(root, table, name, run["record"], run, **further))
     return groups
 
 
-def _shard_units(root: Path, table: str) -> Callable[[Group], list[Unit]]:
+def shard_group(
+    root: Path,
+    table: str,
+    name: str,
+    source: store.Record,
+    run: Mapping[str, Any] | None = None,
+    **keys: str,
+) -> Group:
+    """A group over what a record is of, a unit for each of its shards: rollouts of a run, or another's.
+
+    Parameters
+    ----------
+    table : what the job fills, a shard of it for each shard of the source
+    name : of the job: the first key of its records
+    source : the record whose shards are read
+    run : as of `Group`
+    keys : further keys of the job's records
+    """
+    key, subject = source.subject
+    of = {TABLES[table].commit[0]: name, **keys, key: subject}
+    rows = sum(source.files[each]["rows"] for each in source.of(source.kind))
+    units = _shard_units(root, table, source)
+    return Group(of, rows, units, run or {}, first=zlib.crc32(subject.encode()))
+
+
+def _shard_units(root: Path, table: str, source: store.Record) -> Callable[[Group], list[Unit]]:
     def units(group: Group) -> list[Unit]:
-        record = store.record(root, "rollouts", run=group.run_id)
+        record = store.record(root, source.kind, **source.keys)
         if record is None:
-            raise ConflictError(f"run {group.run_id}: removed since the job began; run it again")
+            raise ConflictError(f"{group}: removed since the job began; run it again")
         keys = {key: group.keys[key] for key in TABLES[table].partitions}
         where = store.folder(root, table, **keys)
         further = "".join(f".{v}" for k, v in group.keys.items() if k not in keys)
@@ -219,7 +256,7 @@ def _shard_units(root: Path, table: str) -> Callable[[Group], list[Unit]]:
                 where / f"part-{number:05d}{further}.parquet",
                 root / name,
             )
-            for name in record.of("rollouts")
+            for name in record.of(source.kind)
             for number in [store.shard_number(Path(name))]
         ]
 
@@ -244,7 +281,7 @@ def committed(job: Job, group: Group) -> store.Record | None:
         if stored != asked or record.settings.get("engine") == "import":
             stored = {**stored, **{k: v for k, v in record.settings.items() if k == "engine"}}
             raise ConflictError(
-                f"{job.kind} {job.name} of run {group.run_id} is stored with other settings: "
+                f"{job.kind} {job.name} of {group} is stored with other settings: "
                 f"{differences(stored, asked)}; give it another name with --name"
             )
     if record is not None and not _is_whole(job, record):
@@ -346,7 +383,8 @@ def _commit(job: Job, group: Group) -> bool:
 
 def _remove_stale(job: Job, group: Group, files: list[Path]) -> None:
     """Removes shards of a cut of the run that an earlier commit had, and what was made of them."""
-    left = store.uncommitted(job.root, group.run_id) if not store.remote(job.root) else []
+    key, name = group.subject
+    left = store.uncommitted(job.root, name, key) if not store.remote(job.root) else []
     folders = {path.parent for path in files}
     ends = {path.name.partition(".")[2] for path in files}
     for path in left:

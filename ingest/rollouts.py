@@ -138,7 +138,7 @@ def open_rollouts(
         prompts = store.add_prompts(root, source.task, listed)
         store.complete_run(root, shards, row, job.settings, prompts)
 
-    group = Group({"run": run_id}, {"run_id": run_id}, len(listed) * draws.samples, units)
+    group = Group({"run": run_id}, len(listed) * draws.samples, units)
     job = Job(
         root,
         "rollouts",

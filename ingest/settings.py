@@ -169,6 +169,7 @@ def require_options(given: Iterable[str], known: Iterable[str]) -> None:
 
 
 def options_of(function: Callable[..., Any]) -> list[str]:
-    """The names that a function takes by keyword."""
+    """The options of a function that opens a job: all that it takes but the store and the progress."""
     parameters = inspect.signature(function).parameters.values()
-    return [p.name for p in parameters if p.kind is not inspect.Parameter.VAR_KEYWORD]
+    named = [p.name for p in parameters if p.kind is not inspect.Parameter.VAR_KEYWORD]
+    return [name for name in named[1:] if name != "progress"]

@@ -171,7 +171,7 @@ def write_database(root: str | Path) -> Path | None:
         try:
             con.execute(f"attach '{_literal(str(fresh))}' as canopy (storage_version 'v1.2.0')")
             con.execute("use canopy")
-            con.execute(_NO_FILES)
+            con.execute(_no_files())
             _create_views(con, root, shown_files(root), relative=True)
             _comment(con)
             con.execute("use memory")
@@ -187,15 +187,14 @@ def write_database(root: str | Path) -> Path | None:
 
 # Views are bound as they are made. Those of canopy.duckdb are bound to this in place of files, which
 # would have to be found from the folder that this process is in; the shell that opens them has its own.
-_ANY_COLUMN = {c.name: c.type for table in TABLES for c in view_columns(table)} | {
-    key: "VARCHAR" for table in TABLES for key in TABLES[table].partitions
-}
-_NO_FILES = (
-    "create or replace temp macro read_parquet(files, hive_partitioning := false, hive_types := null) "
-    "as table select "
-    + ", ".join(f'null::{kind} as "{name}"' for name, kind in _ANY_COLUMN.items())
-    + " where false"
-)
+def _no_files() -> str:
+    columns = {c.name: c.type for table in TABLES for c in view_columns(table)}
+    columns |= {key: "VARCHAR" for table in TABLES.values() for key in table.partitions}
+    nothing = ", ".join(f'null::{kind} as "{name}"' for name, kind in columns.items())
+    return (
+        "create or replace temp macro read_parquet"
+        f"(files, hive_partitioning := false, hive_types := null) as table select {nothing} where false"
+    )
 
 
 def explain(error: duckdb.Error) -> DataError | StoreError:

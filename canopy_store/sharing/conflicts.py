@@ -35,8 +35,8 @@ def check_conflicts(source: Source, root: Path) -> None:
         _check_plan(source, root, record)
     _check_models(source, root, stored)
     _check_prompts(source, root, stored)
-    for run_id in source.runs if stored else ():
-        check_run(source, root, run_id)
+    for records in source.subjects.values() if stored else ():
+        check_subject(source, root, records)
 
 
 def _same(what: str, stored: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
@@ -121,7 +121,12 @@ def prompts_add(source: Source, root: Path, ours: Record, theirs: Record) -> boo
 # ---------------------------------------------------------------- runs
 
 
-def check_run(source: Source, root: Path, run_id: str) -> None:
+def trunk_of(records: Iterable[Record]) -> Record:
+    """Of all records of a run, that of its rollouts; of others, that of which the others were made."""
+    return next(record for record in records if TABLES[record.kind].parent is None)
+
+
+def check_subject(source: Source, root: Path, records: list[Record]) -> None:
     """Nothing where a run of the source is not here, or says the same as far as both say anything.
 
     Raises
@@ -129,26 +134,26 @@ def check_run(source: Source, root: Path, run_id: str) -> None:
     ConflictError
         It does not, or is begun here and not complete.
     """
-    if store.record(root, "rollouts", run=run_id) is None:
-        _check_unfinished(source, root, run_id)
+    trunk = trunk_of(records)
+    if store.record(root, trunk.kind, **trunk.keys) is None:
+        _check_unfinished(root, records, *trunk.subject)
         return
-    for theirs in source.runs[run_id]:
+    for theirs in records:
         ours = store.record(root, theirs.kind, **theirs.keys)
         if ours is not None and ours.files != theirs.files:
             _check_record(source, root, ours, theirs)
 
 
-def _check_unfinished(source: Source, root: Path, run_id: str) -> None:
+def _check_unfinished(root: Path, records: list[Record], key: str, subject: str) -> None:
     """Raises ConflictError where the store has files of the run that no stopped merge has left."""
-    if not store.exists(store.plan_path(root, "run", run_id)):
+    if key == "run" and not store.exists(store.plan_path(root, "run", subject)):
         return
-    said = {name: entry for record in source.runs[run_id] for name, entry in record.files.items()}
-    for path in store.uncommitted(root, run_id):
+    said = {name: entry for record in records for name, entry in record.files.items()}
+    for path in store.uncommitted(root, subject, key):
         name = path.relative_to(root).as_posix()
         if name not in said or not stored_as(path, said[name]):
-            raise ConflictError(
-                f"{path}: its run is begun here and not complete; finish it, or remove it: canopy rm-run"
-            )
+            remove = ", or remove it: canopy rm-run" if key == "run" else ""
+            raise ConflictError(f"{path}: its {key} is begun here and not complete; finish it{remove}")
 
 
 def _check_record(source: Source, root: Path, ours: Record, theirs: Record) -> None:
@@ -156,7 +161,9 @@ def _check_record(source: Source, root: Path, ours: Record, theirs: Record) -> N
     if ours.kind == "rollouts":
         rows = (store.run_row(root, ours), store.run_row(source.folder, theirs))
         _same(f"run {ours.run}", *({k: v for k, v in r.items() if k not in _VOLATILE} for r in rows))
-    for table in {name.partition("/")[0] for name in ours.files if name.partition("/")[0] in _COMPARED}:
+    for table in {name.partition("/")[0] for name in ours.files}:
+        if not TABLES[table].commit:
+            continue  # runs and prompts have checks of their own
         if not theirs.of(table) or same_files(ours, theirs, table):
             continue
         here = _comparable(root, ours, table)
@@ -172,10 +179,6 @@ def _check_record(source: Source, root: Path, ours: Record, theirs: Record) -> N
         names = [c for c in here.columns if not _agree(here[c], there[c], c in TABLES[table].texts)]
         if names:
             raise ConflictError(f"{where}: other values of {', '.join(names)}; {_TODO}")
-
-
-# tables of which a record is: of the others, runs and prompts have checks of their own
-_COMPARED = {name for name, table in TABLES.items() if table.commit}
 
 
 def _agree(one: pl.Series, other: pl.Series, text: bool) -> bool:
@@ -206,10 +209,10 @@ def _hashes(record: Record, table: str) -> list[str]:
     return sorted(record.files[name]["sha256"] for name in record.of(table))
 
 
-def same_cut(source: Source, rollouts: Record) -> bool:
+def same_cut(source: Source, trunk: Record) -> bool:
     """Whether a run that is stored stands in the same shards in the source."""
-    theirs = next(each for each in source.runs[rollouts.keys["run"]] if each.kind == "rollouts")
-    cuts = [[(n, each.files[n]["rows"]) for n in each.of("rollouts")] for each in (rollouts, theirs)]
+    theirs = trunk_of(source.subjects[trunk.subject])
+    cuts = [[(n, each.files[n]["rows"]) for n in each.of(trunk.kind)] for each in (trunk, theirs)]
     return cuts[0] == cuts[1]
 
 

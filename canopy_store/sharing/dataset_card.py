@@ -56,7 +56,8 @@ def _write_text(path: Path, text: str) -> None:
 
 
 def _newest(out: Path) -> str:
-    return max(row["finished_at"] for _, row in store.table_rows(out, "runs")).date().isoformat()
+    finished = [row["finished_at"].isoformat() for _, row in store.table_rows(out, "runs")]
+    return max(finished or [str(record.committed_at) for record in store.records(out)])[:10]
 
 
 def _views(out: Path) -> str:
@@ -101,7 +102,8 @@ def _features(table: str) -> list[dict[str, Any]]:
 
 def _card(out: Path, name: str, counts: Mapping[str, int], text: bool, license: str | None) -> str:
     """README.md: YAML whose values are JSON, which YAML reads, then what the folder is."""
-    size = counts["rollouts"]
+    main = "rollouts" if "rollouts" in counts else max(counts, key=lambda table: counts[table])
+    size = counts[main]
     bounds = (
         ("n<1K", 10**3),
         ("1K<n<10K", 10**4),
@@ -123,7 +125,7 @@ def _card(out: Path, name: str, counts: Mapping[str, int], text: bool, license: 
             {
                 "config_name": table,
                 "data_files": _glob(table),
-                **({"default": True} if table == "rollouts" else {}),
+                **({"default": True} if table == main else {}),
             }
             for table in counts
         ],

@@ -86,7 +86,7 @@ def export(
     wanted = _tables(tables, embeddings)
     runs = _chosen(root, where)
     with _scratch(out) as scratch:
-        _fill(root, scratch, runs, wanted, text)
+        _fill(root, scratch, runs, wanted, text, others=where is None)
         sql.write_database(scratch)
         shutil.rmtree(scratch / ".work", ignore_errors=True)  # locks, which nobody has there
         describe(scratch, out.name, text, license)
@@ -115,7 +115,8 @@ def _chosen(root: Path, where: str | None) -> list[dict[str, Any]]:
         except (duckdb.Error, UsageError) as error:
             said = sql.explain(error) if isinstance(error, duckdb.Error) else error
             raise UsageError(f"--where {where}: {said}") from None
-    if chosen.is_empty():
+    others = where is None and any(record.kind != "models" for record in store.records(root))
+    if chosen.is_empty() and not others:
         raise DataError(f"{root}: no complete run" + (f" where {where}" if where else " to export"))
     return chosen.to_dicts()
 
@@ -150,21 +151,28 @@ def _scratch(out: Path) -> Iterator[Path]:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def _fill(root: Path, out: Path, runs: list[dict[str, Any]], tables: set[str], text: bool) -> None:
-    """Copies the runs, one after the other, their models, and what says that the folder is a store."""
+def _fill(
+    root: Path, out: Path, runs: list[dict[str, Any]], tables: set[str], text: bool, others: bool
+) -> None:
+    """Copies the runs, one after the other, their models, and what says that the folder is a store.
+
+    ``others`` also copies what jobs were over that is no run: items, documents.
+    """
     store.copy_file(root / "canopy.json", out / "canopy.json")
     every = store.records(root)
-    of_runs: dict[str, list[Record]] = {run["run_id"]: [] for run in runs}
+    of: dict[tuple[str, str], list[Record]] = {("run", run["run_id"]): [] for run in runs}
     for record in every:
-        if record.run in of_runs:
-            of_runs[record.run].append(record)
-    for run_id, records in of_runs.items():
-        with store.holding(root, run_id):
+        if others and record.kind != "models" and record.run is None:
+            of.setdefault(record.subject, [])
+        if record.subject in of:
+            of[record.subject].append(record)
+    for (key, name), records in of.items():
+        with store.holding(root, name, key=key):
             for old in records:
                 # as it is now: it may have been compacted since it was listed
                 now = store.record(root, old.kind, **old.keys)
                 if now is None:
-                    raise DataError(f"{root}: run {run_id} was removed meanwhile; run it again")
+                    raise DataError(f"{root}: {key} {name} was removed meanwhile; run it again")
                 _copy_record(root, out, now, tables, text)
     checkpoints = {"/".join(r.keys.values()): r for r in every if r.kind == "models"}
     parents = {row["model_id"]: row["parent_id"] for _, row in store.table_rows(root, "models")}

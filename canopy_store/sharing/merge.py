@@ -20,11 +20,12 @@ from canopy_store.errors import DataError, StoreError, UsageError
 from canopy_store.schema import TABLES
 from canopy_store.sharing.conflicts import (
     check_conflicts,
-    check_run,
+    check_subject,
     prompts_add,
     same_cut,
     same_files,
     stored_as,
+    trunk_of,
 )
 from canopy_store.sharing.untrusted import Source, checked_source
 from canopy_store.store import Record
@@ -67,7 +68,7 @@ def merge(
             if not store.remote(there) and folder.resolve() == there.resolve():
                 raise UsageError(f"{folder}: the store itself; name another one to take in")
             source = opened.enter_context(checked_source(folder))
-            if not source.runs:
+            if not source.subjects:
                 raise DataError(f"{folder}: no complete run in it; see: canopy status --store {folder}")
             check_conflicts(source, there)
             checked.append(source)
@@ -92,53 +93,57 @@ def merge_source(
     root = store.init(root)
     for model in source.models:
         _take(source, root, model, None)
-    for done, (run_id, records) in enumerate(source.runs.items(), 1):
+    for done, ((key, name), records) in enumerate(source.subjects.items(), 1):
         # ours alone, for what is there may be replaced; theirs shared with its other readers
-        held = store.holding(source.folder, run_id) if source.live else nullcontext()
-        with store.holding(root, run_id, exclusive=True), held:
+        held = store.holding(source.folder, name, key=key) if source.live else nullcontext()
+        with store.holding(root, name, key=key, exclusive=True), held:
             for record in records if source.live else ():
                 if store.record(source.folder, record.kind, **record.keys) != record:
                     raise DataError(
-                        f"{source.folder}: run {run_id} was changed while it was read; run it again"
+                        f"{source.folder}: {key} {name} was changed while it was read; run it again"
                     )
-            _merge_run(source, root, run_id, records)
+            _merge_subject(source, root, records)
         if on_run:
-            on_run(done, len(source.runs))
+            on_run(done, len(source.subjects))
     sql.write_database(root)
-    return sorted(source.runs)
+    return sorted(name for key, name in source.subjects if key == "run")
 
 
-def _merge_run(source: Source, root: Path, run_id: str, records: list[Record]) -> None:
-    """Copies what the store lacks of a run: plans, what is made of its rollouts, these last."""
-    check_run(source, root, run_id)
-    rollouts = store.record(root, "rollouts", run=run_id)
+def _merge_subject(source: Source, root: Path, records: list[Record]) -> None:
+    """Copies what the store lacks of a run: plans, what is made of its rollouts, these last.
+
+    Of a task of items or a corpus likewise: what the others were made of is their trunk.
+    """
+    check_subject(source, root, records)
+    trunk = trunk_of(records)
+    mine = store.record(root, trunk.kind, **trunk.keys)
     for record in records:
         plan = source.plan(record)
         if plan is not None and not store.exists(root / plan):
             store.copy_file(source.folder / plan, root / plan)
     for record in sorted(records, key=lambda record: TABLES[record.kind].parent is None):
-        _take(source, root, record, rollouts)
+        _take(source, root, record, mine)
 
 
 # ---------------------------------------------------------------- a record
 
 
-def _take(source: Source, root: Path, theirs: Record, rollouts: Record | None) -> None:
+def _take(source: Source, root: Path, theirs: Record, trunk: Record | None) -> None:
     """Commits a record of the source's: whole where the store has none of its keys, or what that lacks.
 
-    ``rollouts`` is the record of the run's rollouts, where they are stored already.
+    ``trunk`` is the record of the run's rollouts, where they are stored already.
     """
     ours = store.record(root, theirs.kind, **theirs.keys)
     files: Files = {} if ours is None else {name: dict(said) for name, said in ours.files.items()}
-    first = max(store.fresh_number(ours), store.fresh_number(rollouts))
+    first = max(store.fresh_number(ours), store.fresh_number(trunk))
     for table in dict.fromkeys(name.partition("/")[0] for name in theirs.files):
         if ours is None or not ours.of(table):
-            files |= _copy(source, root, theirs, table, rollouts, first)
+            files |= _copy(source, root, theirs, table, trunk, first)
         elif same_files(ours, theirs, table):
             continue
         elif table == "prompts":
             if prompts_add(source, root, ours, theirs):
-                files |= _copy(source, root, theirs, table, rollouts, first)
+                files |= _copy(source, root, theirs, table, trunk, first)
         elif filled := _fill_texts(source, root, ours, theirs, table):
             files = {name: said for name, said in files.items() if name not in ours.of(table)} | filled
     if ours is None or files != ours.files:
@@ -147,7 +152,7 @@ def _take(source: Source, root: Path, theirs: Record, rollouts: Record | None) -
 
 
 def _copy(
-    source: Source, root: Path, theirs: Record, table: str, rollouts: Record | None, first: int
+    source: Source, root: Path, theirs: Record, table: str, trunk: Record | None, first: int
 ) -> Files:
     """Copies a record's files of one table, and says under which names.
 
@@ -157,11 +162,11 @@ def _copy(
     """
     targets = {name: name for name in theirs.of(table)}
     taken = [n for n in targets if store.exists(root / n) and not stored_as(root / n, theirs.files[n])]
-    if "run" not in TABLES[table].partitions:
-        for name in taken if table == "prompts" else ():
+    if table == "prompts":
+        for name in taken:
             fresh = f"{theirs.files[name]['sha256'][:16]}.parquet"
             targets[name] = Path(name).with_name(fresh).as_posix()
-    elif rollouts is not None and (taken or not same_cut(source, rollouts)):
+    elif trunk is not None and (taken or not same_cut(source, trunk)):
         for number, name in enumerate(targets, first):
             fresh = f"part-{number:05d}.{_ending(name)}"
             targets[name] = Path(name).with_name(fresh).as_posix()
@@ -187,7 +192,7 @@ def _fill_texts(source: Source, root: Path, ours: Record, theirs: Record, table:
     given = [text for text in lacking if _have(source.folder, theirs.of(table), text)]
     if not given:
         return {}
-    keys = ("prompt_id", "sample")
+    keys = [column.name for column in TABLES[table].columns if column.name in TABLES[table].keys]
     parts = [store.read_rows(source.folder / name, [*keys, *given]) for name in theirs.of(table)]
     rows = pa.concat_tables(parts)
     place = {key: at for at, key in enumerate(_pairs(rows, *keys))}

@@ -54,13 +54,13 @@ class Source:
     live: bool
 
     @cached_property
-    def runs(self) -> dict[str, list[Record]]:
-        """All records of each run, in name order."""
-        runs: dict[str, list[Record]] = {}
+    def subjects(self) -> dict[tuple[str, str], list[Record]]:
+        """All records of each run, or of what else jobs are over, by key and name, in order."""
+        subjects: dict[tuple[str, str], list[Record]] = {}
         for record in self.records:
-            if record.run is not None:
-                runs.setdefault(record.run, []).append(record)
-        return dict(sorted(runs.items()))
+            if record.kind != "models":
+                subjects.setdefault(record.subject, []).append(record)
+        return dict(sorted(subjects.items()))
 
     @property
     def models(self) -> list[Record]:
@@ -76,12 +76,8 @@ class Source:
 
 def plan_of(record: Record) -> tuple[str, str] | None:
     """Kind and name of the plan that the job of a record agreed on; None of a checkpoint."""
-    if record.run is None:
-        return None
     kind = TABLES[record.kind].plan
-    return (
-        ("run", record.run) if kind is None else (kind, record.keys[TABLES[record.kind].partitions[0]])
-    )
+    return None if kind is None else (kind, next(iter(record.keys.values())))
 
 
 @contextmanager

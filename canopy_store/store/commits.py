@@ -63,6 +63,11 @@ class Record:
         """The run it is of, where it is of one."""
         return self.keys.get("run")
 
+    @property
+    def subject(self) -> tuple[str, str]:
+        """Key and value of what the job was over, its last: a run; of other kinds a task, a corpus, …"""
+        return list(self.keys.items())[-1]
+
     def of(self, table: str) -> list[str]:
         """Its files of one table, in name order."""
         start = f"{table}/"
@@ -155,12 +160,15 @@ def _require_own_files(root: Path, record: Record) -> Record:
     DataError
         It does; no query may go by it.
     """
-    tables = {record.kind, *TABLES[record.kind].brings}
-    of_run = f"/run={quoted(record.run)}/" if record.run else ""
+    key, value = record.subject
+    tables = (record.kind, *TABLES[record.kind].brings)
+    # what a job over no run took stands under its subject all the same: work has one key for both
+    parts = {table: {key, "run"} & {*TABLES[table].partitions} for table in tables}
+    needed = {table: [f"/{part}={quoted(value)}/" for part in parts[table]] for table in tables}
     path = record.path(root)
     for name in record.files:
         table = name[: name.index("/")]
-        if table not in tables or ("run" in TABLES[table].partitions and of_run not in name):
+        if table not in needed or not all(part in name for part in needed[table]):
             raise DataError(f"{path}: names {name}, which is not of its job; see: canopy verify")
     if not record.files:
         raise DataError(f"{path}: lists no file; see: canopy verify")
@@ -202,12 +210,12 @@ def records(root: Path, kind: str | None = None, **keys: str) -> list[Record]:
     there = {_place(path, root) for path in paths}
     wanted = []
     for path in paths:
-        of, run = _place(path, root)
+        of, key, value = _place(path, root)
         parent = TABLES[of].parent if of in TABLES else None
         if (
             kind in (None, of)
-            and keys.get("run", run) == run
-            and (parent is None or (parent, run) in there)
+            and keys.get(key, value) == value
+            and (parent is None or (parent, key, value) in there)
         ):
             wanted.append(path)
     every = (read_record(root, path, value) for path, value in _read_all(root, wanted))
@@ -215,10 +223,10 @@ def records(root: Path, kind: str | None = None, **keys: str) -> list[Record]:
     return [each for each in every if keys.items() <= each.keys.items()]
 
 
-def _place(path: Path, root: Path) -> tuple[str, str]:
-    """A record's kind and its run ('' where it is of none), from its path."""
-    kind, last = path.parts[len(root.parts) + 1], path.name
-    return kind, unquoted(last[4:-5]) if last.startswith("run=") else ""
+def _place(path: Path, root: Path) -> tuple[str, str, str]:
+    """A record's kind, and key and value of its subject, from its path."""
+    key, _, value = path.name.removesuffix(".json").partition("=")
+    return path.parts[len(root.parts) + 1], key, unquoted(value)
 
 
 def orphans(root: Path) -> list[Record]:
@@ -231,8 +239,8 @@ def orphans(root: Path) -> list[Record]:
             every.append(read_record(root, path))
         except (DataError, FileNotFoundError):
             continue
-    there = {(each.kind, each.run) for each in every}
-    return [r for r in every if (p := TABLES[r.kind].parent) is not None and (p, r.run) not in there]
+    there = {(each.kind, each.subject) for each in every}
+    return [r for r in every if (p := TABLES[r.kind].parent) is not None and (p, r.subject) not in there]
 
 
 def record(root: Path, kind: str, **keys: str) -> Record | None:
@@ -326,7 +334,8 @@ def remove_unnamed(root: Path, candidates: Iterable[str]) -> int:
     runs = {(path_keys(name.partition("/")[0], name) or {}).get("run", "") for name in left}
     for path in record_paths(root):
         # a file of a run is named by that run's records alone; of a prompts file, any may be
-        if left and (_place(path, root)[1] in runs or "" in runs):
+        _, key, value = _place(path, root)
+        if left and ("" in runs or (key == "run" and value in runs)):
             left -= read_record(root, path).files.keys()
             runs = {(path_keys(name.partition("/")[0], name) or {}).get("run", "") for name in left}
     count = 0
@@ -354,13 +363,16 @@ def remove_empty(root: Path, folder: Path) -> None:
         folder = folder.parent
 
 
-def uncommitted(root: Path, run_id: str) -> list[Path]:
-    """A run's files that no record names: of jobs that are under way or were stopped."""
-    named = {name for each in records(root, run=run_id) for name in each.files}
-    last = glob.escape(f"run={quoted(run_id)}")
+def uncommitted(root: Path, value: str, key: str = "run") -> list[Path]:
+    """A run's files that no record names: of jobs that are under way or were stopped.
+
+    Or those of what else jobs are over: a task, a corpus, … where ``key`` says so.
+    """
+    named = {name for each in records(root, **{key: value}) for name in each.files}
+    last = glob.escape(f"{key}={quoted(value)}")
     paths: list[Path] = []
     for table, definition in TABLES.items():
-        if "run" in definition.partitions:
+        if definition.partitions[-1:] == (key,) and (key == "run" or definition.commit):
             stars = "*/" * (len(definition.partitions) - 1)
             with reaching(root):
                 paths += (root / table).glob(f"{stars}{last}/*.parquet")

@@ -87,7 +87,7 @@ def path_keys(table: str, name: str) -> dict[str, str] | None:
         return None
     stem = last.removesuffix(".parquet")
     whole = last != stem != "" and quoted(unquoted(stem)) == stem
-    numbered = "run" in keys or table == "models"
+    numbered = "run" in keys or bool(TABLES[table].commit)  # the others are named after their content
     if not (_SHARD.fullmatch(last) if numbered else whole):
         return None
     values = {}

@@ -15,7 +15,11 @@ from canopy_store.store.layout import quoted
 
 @contextmanager
 def holding(
-    root: Path, *run_ids: str, exclusive: bool = False, without_locks: bool = True
+    root: Path,
+    *run_ids: str,
+    key: str = "run",
+    exclusive: bool = False,
+    without_locks: bool = True,
 ) -> Iterator[None]:
     """Holds runs until the block ends; each is one open file, so of many, hold one after the other.
 
@@ -26,6 +30,7 @@ def holding(
     ----------
     root : path of the store
     run_ids : names of runs
+    key : what they are names of, where not of runs: task, corpus, …
     exclusive : for who replaces or removes what others may be adding to
     without_locks : go on where no lock can be had; False refuses
 
@@ -38,12 +43,13 @@ def holding(
     """
     with ExitStack() as held:
         for run_id in run_ids:
-            file = None if remote(root) else _locked(lock_path(root, run_id), run_id, exclusive)
+            path, what = lock_path(root, run_id, key), f"{key} {run_id}"
+            file = None if remote(root) else _locked(path, what, exclusive)
             if file is not None:
                 held.callback(os.close, file)
             elif not without_locks:
                 raise StoreError(
-                    f"{root}: no locks can be had here, so nothing tells whether another job uses run "
+                    f"{root}: no locks can be had here, so nothing tells whether another job uses {key} "
                     f"{run_id}; where none does, pass --without-locks"
                 )
         yield
@@ -73,12 +79,12 @@ def waiting(root: Path, name: str) -> Iterator[None]:
         os.close(file)
 
 
-def lock_path(root: Path, run_id: str) -> Path:
-    """The file whose lock stands for a run."""
-    return root / ".work" / f"run={quoted(run_id)}.lock"
+def lock_path(root: Path, run_id: str, key: str = "run") -> Path:
+    """The file whose lock stands for a run, or for what else ``key`` says."""
+    return root / ".work" / f"{key}={quoted(run_id)}.lock"
 
 
-def _locked(path: Path, run_id: str, exclusive: bool) -> int | None:
+def _locked(path: Path, what: str, exclusive: bool) -> int | None:
     """The descriptor of the lock file, locked; None where there can be no lock."""
     while True:
         try:
@@ -97,7 +103,7 @@ def _locked(path: Path, run_id: str, exclusive: bool) -> int | None:
         if held is False:
             os.close(file)
             raise ConflictError(
-                f"run {run_id}: in use by another process; wait for that job to end, or stop it"
+                f"{what}: in use by another process; wait for that job to end, or stop it"
             )
         try:
             if os.path.samestat(os.fstat(file), os.stat(path)):

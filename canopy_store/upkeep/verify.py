@@ -29,7 +29,14 @@ from canopy_store.upkeep.verify_records import (
     version,
 )
 from canopy_store.upkeep.verify_report import AGAIN, COPY, SCHEMA, Report, short
-from canopy_store.upkeep.verify_runs import Others, Run, check_run, half_compacted, read_frame
+from canopy_store.upkeep.verify_runs import (
+    Others,
+    Run,
+    check_run,
+    check_tables,
+    half_compacted,
+    read_frame,
+)
 
 
 def verify(root: str | Path, deep: bool = False, *, database: bool = True) -> pl.DataFrame:
@@ -88,28 +95,32 @@ def _verify(report: Report, database: bool) -> None:
     others = Others(
         _check_models(report, small["models"]), _check_prompts(report, small["prompts"]), of_runs
     )
-    for run_id in sorted(runs):
-        check_run(report, runs.pop(run_id), others)
+    for subject in sorted(runs):
+        check = check_run if subject[0] == "run" else check_tables
+        check(report, runs.pop(subject), others)
 
 
 def _sorted_out(
     report: Report, records: Iterable[store.Record]
-) -> tuple[dict[str, list[File]], dict[str, Run]]:
-    """The files of tables that are of no run, by table, and the complete runs with theirs."""
-    small: dict[str, dict[str, File]] = {t: {} for t in TABLES if "run" not in TABLES[t].partitions}
-    runs: dict[str, Run] = {}
+) -> tuple[dict[str, list[File]], dict[tuple[str, str], Run]]:
+    """The files of models and prompts, and the runs with theirs, by the subject of their records.
+
+    Or what else jobs are over: a task of items, a corpus.
+    """
+    small: dict[str, dict[str, File]] = {"models": {}, "prompts": {}}
+    runs: dict[tuple[str, str], Run] = {}
     for record in records:
         where = place_of(report, record)
         files = list(named_files(report, record))
-        if record.run is not None:
-            run = runs.setdefault(record.run, Run(record.run, where))
+        if record.kind != "models":
+            run = runs.setdefault(record.subject, Run(record.subject[1], where))
             if record.kind == "rollouts":
                 run.record, run.settings = where, record.settings
             if all(file.table == "work" for file in files):
                 report.add(where, record.kind, "names no file of its table", AGAIN)
         for file in files:
             if file.table not in small:
-                runs[file.keys["run"]].files[file.table].append(file)
+                runs[record.subject].files[file.table].append(file)
             elif small[file.table].setdefault(file.name, file).said != file.said:
                 what = f"says other of {file.name} than another record"
                 report.add(where, record.kind, what, COPY)

@@ -50,21 +50,17 @@ def read_records(report: Report) -> tuple[list[store.Record], list[store.Record]
             report.add_error(path, "", error)
             continue
         parent = TABLES[record.kind].parent
-        if (
-            parent is None
-            or store.commit_path(report.root, parent, {"run": record.keys["run"]}) in listed
-        ):
+        key, value = record.subject
+        if parent is None or store.commit_path(report.root, parent, {key: value}) in listed:
             shown.append(record)
-        else:
-            orphans.append(record)
-            report.add(
-                path,
-                record.kind,
-                f"of run {record.run}, which is not complete; no view shows it",
-                "finish the run's ingest, or remove the run again: canopy rm-run "
-                f"{shlex.quote(record.keys['run'])} --store {report.root}",
-                harmless=True,
-            )
+            continue
+        orphans.append(record)
+        what = f"of {key} {value}, which is not complete; no view shows it"
+        todo = f"finish the ingest of {key} {value}"
+        if key == "run":
+            todo += f", or remove the run again: canopy rm-run {shlex.quote(value)}"
+            todo += f" --store {report.root}"
+        report.add(path, record.kind, what, todo, harmless=True)
     return shown, orphans
 
 
@@ -140,8 +136,8 @@ def _policy(name: str) -> str:
 
 def _own(record: store.Record, table: str, name: str, keys: Mapping[str, str]) -> bool:
     kind, of = job_of(table, name, keys)
-    same_run = keys.get("run") in (None, record.run)
-    return kind == record.kind and same_run and of.items() <= record.keys.items()
+    same_subject = keys.get("run") in (None, record.subject[1])
+    return kind == record.kind and same_subject and of.items() <= record.keys.items()
 
 
 def job_of(table: str, name: str, keys: Mapping[str, str]) -> tuple[str, dict[str, str]]:
@@ -151,7 +147,7 @@ def job_of(table: str, name: str, keys: Mapping[str, str]) -> tuple[str, dict[st
         kind = keys["kind"]
         if kind not in TABLES:
             return kind, {}
-        of[TABLES[kind].partitions[0]] = keys["name"]
+        of |= {TABLES[kind].commit[0]: keys["name"], TABLES[kind].commit[-1]: keys["run"]}
     elif table == "embedding_spectra" and keys["selection"] == "all":
         kind = "embeddings"
     elif not TABLES[table].commit:
@@ -208,7 +204,7 @@ class Jobs:
             return f"run {open_runs[0]}, which is not complete"
         job, job_name = TABLES[kind].plan if kind in TABLES else None, next(iter(of.values()), "")
         if job and (job, job_name) in self.plans and (kind, frozenset(of.items())) not in self.finished:
-            return f"{job} {job_name}, which is not done with run {keys['run']}"
+            return f"{job} {job_name}, which is not done with {' '.join(list(of.items())[-1])}"
         return None
 
     def _of_task(self, task: str | None) -> list[str]:

@@ -54,18 +54,26 @@ def check_run(report: Report, run: Run, others: Others) -> None:
     """Reads every file of a run; reports what is wrong in each of them, and between them."""
     run.frames["runs"] = read_frame(report, run.files["runs"], None)
     _check_row(report, run, others)
+    check_tables(report, run, others)
+    if run.row is not None:
+        _check_counts(report, run, others)
+    _check_spectra_cover(report, run)
+    if report.deep:
+        _check_deep(report, run)
+
+
+def check_tables(report: Report, run: Run, others: Others) -> None:
+    """Reads the files of each table; reports what is wrong in them, in their keys and in their work.
+
+    All that there is to check of what is no run: a task of items, a corpus.
+    """
     for table, files in list(run.files.items()):
         if table != "runs":
             run.frames[table] = read_frame(report, files, run.row)
     for table, frame in list(run.frames.items()):
         if len(frame):
             _check_keys(report, run, table)
-    if run.row is not None:
-        _check_counts(report, run, others)
-        _check_work(report, run, run.row)
-    _check_spectra_cover(report, run)
-    if report.deep:
-        _check_deep(report, run)
+    _check_work(report, run)
 
 
 # ---------------------------------------------------------------- reading
@@ -183,16 +191,16 @@ def _check_logging(report: Report, home: str, rollouts: pl.DataFrame) -> None:
 
 
 def _check_keys(report: Report, run: Run, table: str) -> None:
-    """Keys of one table of a run: each once, and each with its rollout."""
-    frame, rollouts = run.frames[table], run.frames["rollouts"]
-    keys = list(TABLES[table].keys)
+    """Keys of one table of a run: each once, and each with its row of the parent, its rollout."""
+    frame, parent, keys = run.frames[table], TABLES[table].parent, list(TABLES[table].keys)
     twice = frame.filter(pl.struct(keys).is_duplicated())
     if len(twice):
         first = twice.row(0, named=True)
         said = ", ".join(f"{key} {first[key]}" for key in keys if key != "run_id")
         report.add(first["file"], table, f"{len(twice)} rows share a key, first {said}", AGAIN)
-    if TABLES[table].parent is None:
+    if parent is None:
         return
+    rollouts = run.frames[parent]
     if "dimension" in frame.columns:
         named = [key for key in keys if key not in ("run_id", *_PAIR)]
         sizes = frame.group_by(named).agg(pl.col("dimension").n_unique())
@@ -206,16 +214,19 @@ def _check_keys(report: Report, run: Run, table: str) -> None:
             report.add(odd["file"][0], table, what, AGAIN)
     if "samples" in frame.columns:
         frame = frame.explode("samples").rename({"samples": "sample"})
-    lost = frame.join(rollouts, on=_PAIR, how="anti") if len(rollouts) else frame
+    shared = [key for key in TABLES[parent].keys if key != "run_id"]
+    lost = frame.join(rollouts, on=shared, how="anti") if len(rollouts) else frame
     if len(lost):
         first = lost.row(0, named=True)
-        which = f"first prompt {first['prompt_id']} sample {first['sample']}"
-        report.add(first["file"], table, f"{len(lost)} rows have no rollout, {which}", AGAIN)
+        which = " ".join(f"{key.removesuffix('_id')} {first[key]}" for key in shared)
+        one = TABLES[parent].grain.removeprefix("one row per ").split()[0]
+        what = f"{len(lost)} rows have no {one}, first {which}"
+        report.add(first["file"], table, what, AGAIN)
 
 
-def _check_work(report: Report, run: Run, row: Mapping[str, Any]) -> None:
+def _check_work(report: Report, run: Run) -> None:
     """What the shards of jobs took: nothing below 0, and in all what the run's row says."""
-    work = run.frames["work"]
+    work, row = run.frames["work"], run.row or {}
     if work.is_empty():
         return
     for name, total in (("seconds", "wall_s"), ("energy_j", "energy_j")):
@@ -223,7 +234,7 @@ def _check_work(report: Report, run: Run, row: Mapping[str, Any]) -> None:
         if len(below):
             report.add(below["file"][0], "work", f"{name} below 0 in {len(below)} rows", COPY)
         sampling = work.filter(kind="rollouts")
-        if sampling.is_empty() or sampling[name].null_count() or row[total] is None:
+        if sampling.is_empty() or sampling[name].null_count() or row.get(total) is None:
             continue
         if not math.isclose(sampling[name].sum(), row[total], rel_tol=1e-9, abs_tol=1e-9):
             what = f"{total} is {row[total]} here and {sampling[name].sum()} in its work"
