@@ -320,7 +320,7 @@ def _write(
     if "reward" in columns:
         reward = {"reward": number_column(data["reward"], "reward", names)}
         _write_known(root, "rewards", settings["reward_model"], shard, {**of_rollout, **reward}, files)
-    if {"correct", "score"} & set(columns):
+    if set(_GRADE) & set(columns):
         grade = {name: grade_column(data[name], name, names) for name in _GRADE if name in columns}
         _write_known(
             root, "grades", settings.get("grader", "imported"), shard, {**of_rollout, **grade}, files
@@ -332,7 +332,7 @@ def _write_known(
 ) -> None:
     """Writes those rows of a shard that have a value in one of the columns after the keys."""
     rows = pl.DataFrame({key: pl.Series(values) for key, values in columns.items()})
-    values = [key for key in columns if key not in ("run_id", "prompt_id", "sample", "answer")]
+    values = [key for key in columns if key not in ("run_id", "prompt_id", "sample")]
     rows = rows.filter(pl.any_horizontal(pl.col(key).is_not_null() for key in values))
     if len(rows):
         key = TABLES[table].partitions[0]

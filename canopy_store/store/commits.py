@@ -63,6 +63,22 @@ class Record:
         """The run it is of, where it is of one."""
         return self.keys.get("run")
 
+    @property
+    def plan(self) -> tuple[str, str] | None:
+        """Kind and name of the plan whose settings its own repeat; None where it repeats none.
+
+        That is a checkpoint's; spectra of a selection, which any job may have made that came to them;
+        and what came with an import, beside which a job of that name may have been at other runs.
+        """
+        if self.run is None or self.kind == "embedding_spectra":
+            return None
+        kind = TABLES[self.kind].plan
+        if kind is None:
+            return "run", self.run
+        if self.settings.get("engine") == "import":
+            return None
+        return kind, self.keys[TABLES[self.kind].partitions[0]]
+
     def of(self, table: str) -> list[str]:
         """Its files of one table, in name order."""
         start = f"{table}/"
