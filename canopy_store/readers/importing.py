@@ -358,9 +358,7 @@ def _complete(
     names = {name: settings[name] for name in NAMES}
     model = {"family": names["family"], "variant": names["variant"], "source": settings.get("model")}
     model_id = store.add_model(root, model)
-    prompts = store.add_prompts(
-        root, settings["task"], _prompts(root, file, path, schema, settings, group)
-    )
+    asked = _prompts(root, file, path, schema, settings, group)
     for (table, name), made in files.items():
         if table != "rollouts":
             key = TABLES[table].partitions[0]
@@ -373,7 +371,9 @@ def _complete(
         "settings": store.canonical(settings),
         "versions": "{}",
     }
-    store.complete_run(root, files["rollouts", run_id], row, settings, prompts)
+    with store.waiting(root, "commit"):  # a removal must not find these prompts named by no run
+        prompts = store.add_prompts(root, settings["task"], asked)
+        store.complete_run(root, files["rollouts", run_id], row, settings, prompts)
 
 
 _PROMPT = {"prompt": "text", "messages": "messages", "reference": "reference"}
