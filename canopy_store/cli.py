@@ -20,7 +20,7 @@ from canopy_store.commands.shared import FORMAT, STORE, bar, echo, print_rows, r
 from canopy_store.errors import CanopyError
 from canopy_store.readers.importing import import_rollouts
 from canopy_store.schema import TABLES
-from canopy_store.upkeep.status import status
+from canopy_store.upkeep.status import made_of_runs, status
 
 # From here on small files cost a query more than what is in them.
 MANY_SHARDS = 500
@@ -190,7 +190,7 @@ def sql_command(query: str, root: str, form: str, incomplete: bool) -> None:
 @STORE
 @FORMAT
 def status_command(root: str, form: str) -> None:
-    """Show runs, rollouts, tokens, bytes, embedders, and what is incomplete.
+    """Show runs, rollouts, tokens, bytes, what was made of the runs, and what is incomplete.
 
     \b
     Example:
@@ -210,6 +210,9 @@ def status_command(root: str, form: str) -> None:
                 f"{shards:,} shards of less than a MiB: queries are quicker once they are few: "
                 f"canopy compact --store {root}"
             )
+        for kind, rows in made_of_runs(there).group_by("kind", maintain_order=True):
+            names = (f"{name} ({runs} of {complete} runs)" for _, name, runs, complete in rows.rows())
+            echo(f"{str(kind[0]).replace('_', ' ')}s: {', '.join(names)}")
         for row in frame.filter(~frame["complete"]).iter_rows(named=True):
             planned = row["shards_planned"] or "?"
             echo(

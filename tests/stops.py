@@ -1,11 +1,16 @@
-"""Calls that end in the middle, as if the power had gone: no file is closed, nothing is tidied up."""
+"""Calls that end in the middle, as if the power had gone, or wait there while another one runs."""
 
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
+import threading
+from collections.abc import Callable
 from pathlib import Path
+
+import pytest
 
 DRIVER = """
 import importlib, json, os, sys
@@ -69,3 +74,52 @@ def stopped(function: str, spare: Path, roots: list[Path], **more: object) -> No
         last = 1 + round(at / max(len(roots) - 1, 1) * (int(changes) - 1))
         assert ask(root, last) == ["9"], (root, last)
     process.communicate()
+
+
+def interleaved(
+    fresh: Callable[[], Path], call: Callable[[Path], object], other: Callable[[Path], object]
+) -> list[Path]:
+    """Roots on each of which ``call`` waited before another of its renames or removals of a file.
+
+    Meanwhile ``other`` runs to its end, or until it waits for a lock in turn: then both go on, side by
+    side. The last root is one on which nothing waited. Neither may raise.
+    """
+    roots = [fresh()]
+    while _waited(call, other, roots[-1], len(roots)):
+        roots.append(fresh())
+    return roots
+
+
+def _waited(
+    call: Callable[[Path], object], other: Callable[[Path], object], root: Path, before: int
+) -> bool:
+    """Whether the call came to its change of this number, and waited there for the other one."""
+    caller, errors, changes = threading.current_thread(), [], 0
+
+    def beside() -> None:
+        try:
+            other(root)
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=beside)
+
+    def waiting(real: Callable[..., object]) -> Callable[..., object]:
+        def change(*args: object, **more: object) -> object:
+            nonlocal changes
+            changes += threading.current_thread() is caller
+            if changes == before and not thread.ident:
+                thread.start()
+                thread.join(2)
+            return real(*args, **more)
+
+        return change
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("replace", "unlink"):
+            patch.setattr(os, name, waiting(getattr(os, name)))
+        call(root)
+        if thread.ident:
+            thread.join()
+    assert not errors, (root, errors)
+    return thread.ident is not None

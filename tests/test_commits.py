@@ -244,6 +244,22 @@ def test_grades_come_with_an_import(tmp_path):
     assert canopy_store.verify(root).is_empty()
 
 
+def test_answers_of_an_import_are_kept_where_nothing_says_whether_they_are_right(tmp_path):
+    """A file without ``correct`` and ``score``, and a row without either."""
+    rows = rollout_rows(lengths=(1, 2, 3))
+    answers, right = ("4", None, "5"), (True, None, None)
+    alone = [{**row, "answer": answer} for row, answer in zip(rows, answers, strict=True)]
+    with_others = [{**row, "correct": is_right} for row, is_right in zip(alone, right, strict=True)]
+    for name, given, correct in (("alone", alone, [None, None]), ("others", with_others, [True, None])):
+        import_rows(tmp_path / name, given)
+        grades = canopy_store.read(tmp_path / name, "grades").sort("sample")
+        assert grades["sample"].to_list() == [0, 2]
+        assert grades["answer"].to_list() == ["4", "5"]
+        assert grades["correct"].to_list() == correct
+        assert grades["score"].to_list() == [None, None]
+        assert canopy_store.verify(tmp_path / name).is_empty()
+
+
 def test_an_option_that_is_none_is_told_which_was_meant(tmp_path, chain):
     from canopy_store.ingest.grade import ingest_grades
     from canopy_store.ingest.rollouts import ingest_rollouts

@@ -272,6 +272,20 @@ def test_names_that_differ_by_case_alone_are_refused(tmp_path, names, said):
 # ---------------------------------------------------------------- a source is a stranger's
 
 
+def test_a_plan_that_is_not_what_its_jobs_repeated_is_refused(origin, tmp_path):
+    """It would be taken along, and settle what the next job of that name must be."""
+    source = Path(shutil.copytree(origin, tmp_path / "source"))
+    for path in sorted((source / "plans").iterdir()):
+        said = json.loads(path.read_text())
+        store.write_json(path, {**said, "settings": {**said["settings"], "planted": 1}})
+        with pytest.raises(canopy_store.DataError, match="settings are not") as error:
+            merge([source], tmp_path / "s")
+        assert "\n" not in str(error.value)
+        assert not (tmp_path / "s").exists()
+        store.write_json(path, said)
+    assert merge([source], tmp_path / "s") == [RUN]
+
+
 def test_a_source_is_checked_as_a_stranger_s(other, tmp_path):
     source = Path(shutil.copytree(other, tmp_path / "source"))
     path = store.files(source, "rollouts")[0]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import polars as pl
 import pytest
-from stops import stopped
+from stops import interleaved, stopped
 from stores import (
     RUN,
     contents,
@@ -22,6 +22,7 @@ from stores import (
 import canopy_store
 from canopy_store import store
 from canopy_store.schema import TABLES
+from canopy_store.sharing.merge import merge
 from canopy_store.upkeep.remove import remove_run, require_run
 from canopy_store.upkeep.verify import verify
 
@@ -157,3 +158,29 @@ def test_the_command(root, canopy):
     assert (code, f"{RUN} removed" in out) == (0, True)
     assert canopy_store.read(root, "runs").is_empty()
     assert canopy("rm-run", "--store", root)[0] == 2
+
+
+def test_prompts_that_a_merge_beside_it_needs_stay(tmp_path):
+    """Whichever comes first at whichever write, the prompts of the run that is merged are there."""
+    root, other = tmp_path / "s", tmp_path / "other"
+    for place, variant in ((root, "base"), (other, "sft")):
+        file = write_parquet(tmp_path / "prompts.parquet", rollout_rows(variant, prompt=["a"] * 5))
+        canopy_store.import_rollouts(place, file)
+    (mine,) = store.files(root, "prompts")
+    assert (other / mine.relative_to(root)).exists()
+    copies = (Path(shutil.copytree(root, tmp_path / str(i))) for i in range(1000))
+
+    def merges(copy: Path) -> object:
+        return merge([other], copy)
+
+    def removes(copy: Path) -> object:
+        return remove_run(copy, "f.base.t")
+
+    for call, beside in ((removes, merges), (merges, removes)):
+        *roots, last = interleaved(lambda: next(copies), call, beside)
+        assert len(roots) >= 8
+        beside(last)
+        for each in (*roots, last):
+            assert canopy_store.read(each, "runs")["run_id"].to_list() == ["f.sft.t"]
+            assert canopy_store.read(each, "prompts")["text"].to_list() == ["a"]
+        assert verify(roots[-1]).filter(~pl.col("harmless")).is_empty()

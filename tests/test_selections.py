@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from pathlib import Path
 
 import numpy as np
 import polars as pl
@@ -11,10 +13,13 @@ import reference
 from polars.testing import assert_frame_equal
 from scipy.sparse import csr_array
 from scipy.sparse.csgraph import maximum_bipartite_matching
-from stores import GOLDEN_ROLLOUTS, import_golden, rollout_rows, write_parquet
+from stops import interleaved
+from stores import GOLDEN_ROLLOUTS, enter, import_golden, rewrite, rollout_rows, write_parquet
 
 import canopy_store
 from canopy_store import ConflictError, DataError, UsageError
+from canopy_store import store as stored
+from canopy_store.upkeep.verify import verify
 
 
 @pytest.fixture
@@ -107,6 +112,39 @@ def test_later_runs_and_later_embeddings_are_taken_up(store, tmp_path):
     assert frame["n_rollouts"].to_list() == [3, 3]
     for name in ("semantic_diversity", "vendi_score"):
         assert frame[name].to_list() == pytest.approx([expected[name]] * 2, abs=1e-9)
+
+
+def test_a_selection_made_anew_beside_an_embedder_that_comes_to_it(store, tmp_path):
+    """Whichever is first at whichever write, the spectra are those of the selection as it then is."""
+    from canopy_store.store.embeddings import add_spectra, write_embeddings
+
+    root = store(rollout_rows(prompts=("p", "q"), reward=[0.1, 0.2, 0.3, 0.4, 0.5]))
+    run = "f.base.t"
+    canopy_store.select_reward(root, 0.6, name="best")
+    (rewards,) = stored.files(root, "rewards")
+    rewrite(rewards, "rewards", lambda c: c.__setitem__("reward", c["reward"][::-1]))
+    enter(root, rewards)
+    ids, samples = ["p"] * 5 + ["q"] * 5, [*range(5)] * 2
+    vectors = np.random.default_rng(0).normal(size=(10, 4))
+    files = write_embeddings(root, "e", run, 0, ids, samples, vectors)
+    stored.commit(root, "embeddings", {"embedder": "e", "run": run}, files, {})
+    copies = (Path(shutil.copytree(root, tmp_path / str(i))) for i in range(1000))
+
+    def selects(copy: Path) -> object:
+        return canopy_store.select_reward(copy, 0.6, name="best")
+
+    def embeds(copy: Path) -> None:  # as the ingest of embeddings ends
+        with stored.holding(copy, run):
+            add_spectra(copy, run)
+
+    for call, beside in ((selects, embeds), (embeds, selects)):
+        *roots, last = interleaved(lambda: next(copies), call, beside)
+        assert len(roots) >= 2
+        beside(last)
+        for each in (*roots, last):
+            spectra = canopy_store.read(each, "embedding_spectra").filter(selection="best")
+            assert spectra["samples"].to_list() == [[0, 1, 2]] * 2, each
+            assert verify(each).is_empty(), each
 
 
 def test_a_break_between_rows_and_spectra_is_mended(tmp_path):

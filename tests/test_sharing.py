@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -350,9 +351,11 @@ def test_rules_travel_and_one_that_differs_is_refused(folder, origin, shared, tm
     assert sorted(path.name for path in (tmp_path / "s" / "plans").glob("*.json")) == plans
     assert canopy_store.select_reward(tmp_path / "s", 0.7) == "reward_top_70"  # the same: nothing new
     assert verify(tmp_path / "s", deep=True).is_empty()
-    path = folder / "plans" / "selection=reward_top_70.json"
-    path.write_text(path.read_text().replace("0.7", "0.8"))
-    enter(folder, path)
+    records = store.records(folder, "selections")
+    changed = [folder / "plans" / "selection=reward_top_70.json", *(r.path(folder) for r in records)]
+    for path in changed:
+        path.write_text(re.sub('"keep": ?0.7', '"keep": 0.8', path.read_text()))
+        enter(folder, path)
     before = contents(tmp_path / "s")
     said = r"selection reward_top_70 is stored with other values: keep .stored 0.7, asked 0.8"
     with pytest.raises(canopy_store.ConflictError, match=said):
@@ -594,6 +597,24 @@ def test_a_plan_that_no_run_uses_stays_where_it_is(folder, tmp_path):
         enter(folder, path)
     assert pull(folder, tmp_path / "s") == RUNS
     assert not {f"{name}.json" for name in planted} & set(os.listdir(tmp_path / "s" / "plans"))
+
+
+def test_a_plan_that_its_job_did_not_have_is_refused(folder, tmp_path):
+    path = folder / "plans" / "selection=reward_top_70.json"
+    before = json.loads(path.read_text())
+    for settings in ({"more": 1}, {"keep": 0.1}):
+        path.write_text(json.dumps({**before, "settings": {**before["settings"], **settings}}))
+        enter(folder, path)
+        refused(folder, tmp_path, path.name, "settings are not those of commits/", *settings)
+
+
+def test_a_plan_that_only_an_import_could_use_stays_where_it_is(folder, tmp_path):
+    """Rewards that came with an import repeat none, and it would settle what a later job must do."""
+    path = folder / "plans" / "reward_model=imported.json"
+    path.write_text(json.dumps({"settings": {"reward_model": "x"}, "started_at": "2026-01-01T00:00:00"}))
+    enter(folder, path)
+    assert pull(folder, tmp_path / "s") == RUNS
+    assert not (tmp_path / "s" / "plans" / path.name).exists()
 
 
 def forge(folder: Path, kind: str, keys: dict[str, str], *names: str, **rows: int) -> None:

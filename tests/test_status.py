@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import polars as pl
@@ -11,6 +12,7 @@ from stores import RUN, as_format_1, fill, rollout_rows, write_parquet, write_pr
 
 import canopy_store
 from canopy_store import store
+from canopy_store.upkeep.status import made_of_runs
 
 
 @pytest.fixture(scope="session")
@@ -72,6 +74,45 @@ def test_an_embedder_that_is_under_way(copy):
     assert of_run(copy)["embedders"] == "E, F (2/3)"
     record.path(copy).unlink()
     assert of_run(copy)["embedders"] == "E (3/3), F (2/3)"  # not committed, if but for that
+
+
+def test_what_is_made_of_runs_is_told_with_how_many_it_covers(copy, tmp_path, canopy):
+    """Of complete runs alone, whatever its policy; and what was begun and has done none."""
+    rows = rollout_rows(reward=[0.1, 0.2, 0.3, 0.4, 0.5], embedding=[[1.0, 0.0]] * 5)
+    file = write_parquet(tmp_path / "in.parquet", rows)
+    canopy_store.import_rollouts(copy, file, reward_model="R", max_new_tokens=8)
+    (scored,) = store.records(copy, "scores")
+    again = replace(scored, keys={**scored.keys, "policy": "0" * 16})
+    files = {n.replace(scored.keys["policy"], "0" * 16): said for n, said in scored.files.items()}
+    for old, new in zip(scored.files, files, strict=True):
+        shutil.copy(copy / old, copy / new)
+    store.write_record(copy, replace(again, files=files))
+    store.plan(copy, "grader", "H", {"grader": "H"})
+    expected = {
+        ("embedder", "E"): 1,
+        ("embedder", "imported"): 1,
+        ("grader", "G"): 1,
+        ("grader", "H"): 0,
+        ("reward_model", "R"): 2,
+        ("scorer", "S"): 1,
+        ("selection", "reward_top_50"): 1,
+    }
+    assert {row[:2]: row[2:] for row in made_of_runs(copy).rows()} == {
+        key: (runs, 2) for key, runs in expected.items()
+    }
+    out = canopy("status", "--store", copy)[1]
+    for line in (
+        "embedders: E (1 of 2 runs), imported (1 of 2 runs)",
+        "graders: G (1 of 2 runs), H (0 of 2 runs)",
+        "reward models: R (2 of 2 runs)",
+        "scorers: S (1 of 2 runs)",
+        "selections: reward_top_50 (1 of 2 runs)",
+    ):
+        assert line in out.splitlines()
+    record = store.record(copy, "rollouts", run=RUN)
+    assert record is not None
+    record.path(copy).unlink()
+    assert made_of_runs(copy).filter(name="R").row(0)[2:] == (1, 1)
 
 
 def test_no_footer_of_rollouts_is_read(copy):

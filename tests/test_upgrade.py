@@ -277,6 +277,54 @@ def test_what_cannot_be_upgraded_is_one_line_and_changes_nothing(sampled, canopy
     assert not work.exists()  # what a compaction had taken out of the store
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_files_of_one_format_under_the_other_s_number_are_an_error(name, canopy, tmp_path):
+    """They would show no row, and an upgrade would take the rows of runs for what it had left behind."""
+    old = Path(shutil.copytree(DATA / name, tmp_path / "old"))
+    new = Path(shutil.copytree(DATA / name, tmp_path / "new"))
+    upgrade(new)
+    for root, right, wrong in ((old, 1, 2), (new, 2, 1)):
+        said = f"write {right} into it"
+        (root / "canopy.json").write_text(json.dumps({"version": wrong}))
+        before = contents(root)
+        for command in (
+            ["status"],
+            ["sql", "from runs"],
+            ["upgrade"],
+            ["export", "--out", tmp_path / "o"],
+        ):
+            code, _, line = canopy(*command, "--store", root)
+            assert (code, len(line.splitlines()), said in line) == (1, 1, True), line
+        code, _, line = canopy("import", DATA / "source.parquet", "--store", root)
+        assert (code, said in line) == (1, True)
+        with pytest.raises(canopy_store.StoreError, match=said):
+            canopy_store.open(root)
+        assert any(said in todo for todo in verify(root)["todo"])
+        assert contents(root) == before
+        (root / "canopy.json").write_text(json.dumps({"version": right}))
+        assert len(canopy_store.read(root, "runs")) == EXPECTED[name]["rows"]["runs"]
+
+
+def test_a_store_that_is_new_or_at_its_first_run_is_no_other_format_s(tmp_path, monkeypatch):
+    assert canopy_store.status(canopy_store.init(tmp_path / "s")).is_empty()
+    (tmp_path / "one").mkdir()
+    (tmp_path / "one" / "canopy.json").write_text('{"version": 1}')
+    assert canopy_store.status(tmp_path / "one").is_empty()
+    # what the first job writes before it commits anything; folders' names may end as files' do
+    for table, keys in (
+        ("runs", {"run": "a.parquet"}),
+        ("models", {"family": "a.parquet", "variant": "b"}),
+    ):
+        path = store.shard_path(store.folder(tmp_path / "s", table, **keys), 0)
+        path.parent.mkdir(parents=True)
+        path.write_bytes(b"")
+    assert canopy_store.status(tmp_path / "s").is_empty()
+    # once anything is committed nothing is looked for among the files
+    (tmp_path / "s" / "commits" / "rollouts").mkdir(parents=True)
+    monkeypatch.setattr("canopy_store.store.format1._has_old", lambda root: pytest.fail("looked for"))
+    assert canopy_store.status(tmp_path / "s").is_empty()
+
+
 def test_damage_is_not_upgraded(sampled, measured):
     path = sorted((sampled / "rewards").rglob("*.parquet"))[2]
     column = pq.read_metadata(path).row_group(0).column(3)

@@ -534,6 +534,35 @@ def test_half_a_job_is_harmless(copy, kind, said):
     assert problems["harmless"].all()
 
 
+def test_a_plan_that_is_not_what_its_jobs_repeated(copy):
+    """A setting more, less or other: a job that goes on under its name would be refused."""
+    plans = sorted(path.name.removesuffix(".json") for path in (copy / "plans").iterdir())
+    kinds = [name.partition("=")[0] for name in plans]
+    assert kinds == ["embedder", "grader", "reward_model", "run", "scorer", "selection"]
+    for name in plans:
+        path = copy / "plans" / f"{name}.json"
+        said = json.loads(path.read_text())
+        key = sorted(said["settings"])[0]
+        others = [{**said["settings"], "more": None}, {**said["settings"], key: "x"}]
+        for settings in (*others, {k: v for k, v in said["settings"].items() if k != key}):
+            store.write_json(path, {**said, "settings": settings})
+            problems = verify(copy).filter(~pl.col("harmless"))
+            assert len(problems) == 1, (name, settings)
+            assert "its settings are not" in problems["what"][0]
+            assert name.startswith("run=") or problems["file"][0] == f"plans/{name}.json"
+        store.write_json(path, said)
+    assert verify(copy).is_empty()
+
+
+def test_an_import_of_that_name_need_not_repeat_a_plan(copy):
+    """A job under the name made other runs' rows; that it is none of its own is said by the import."""
+    (record,) = store.records(copy, "rewards")
+    store.write_record(
+        copy, dataclasses.replace(record, settings={"reward_model": "R", "engine": "import"})
+    )
+    assert verify(copy).is_empty()
+
+
 @pytest.mark.parametrize(
     ("column", "values", "what"),
     [

@@ -188,7 +188,8 @@ def _keep(root: Path, name: str, rule: Mapping[str, Any], chosen: pl.DataFrame) 
     store.plan(root, "selection", name, dict(rule))
     for (run_id,), rows in chosen.group_by(["run_id"], maintain_order=True):
         with store.holding(root, str(run_id)):
-            _keep_run(root, name, str(run_id), rows.sort("prompt_id", "sample"), rule)
+            with store.selecting(root, str(run_id)):  # an embedder may be adding its spectra
+                _keep_run(root, name, str(run_id), rows.sort("prompt_id", "sample"), rule)
             add_spectra(root, str(run_id))
     sql.write_database(root)
     return name

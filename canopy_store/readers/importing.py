@@ -320,7 +320,7 @@ def _write(
     if "reward" in columns:
         reward = {"reward": number_column(data["reward"], "reward", names)}
         _write_known(root, "rewards", settings["reward_model"], shard, {**of_rollout, **reward}, files)
-    if {"correct", "score"} & set(columns):
+    if set(_GRADE) & set(columns):
         grade = {name: grade_column(data[name], name, names) for name in _GRADE if name in columns}
         _write_known(
             root, "grades", settings.get("grader", "imported"), shard, {**of_rollout, **grade}, files
@@ -332,7 +332,7 @@ def _write_known(
 ) -> None:
     """Writes those rows of a shard that have a value in one of the columns after the keys."""
     rows = pl.DataFrame({key: pl.Series(values) for key, values in columns.items()})
-    values = [key for key in columns if key not in ("run_id", "prompt_id", "sample", "answer")]
+    values = [key for key in columns if key not in ("run_id", "prompt_id", "sample")]
     rows = rows.filter(pl.any_horizontal(pl.col(key).is_not_null() for key in values))
     if len(rows):
         key = TABLES[table].partitions[0]
@@ -358,9 +358,7 @@ def _complete(
     names = {name: settings[name] for name in NAMES}
     model = {"family": names["family"], "variant": names["variant"], "source": settings.get("model")}
     model_id = store.add_model(root, model)
-    prompts = store.add_prompts(
-        root, settings["task"], _prompts(root, file, path, schema, settings, group)
-    )
+    asked = _prompts(root, file, path, schema, settings, group)
     for (table, name), made in files.items():
         if table != "rollouts":
             key = TABLES[table].partitions[0]
@@ -373,7 +371,9 @@ def _complete(
         "settings": store.canonical(settings),
         "versions": "{}",
     }
-    store.complete_run(root, files["rollouts", run_id], row, settings, prompts)
+    with store.waiting(root, "commit"):  # a removal must not find these prompts named by no run
+        prompts = store.add_prompts(root, settings["task"], asked)
+        store.complete_run(root, files["rollouts", run_id], row, settings, prompts)
 
 
 _PROMPT = {"prompt": "text", "messages": "messages", "reference": "reference"}

@@ -11,7 +11,7 @@ import polars as pl
 from canopy_store import store
 from canopy_store.errors import ConflictError, differences
 from canopy_store.schema import TABLES, file_columns
-from canopy_store.sharing.untrusted import Source, plan_of
+from canopy_store.sharing.untrusted import Source
 from canopy_store.store import Record
 
 # Of a run, what may differ between two ingests that gave the same rollouts.
@@ -63,8 +63,11 @@ def _names(records: Iterable[Record]) -> dict[str, set[str]]:
     """The names that records bear, under the kind of thing that each names."""
     names: dict[str, set[str]] = {}
     for record in records:
-        kind, name = plan_of(record) or ("model", "/".join(record.keys.values()))
-        names.setdefault(kind, set()).add(name)
+        table = TABLES[record.kind]
+        first, *others = record.keys.values()
+        name = "/".join([first, *others]) if table.plan is None else first
+        kind = "model" if record.kind == "models" else record.kind
+        names.setdefault(table.plan or kind, set()).add(name)
     return names
 
 

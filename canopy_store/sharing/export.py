@@ -30,7 +30,7 @@ from canopy_store.errors import DataError, StoreError, UsageError
 from canopy_store.schema import TABLES
 from canopy_store.sharing.dataset_card import describe
 from canopy_store.sharing.merge import merge_source
-from canopy_store.sharing.untrusted import check_source, checked_source, plan_of, require_sound
+from canopy_store.sharing.untrusted import check_source, checked_source, require_sound
 from canopy_store.store import Record
 from canopy_store.upkeep.verify import MANIFEST
 
@@ -209,7 +209,7 @@ def _copy_record(root: Path, out: Path, record: Record, tables: set[str], text: 
             kept = {n: rows[n] for n in rows.column_names if n not in TABLES[table].texts}
             store.write_rows(out / name, table, kept)
             files[name] = store.entry(out / name)
-    plan = plan_of(record)
+    plan = record.plan
     if plan is not None and store.exists(store.plan_path(root, *plan)):
         store.copy_file(store.plan_path(root, *plan), store.plan_path(out, *plan))
     store.write_record(out, replace(record, files=dict(sorted(files.items()))))

@@ -137,17 +137,19 @@ def _take(source: Source, root: Path, theirs: Record, trunk: Record | None) -> N
     files: Files = {} if ours is None else {name: dict(said) for name, said in ours.files.items()}
     first = max(store.fresh_number(ours), store.fresh_number(trunk))
     for table in dict.fromkeys(name.partition("/")[0] for name in theirs.files):
+        if table == "prompts" or (ours is not None and same_files(ours, theirs, table)):
+            continue
         if ours is None or not ours.of(table):
             files |= _copy(source, root, theirs, table, trunk, first)
-        elif same_files(ours, theirs, table):
-            continue
-        elif table == "prompts":
-            if prompts_add(source, root, ours, theirs):
-                files |= _copy(source, root, theirs, table, trunk, first)
         elif filled := _fill_texts(source, root, ours, theirs, table):
             files = {name: said for name, said in files.items() if name not in ours.of(table)} | filled
-    if ours is None or files != ours.files:
-        store.write_record(root, replace(ours or theirs, files=dict(sorted(files.items()))))
+    # prompts are of no run: what removes one must not find them unnamed once they were found here
+    with store.waiting(root, "commit") if theirs.of("prompts") else nullcontext():
+        same = ours is not None and same_files(ours, theirs, "prompts")
+        if not same and (ours is None or prompts_add(source, root, ours, theirs)):
+            files |= _copy(source, root, theirs, "prompts", trunk, first)
+        if ours is None or files != ours.files:
+            store.write_record(root, replace(ours or theirs, files=dict(sorted(files.items()))))
     _sweep(root, files)
 
 

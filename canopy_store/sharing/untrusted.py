@@ -69,15 +69,8 @@ class Source:
 
     def plan(self, record: Record) -> Path | None:
         """The plan of a record's job, relative to the folder; None where it has none."""
-        plan = plan_of(record)
-        path = None if plan is None else store.plan_path(Path(), *plan)
+        path = None if record.plan is None else store.plan_path(Path(), *record.plan)
         return path if path is not None and (self.folder / path).exists() else None
-
-
-def plan_of(record: Record) -> tuple[str, str] | None:
-    """Kind and name of the plan that the job of a record agreed on; None of a checkpoint."""
-    kind = TABLES[record.kind].plan
-    return None if kind is None else (kind, next(iter(record.keys.values())))
 
 
 @contextmanager

@@ -70,7 +70,7 @@ from canopy_store.store.layout import (
     shard_path,
     unquoted,
 )
-from canopy_store.store.locks import holding, lock_path, waiting
+from canopy_store.store.locks import holding, lock_paths, selecting, waiting
 from canopy_store.store.parquet import check_file, read_rows, write_rows, write_table
 from canopy_store.store.plans import plan, plans, read_plan, require_own_name
 
@@ -101,7 +101,7 @@ __all__ = [
     "is_complete",
     "locate",
     "lock",
-    "lock_path",
+    "lock_paths",
     "matching",
     "models",
     "names",
@@ -133,6 +133,7 @@ __all__ = [
     "require_regular",
     "run_row",
     "runs",
+    "selecting",
     "sha256",
     "shard_number",
     "shard_path",

@@ -56,7 +56,8 @@ def require(root: str | Path) -> Path:
     Raises
     ------
     StoreError
-        Not a store, or one written by a newer version of this package.
+        Not a store, one written by a newer version of this package, or one whose files are of another
+        format than it says.
     """
     root = locate(root)
     if not exists(root / "canopy.json"):
@@ -69,6 +70,7 @@ def require(root: str | Path) -> Path:
         )
     if version < 1:
         raise StoreError(f"{root / 'canopy.json'}: version {version} is none; take it from a copy")
+    format1.require_layout(root, version)
     return root
 
 

@@ -68,6 +68,20 @@ class Record:
         """Key and value of what the job was over, its last: a run; of other kinds a task, a corpus, …"""
         return list(self.keys.items())[-1]
 
+    @property
+    def plan(self) -> tuple[str, str] | None:
+        """Kind and name of the plan whose settings its own repeat; None where it repeats none.
+
+        That is a checkpoint's; spectra of a selection, which any job may have made that came to them;
+        and what came with an import, beside which a job of that name may have been at other runs.
+        """
+        kind = TABLES[self.kind].plan
+        if kind is None or self.kind == "embedding_spectra":
+            return None
+        if kind != "run" and self.settings.get("engine") == "import":
+            return None
+        return kind, next(iter(self.keys.values()))
+
     def of(self, table: str) -> list[str]:
         """Its files of one table, in name order."""
         start = f"{table}/"

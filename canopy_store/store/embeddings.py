@@ -13,6 +13,7 @@ from canopy_store.schema import TABLES
 from canopy_store.store.commits import Record, commit, fresh_number, record, records, remove_unnamed
 from canopy_store.store.files import exists
 from canopy_store.store.layout import content_id, folder, shard_path
+from canopy_store.store.locks import selecting
 from canopy_store.store.parquet import read_rows, write_rows
 
 
@@ -80,10 +81,13 @@ def embedding_paths(root: Path, embedder: str, run_id: str, shard: int) -> tuple
 
 def add_spectra(root: Path, run_id: str) -> None:
     """Commits the spectra that a run's selections lack, one record for each embedder and selection."""
-    selected = records(root, "selections", run=run_id)
-    for embedded in records(root, "embeddings", run=run_id) if selected else ():
-        for selection in selected:
-            _select_spectra(root, embedded, selection)
+    if not records(root, "selections", run=run_id):
+        return
+    with selecting(root, run_id):  # as they are now, and until their spectra are committed
+        selected = records(root, "selections", run=run_id)
+        for embedded in records(root, "embeddings", run=run_id):
+            for selection in selected:
+                _select_spectra(root, embedded, selection)
 
 
 def spectra_settings(selected: Record) -> dict[str, str]:

@@ -9,12 +9,15 @@ lack the columns that stand in their paths.
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from canopy_store.errors import StoreError
 from canopy_store.schema import TABLES
-from canopy_store.store.files import reaching, read_json
+from canopy_store.store.files import reaching, read_json, remote
 from canopy_store.store.layout import path_keys, unquoted
 
 _SINGLE = ("models", "runs")  # tables whose files stood in one folder
@@ -40,6 +43,48 @@ def version(root: Path) -> int:
 def is_old(root: Path) -> bool:
     """Whether the store is of format 1."""
     return version(root) == 1
+
+
+def require_layout(root: Path, said: int) -> None:
+    """Returns where a store's files stand as in the format that canopy.json says; asks for few names.
+
+    An upgrade that was stopped has files of both: it says 1 to its end, and removes the old ones last.
+
+    Raises
+    ------
+    StoreError
+        They stand as in the other one, so that no view would show a row.
+    """
+    if said == 1 and not _has_old(root) and _has_commits(root):
+        raise StoreError(
+            f"{root}: canopy.json says version 1, and the files are of version 2; take canopy.json from "
+            "a copy, or write 2 into it"
+        )
+    if said == 2 and not _has_commits(root) and _has_old(root):
+        raise StoreError(
+            f"{root}: canopy.json says version 2, and the files are of version 1; write 1 into it, and "
+            f"then: canopy upgrade --store {root}"
+        )
+
+
+def _has_old(root: Path) -> bool:
+    """Whether a run or checkpoint stands where format 1 had them: as a file, where 2 has a folder."""
+    # a folder's name has "=" in it, which is encoded in what stands behind it and in a file's name
+    return any(name.endswith(".parquet") and "=" not in name for t in _SINGLE for name in _in(root / t))
+
+
+def _has_commits(root: Path) -> bool:
+    return any(True for _ in _in(root / "commits"))
+
+
+def _in(folder: Path) -> Iterator[str]:
+    """What stands in a folder, and of a writer that is at it nothing; asked for one by one."""
+    if remote(folder):
+        with reaching(folder):
+            yield from (each.name for each in (folder.iterdir() if folder.exists() else ()))
+        return
+    with suppress(OSError), os.scandir(folder) as entries:
+        yield from (each.name for each in entries if not each.name.startswith("."))
 
 
 def partitions(table: str) -> tuple[str, ...]:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from canopy_store.errors import ConflictError, StoreError
 from canopy_store.store.files import lock, remote
 from canopy_store.store.layout import quoted
+
+_SELECTING = "selections={}"
 
 
 @contextmanager
@@ -77,6 +79,16 @@ def waiting(root: Path, name: str) -> Iterator[None]:
         yield
     finally:
         os.close(file)
+
+
+def selecting(root: Path, run_id: str) -> AbstractContextManager[None]:
+    """Waits, as `waiting`, for others that change a run's selections or spectra of these."""
+    return waiting(root, _SELECTING.format(quoted(run_id)))
+
+
+def lock_paths(root: Path, run_id: str) -> list[Path]:
+    """The files of a run's locks, which go with the run."""
+    return [lock_path(root, run_id), root / ".work" / f"{_SELECTING.format(quoted(run_id))}.lock"]
 
 
 def lock_path(root: Path, run_id: str, key: str = "run") -> Path:

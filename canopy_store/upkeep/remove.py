@@ -38,14 +38,18 @@ def remove_run(root: str | Path, run_id: str, *, without_locks: bool = False) ->
         count = _remove_records(root, run_id)
         sql.write_database(root)  # its views must list no file that goes now
         files = [path.relative_to(root).as_posix() for path in store.uncommitted(root, run_id)]
-        count += store.remove_unnamed(root, [*files, *_prompts(root, run_id)])
+        count += store.remove_unnamed(root, files)
+        # who commits a run waits for this too, and then finds its prompts there, or writes them
+        with store.waiting(root, "commit"):
+            count += store.remove_unnamed(root, _prompts(root, run_id))
         _remove_rest(root, run_id)
         plan = store.plan_path(root, "run", run_id)
         if store.exists(plan):
             count += 1
             plan.unlink()
         if not store.remote(root):
-            store.lock_path(root, run_id).unlink(missing_ok=True)
+            for lock in store.lock_paths(root, run_id):
+                lock.unlink(missing_ok=True)
     return count
 
 

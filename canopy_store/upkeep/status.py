@@ -11,6 +11,7 @@ import duckdb
 import polars as pl
 
 from canopy_store import sql, store
+from canopy_store.schema import TABLES
 
 _COLUMNS = {
     "run_id": pl.String,
@@ -63,6 +64,30 @@ def status(root: str | Path) -> pl.DataFrame:
             }
         )
     return pl.DataFrame(rows, schema=_COLUMNS)
+
+
+def made_of_runs(root: str | Path) -> pl.DataFrame:
+    """One row per embedder, scorer, reward model, grader and selection: kind, name, runs, complete.
+
+    ``runs`` counts the complete runs that it has done, whole; ``complete`` all of them. One that was
+    begun and has done none is there with 0.
+    """
+    root = store.snapshot(store.require(root))
+    runs = {record.run for record in store.records(root, "rollouts")}
+    done: dict[tuple[str, str], set[str | None]] = {}
+    of_kind: dict[str, str] = {}
+    for table in TABLES.values():
+        if table.plan is not None and table.parent == "rollouts":
+            of_kind.setdefault(table.plan, table.name)  # spectra are their embedder's
+    for kind, table_name in of_kind.items():
+        for name, _ in store.plans(root, kind):
+            done[kind, name] = set()
+        for record in store.records(root, table_name):
+            name = record.keys[TABLES[table_name].partitions[0]]
+            done.setdefault((kind, name), set()).add(record.run)
+    rows = [(kind, name, len(of & runs), len(runs)) for (kind, name), of in sorted(done.items())]
+    columns = {"kind": pl.String, "name": pl.String, "runs": pl.Int64, "complete": pl.Int64}
+    return pl.DataFrame(rows, schema=columns, orient="row")
 
 
 def _counts(root: Path) -> tuple[dict[str, tuple[int, int]], set[str]]:

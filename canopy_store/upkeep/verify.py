@@ -21,6 +21,7 @@ from canopy_store.upkeep.manifest import MANIFEST, manifest_problem, read_manife
 from canopy_store.upkeep.verify_files import File, standing
 from canopy_store.upkeep.verify_records import (
     Jobs,
+    check_plans,
     check_unnamed,
     named_files,
     place_of,
@@ -81,6 +82,7 @@ def _verify(report: Report, database: bool) -> None:
     report.standing = standing(report)
     plans = read_plans(report)
     records, orphans = read_records(report)
+    check_plans(report, records, plans)
     small, runs = _sorted_out(report, records)
     named: dict[str, Mapping[str, Any]] = {
         name: said for record in records for name, said in record.files.items()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -179,6 +179,25 @@ def read_plans(report: Report) -> Plans:
             what = str(error).removeprefix(f"{path}: ").partition("; ")[0]
             report.add(path, "", what, COPY)
     return plans
+
+
+def check_plans(report: Report, records: Iterable[store.Record], plans: Plans) -> None:
+    """Reports plans that say otherwise than the jobs that repeated them: the next one would be refused.
+
+    Those of runs are compared with the run's row.
+    """
+    told = set()
+    for record in records if report.version > 1 else ():
+        plan = record.plan
+        if plan is None or plan[0] == "run" or plan in told or plan not in plans:
+            continue
+        if plans[plan] != record.settings:
+            told.add(plan)
+            both = record.settings, plans[plan]
+            keys = {key for each in both for key in each}
+            odd = sorted(k for k in keys if any(k not in s for s in both) or both[0][k] != both[1][k])
+            what = f"its settings are not those of {place_of(report, record)}: {', '.join(odd)[:300]}"
+            report.add(store.plan_path(report.root, *plan), record.kind, what, COPY)
 
 
 # ---------------------------------------------------------------- what no record names
