@@ -403,7 +403,7 @@ TABLES: dict[str, Table] = {
             "one row per shard of a job",
             ("run_id", "kind", "name", "shard"),
             (
-                _RUN_ID,
+                _c("run_id", "VARCHAR", "The run, or what else the job was over: a task, a corpus."),
                 _c("shard", "INTEGER", "Number of the shard when the job wrote it."),
                 _c("rows", "BIGINT", "Rows that the job made."),
                 _c("tokens", "BIGINT", "Tokens sampled or read.", "tokens", False),
