@@ -6,6 +6,7 @@ import numpy as np
 import polars as pl
 import pytest
 import reference
+from scipy import stats
 from stores import EXPECTED, import_golden, rollout_rows, write_parquet
 
 import canopy_store
@@ -387,3 +388,59 @@ def test_a_prompt_without_the_value_in_one_variant_leaves_both(tmp_path):
     (expected,) = compare(apart, metrics=["rho_pearson"]).to_dicts()
     for part in ("baseline", "treated", "delta"):
         assert rho[part] == pytest.approx(expected[part], abs=1e-12)
+
+
+# ---------------------------------------------------------------- p, and when there is an interval
+
+
+def two_variants(root, tmp_path, sums, lengths=None):
+    """A store of two variants of a family: CE* sums (prompts, rollouts) of each, by variant."""
+    for variant, per_prompt in sums.items():
+        rows = [
+            {
+                **dict(zip(("family", "variant", "task"), ("f", variant, "t"), strict=True)),
+                "prompt_id": f"p{p}",
+                "sample": i,
+                "entropy": [value / n] * n,
+            }
+            for p, values in enumerate(per_prompt)
+            for i, value in enumerate(values)
+            for n in [1 if lengths is None else lengths[variant][i]]
+        ]
+        file = write_parquet(tmp_path / f"{variant}.parquet", rows)
+        canopy_store.import_rollouts(root, file, max_new_tokens=64)
+    return root
+
+
+def test_p_is_that_of_the_t_test_over_prompts(tmp_path):
+    """A bootstrap's spread is that of the drawn prompts; p makes it unbiased, which few prompts show."""
+    rng = np.random.default_rng(4)
+    sums = {"base": rng.gamma(4, 1, (4, 6)), "sft": rng.gamma(4, 1, (4, 6)) + 0.8}
+    root = two_variants(tmp_path / "s", tmp_path, sums)
+    (row,) = compare(root, metrics=["ce_star"], by="task", replicates=20_000).to_dicts()
+    exact = stats.ttest_rel(sums["sft"].mean(1), sums["base"].mean(1))
+    assert stats.t.isf(row["p"] / 2, 3) == pytest.approx(abs(exact.statistic), rel=0.02)
+    # with the prompts fixed, the rollouts of each are what varies
+    (row,) = compare(
+        root, metrics=["ce_star"], by="task", replicates=20_000, resample="rollouts"
+    ).to_dicts()
+    spread = np.sqrt(sum(s.var(1, ddof=1).sum() / 6 for s in sums.values())) / 4
+    statistic = abs((sums["sft"] - sums["base"]).mean()) / spread
+    assert stats.t.isf(row["p"] / 2, 2 * 4 * 5) == pytest.approx(statistic, rel=0.02)
+
+
+def test_replicates_of_which_many_have_no_value_give_no_spread(tmp_path):
+    """A drawn prompt without two lengths has no rho: what is left is no sample of the others."""
+    names = ["rho_pearson", "rho_kendall"]
+    for lengths, known in (((1, 1, 1, 2), False), ((1, 2, 3, 4, 5, 6, 7, 8), True)):
+        where = tmp_path / str(known)
+        where.mkdir()
+        sums = np.random.default_rng(5).gamma(4, 1, (1, len(lengths)))
+        both = dict.fromkeys(("base", "sft"), lengths)
+        root = two_variants(where / "s", where, {"base": sums, "sft": sums[:, ::-1]}, both)
+        frame = compare(root, metrics=names, by="task", resample="rollouts", replicates=400)
+        assert frame["delta"].null_count() == 0
+        for part in ("baseline", "treated", "delta"):
+            for column in (f"{part}_se", f"{part}_ci_low", f"{part}_ci_high"):
+                assert frame[column].is_not_null().to_list() == [known] * 2, column
+        assert frame["p"].is_not_null().to_list() == [known] * 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -84,6 +85,15 @@ def test_top_p_is_that_of_a_whole_sort(scale, top_p):
     weight = logits.double().masked_fill(~kept, -torch.inf).log_softmax(-1)
     entropy = torch.special.entr(weight.exp()).sum(-1)
     assert found.entropy().numpy() == pytest.approx(entropy.numpy(), abs=2e-5)
+
+
+@pytest.mark.parametrize("tokens", [2, 4, 64])
+def test_top_p_stops_at_the_token_that_reaches_it(tokens):
+    """Halves and quarters are exact: what comes before the next token is top-p itself."""
+    for kept in {1, tokens // 2}:
+        policy = sampling_policy(torch.zeros(1, tokens), 1.0, 0, kept / tokens)
+        assert int((policy.logprobs > -torch.inf).sum()) == kept
+        assert float(policy.entropy()) == pytest.approx(math.log(kept), abs=1e-6)
 
 
 def test_width_follows_from_the_budget():
