@@ -14,6 +14,8 @@ from canopy_store import sql, store
 from canopy_store.commands import analysis as cli_analysis
 from canopy_store.commands import ingest as cli_ingest
 from canopy_store.commands import sharing as cli_sharing
+from canopy_store.commands.completion import add_completions
+from canopy_store.commands.demo import demo_command
 from canopy_store.commands.query import sql_command
 from canopy_store.commands.shared import FORMAT, STORE, bar, echo, print_rows, require_ingest
 from canopy_store.errors import CanopyError
@@ -187,6 +189,9 @@ def status_command(root: str, form: str) -> None:
 def completion(shell: str) -> None:
     """Print the completion script for SHELL.
 
+    It completes commands, options, metrics and files; and where --store stands before them in the line,
+    or CANOPY_STORE is set, the runs, variants, tasks, selections and embedders of that store.
+
     \b
     Example:
       eval "$(canopy completion bash)"
@@ -199,6 +204,7 @@ def completion(shell: str) -> None:
 
 
 for command in (
+    demo_command,
     sql_command,
     cli_analysis.select,
     cli_analysis.compare_command,
@@ -216,6 +222,7 @@ for command in (
     cli_sharing.upgrade_command,
 ):
     cli.add_command(command)
+add_completions(cli)
 
 
 def main(arguments: list[str] | None = None) -> int:

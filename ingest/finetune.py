@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import shutil
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -119,6 +120,7 @@ def finetune(
     steps : optimiser steps; by default what ``epochs`` (1) passes over the data take
     batch_size, max_length : sequences a step, tokens a sequence at most
     learning_rate : its peak; linear warm-up over the first 5% of the steps, then linear to 0
+    show_progress : tells on stderr how far it is: a bar on a terminal, elsewhere a line now and then
     dtype : of the weights while they are trained, by default float32; on cuda the float32 forward
         pass runs in bfloat16
 
@@ -296,13 +298,7 @@ def _train(
     order = _epochs(len(sequences), seed)
     losses: list[float] = []
     model.train()
-    for step in track(
-        range(steps),
-        "fine-tuning",
-        console=Console(stderr=True),
-        transient=True,
-        disable=not show_progress,
-    ):
+    for step in _steps(steps, losses, show_progress):
         batch = [sequences[i] for i in itertools.islice(order, batch_size)]
         with half:
             loss = model(**{k: v.to(device) for k, v in _pad(batch).items()}).loss
@@ -319,6 +315,30 @@ def _train(
             )
     model.eval()
     return sum(losses[-8:]) / len(losses[-8:])
+
+
+_TELL_EVERY = 10.0  # seconds
+
+
+def _steps(steps: int, losses: list[float], show: bool) -> Iterator[int]:
+    """The steps, in order; a bar on a terminal, elsewhere a line now and then, tell how far it is."""
+    console = Console(stderr=True)
+    if not show or console.is_terminal:
+        yield from track(range(steps), "training", console=console, transient=True, disable=not show)
+        return
+    started = told = time.perf_counter()
+    for step in range(steps):
+        yield step
+        passed = time.perf_counter() - started
+        if started + passed - told >= _TELL_EVERY:
+            told = started + passed
+            left = passed / (step + 1) * (steps - step - 1)
+            print(
+                f"training: step {step + 1} of {steps}, loss {losses[-1]:.2f}, {passed:.0f} s, about "
+                f"{left:.0f} s left",
+                file=sys.stderr,
+                flush=True,
+            )
 
 
 def _epochs(n: int, seed: int) -> Iterator[int]:

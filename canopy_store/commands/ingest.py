@@ -5,7 +5,6 @@ What can be wrong in a call is told before torch is imported, which takes longer
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -393,7 +392,7 @@ def finetune_command(
         variant=variant,
         parent=parent,
         treatment=treatment,
-        show_progress=sys.stderr.isatty(),
+        show_progress=True,
         **options,
     )
     echo(f"{out}: {model_id}, now in {root}")
