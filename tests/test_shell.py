@@ -127,7 +127,6 @@ def test_a_shell_on_no_store_is_refused(tmp_path):
     assert "no store here" in err
 
 
-@pytest.mark.skipif(shutil.which("duckdb") is None, reason="DuckDB's own shell is not installed")
 def test_duckdbs_own_shell_opens_the_stores_files_and_no_other(root, tmp_path):
     outside = tmp_path / "outside.csv"
     outside.write_text("a\n1\n")
@@ -140,6 +139,7 @@ def test_duckdbs_own_shell_opens_the_stores_files_and_no_other(root, tmp_path):
         ],
         *("--store", root, "--shell", "duckdb"),
         TERM="xterm",
+        PATH=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
     )
     assert "1008" in shown
     assert shown.count("Permission Error") == 2
