@@ -1,6 +1,6 @@
 """Makes the example store that ships with the package, canopy_store/example.zip: python demo/example.py
 
-Rollouts of SmolLM2-135M-Instruct and of the fine-tuned child that demo_real.py makes, on three tasks,
+Rollouts of SmolLM2-135M-Instruct and of the fine-tuned child that demo_real.py makes, on two tasks,
 embedded, and exported as a dataset. The weights are de-quantised from 4 bits. Everything follows from
 the seed, but for times, and for last bits on another machine. A second run resumes.
 """
@@ -16,7 +16,7 @@ import steps
 from demo_real import save_base
 
 ARCHIVE = steps.ROOT / "canopy_store" / "example.zip"
-TASKS = ("coding", "math", "stories")
+TASKS = ("math", "stories")
 SYSTEM = "Answer in one short sentence."
 
 

@@ -132,13 +132,12 @@ def test_duckdbs_own_shell_opens_the_stores_files_and_no_other(root, tmp_path):
     outside.write_text("a\n1\n")
     shown = typed(
         [
-            "select count(*) + 1000 from runs;\r",
-            f"from '{outside}';\r",
-            f"copy (select 1) to '{tmp_path / 'x.parquet'}';\r",
-            ".quit\r",
+            "select count(*) + 1000 from runs;\n",
+            f"from '{outside}';\n",
+            f"copy (select 1) to '{tmp_path / 'x.parquet'}';\n",
+            ".quit\n",
         ],
         *("--store", root, "--shell", "duckdb"),
-        TERM="xterm",
         PATH=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
     )
     assert "1008" in shown

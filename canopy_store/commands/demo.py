@@ -24,7 +24,7 @@ _METRICS = (
 def demo_command(out: str) -> None:
     """Open an example store and write a report on it; needs no model, no torch and no network.
 
-    The store holds rollouts of SmolLM2-135M-Instruct and of a fine-tuned child of it on three tasks.
+    The store holds rollouts of SmolLM2-135M-Instruct and of a fine-tuned child of it on two tasks.
 
     \b
     Example:

@@ -16,7 +16,7 @@ from canopy_store.errors import StoreError
 def unpack_example(root: str | Path) -> Path:
     """The path of a store that holds the example, made if it is missing, whole or not at all.
 
-    Rollouts of SmolLM2-135M-Instruct and a fine-tuned child of it on three tasks, with embeddings. Its
+    Rollouts of SmolLM2-135M-Instruct and a fine-tuned child of it on two tasks, with embeddings. Its
     README.md says what is in it and under which licence.
 
     Raises
