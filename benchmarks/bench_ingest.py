@@ -80,7 +80,7 @@ def generate(model: Any, prompts: list[list[int]], end: int, samples: int, steps
 
 
 def policy(end: int, steps: int, width: int) -> Any:
-    from canopy_store.ingest.sample import Sampling
+    from canopy_store.ingest.draw import Sampling
 
     return Sampling(1.0, 100, 1.0, steps, (end,), 0, width)
 

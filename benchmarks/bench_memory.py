@@ -28,7 +28,8 @@ def measure(case: tuple[bool, int, int, int, int, int]) -> tuple[float, float]:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from canopy_store.ingest.sample import Job, Sampling, footprint, sample_prompts, uniforms
+    from canopy_store.ingest.draw import Job, Sampling, uniforms
+    from canopy_store.ingest.sample import footprint, sample_prompts
 
     torch.set_num_threads(1)
     share, vocabulary, top_k, length, width, steps = case

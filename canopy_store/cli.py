@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-import textwrap
-from collections.abc import Iterable
 from typing import Any
 
 import click
@@ -16,10 +14,12 @@ from canopy_store import sql, store
 from canopy_store.commands import analysis as cli_analysis
 from canopy_store.commands import ingest as cli_ingest
 from canopy_store.commands import sharing as cli_sharing
+from canopy_store.commands.completion import add_completions
+from canopy_store.commands.demo import demo_command
+from canopy_store.commands.query import sql_command
 from canopy_store.commands.shared import FORMAT, STORE, bar, echo, print_rows, require_ingest
 from canopy_store.errors import CanopyError
 from canopy_store.readers.importing import import_rollouts
-from canopy_store.schema import TABLES
 from canopy_store.upkeep.status import made_of_runs, status
 
 # From here on small files cost a query more than what is in them.
@@ -147,45 +147,6 @@ def import_command(source: str, root: str, tokenizer: str | None, **options: Any
     echo(f"{root}: {done} rollouts in {len(runs)} runs: {', '.join(runs)}")
 
 
-def _listed(title: str, names: Iterable[str]) -> str:
-    indent = " " * 9
-    return textwrap.fill(f"{title:9}" + ", ".join(names), 98, subsequent_indent=indent)
-
-
-_SQL_HELP = f"""
-Run a DuckDB QUERY over the store's tables and views; nothing else can be read or written.
-
-\b
-{_listed("Views:", sql.VIEWS)}
-{_listed("Tables:", TABLES)}
-Macro:   vendi_score(eigenvalues, q)
-
-\b
-Examples:
-  canopy sql "select family, variant, task, ce_star, rho_pearson from model_metrics" --store S
-  canopy sql "from panel" --store S --format csv > panel.csv
-  canopy sql "describe prompt_metrics" --store S
-"""
-
-
-@cli.command("sql", help=_SQL_HELP)
-@click.argument("query")
-@STORE
-@FORMAT
-@click.option("--incomplete", is_flag=True, help="Also show rollouts of incomplete runs.")
-def sql_command(query: str, root: str, form: str, incomplete: bool) -> None:
-    def ask() -> None:
-        with sql.connect(root, incomplete=incomplete) as con:
-            relation = con.sql(query)
-            if relation is not None:
-                print_rows(relation, form)
-
-    try:
-        sql.again(ask)
-    except duckdb.Error as error:
-        raise sql.explain(error) from None
-
-
 @cli.command("status")
 @STORE
 @FORMAT
@@ -231,6 +192,9 @@ def status_command(root: str, form: str) -> None:
 def completion(shell: str) -> None:
     """Print the completion script for SHELL.
 
+    It completes commands, options, metrics and files; and where --store stands before them in the line,
+    or CANOPY_STORE is set, the runs, variants, tasks, selections and embedders of that store.
+
     \b
     Example:
       eval "$(canopy completion bash)"
@@ -243,6 +207,8 @@ def completion(shell: str) -> None:
 
 
 for command in (
+    demo_command,
+    sql_command,
     cli_analysis.select,
     cli_analysis.compare_command,
     cli_analysis.power_command,
@@ -259,6 +225,7 @@ for command in (
     cli_sharing.upgrade_command,
 ):
     cli.add_command(command)
+add_completions(cli)
 
 
 def main(arguments: list[str] | None = None) -> int:

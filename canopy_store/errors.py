@@ -47,4 +47,10 @@ class FitError(CanopyError):
 def differences(stored: Mapping[str, Any], asked: Mapping[str, Any]) -> str:
     """One clause per setting that differs: ``temperature (stored 1.0, asked 0.7)``."""
     keys = [k for k in {**stored, **asked} if stored.get(k) != asked.get(k)]
-    return ", ".join(f"{k} (stored {stored.get(k)!r}, asked {asked.get(k)!r})" for k in keys)
+    return ", ".join(f"{k} (stored {_short(stored.get(k))}, asked {_short(asked.get(k))})" for k in keys)
+
+
+def _short(value: Any) -> str:
+    """A value as it is written, cut where it is long: a setting may be a whole text."""
+    text = repr(value)
+    return text if len(text) <= 120 else f"{text[:117]}…"

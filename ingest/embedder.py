@@ -17,6 +17,7 @@ from sentence_transformers.util import import_from_string
 from canopy_store import store
 from canopy_store.errors import CanopyError, StoreError
 from canopy_store.ingest import models
+from canopy_store.ingest.sources import check_embedder, resolve_model
 
 _READ = (".json", ".safetensors", ".gguf", ".txt", ".model", ".jinja")  # what an embedder is loaded from
 _PICKLED = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
@@ -50,9 +51,8 @@ def open_embedder(source: str, device: str | None = None) -> tuple[SentenceTrans
     StoreError
         Nothing to load there, or something that must not be loaded; names the file.
     """
-    path = models.resolve_model(source)
-    if not path.is_dir():
-        raise StoreError(f"{path}: an embedder is a folder of sentence-transformers")
+    path = resolve_model(source)
+    check_embedder(path)
     path = path.resolve()
     models.quiet()
     with _told_in_a_line(path):
@@ -88,7 +88,7 @@ def _told_in_a_line(path: Path) -> Iterator[None]:
 
 def weights_sha256(source: str) -> str:
     """One hash over the weight files alone, by which stores made before ``files_sha256`` know them."""
-    weights = sorted(models.resolve_model(source).rglob("*.safetensors"))
+    weights = sorted(resolve_model(source).rglob("*.safetensors"))
     return store.content_id([store.sha256(file) for file in weights])
 
 

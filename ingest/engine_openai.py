@@ -18,10 +18,11 @@ from anyio.from_thread import start_blocking_portal
 
 from canopy_store.errors import DataError, UsageError
 from canopy_store.ingest import models
+from canopy_store.ingest.draw import Job, Rollout, Sampling
 from canopy_store.ingest.engines import Engine
 from canopy_store.ingest.openai_client import Server
 from canopy_store.ingest.progress import Progress
-from canopy_store.ingest.sample import Job, Rollout, Sampling
+from canopy_store.ingest.sources import resolve_model
 from canopy_store.ingest.tokenizer import load_tokenizer
 from canopy_store.readers import get
 from canopy_store.readers.openai_logprobs import LoggedToken, check_ids, logged_tokens, token_table
@@ -67,7 +68,7 @@ def open_model(
     listed = server.models()
     served = _served(server, [entry["id"] for entry in listed], served_model)
     entry = next((e for e in listed if e["id"] == served), {})
-    path = models.resolve_model(source)
+    path = resolve_model(source)
     tokenizer, config = load_tokenizer(source), models.read_config(path)
     ends = tuple(models.end_token_ids(config, tokenizer))
     windows = [models.context_window(config), entry.get("max_model_len")]

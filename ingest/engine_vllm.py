@@ -12,9 +12,10 @@ import transformers
 
 from canopy_store.errors import StoreError, UsageError
 from canopy_store.ingest import models
+from canopy_store.ingest.draw import Job, Rollout, Sampling
 from canopy_store.ingest.engines import Engine
 from canopy_store.ingest.progress import Progress
-from canopy_store.ingest.sample import Job, Rollout, Sampling
+from canopy_store.ingest.sources import resolve_model
 from canopy_store.ingest.tokenizer import load_tokenizer
 
 
@@ -38,7 +39,7 @@ def open_model(source: str, dtype: str | None = None) -> Engine:
             f"--engine vllm needs vLLM ({error}): pip install 'canopy-store[ingest,vllm]' in an "
             "environment of its own"
         ) from None
-    path = models.resolve_model(source)
+    path = resolve_model(source)
     dtype = dtype or models.default_dtype(models.default_device())
     if dtype not in models.DTYPES:
         raise UsageError(f"--dtype {dtype}: one of {', '.join(models.DTYPES)}")

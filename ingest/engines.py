@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from canopy_store.errors import UsageError
+from canopy_store.ingest.draw import Job, Rollout, Sampling
 from canopy_store.ingest.progress import Progress
-from canopy_store.ingest.sample import Job, Rollout, Sampling
 
 # The module of each engine; its function open_model(source, …) gives the Engine.
 ENGINES = {

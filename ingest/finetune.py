@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import shutil
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,9 +20,10 @@ from transformers import AutoConfig, get_linear_schedule_with_warmup
 from canopy_store import store
 from canopy_store.errors import ConflictError, DataError, StoreError, UsageError
 from canopy_store.ingest import models
+from canopy_store.ingest.sources import check_trainable, resolve_model
+from canopy_store.ingest.training_data import read_records, segments
 
 _IGNORED = -100  # the label that transformers' loss leaves out
-_FORMS = '{"messages": […]}, {"prompt": …, "completion": …} or {"text": …}'
 
 
 def finetune_child(
@@ -53,16 +55,18 @@ def finetune_child(
     DataError, StoreError, UsageError
         As for `finetune`.
     """
-    root = store.init(root)
+    root = store.place(root)
     for option, name in (("--family", family), ("--variant", variant)):
         store.check_name(option, name)
     model_id = f"{family}/{variant}"
-    if model_id in store.models(root):  # known before the training, not after it
+    stored = store.models(root) if store.exists(root / "canopy.json") else {}
+    if model_id in stored:  # told before the training, not after it
         raise ConflictError(f"model {model_id} is stored already; give another --variant")
     if (parent or f"{family}/base") == model_id:
         raise UsageError(f"--variant {variant}: a child needs another name than its parent")
     done = finetune(model, data, out, method=method, **options)
     _, tokenizer, folder = models.load_model(str(out), "cpu")  # it must load before it is named
+    root = store.init(root)
     return store.add_model(
         root,
         {
@@ -116,6 +120,7 @@ def finetune(
     steps : optimiser steps; by default what ``epochs`` (1) passes over the data take
     batch_size, max_length : sequences a step, tokens a sequence at most
     learning_rate : its peak; linear warm-up over the first 5% of the steps, then linear to 0
+    show_progress : tells on stderr how far it is: a bar on a terminal, elsewhere a line now and then
     dtype : of the weights while they are trained, by default float32; on cuda the float32 forward
         pass runs in bfloat16
 
@@ -136,9 +141,8 @@ def finetune(
     started = time.perf_counter()
     out = Path(out)
     _check_settings(out, method, steps, epochs, batch_size, learning_rate, max_length, lora_rank)
+    check_trainable(resolve_model(model))
     loaded, tokenizer, folder = models.load_model(model, device, dtype or "float32")
-    if folder.is_file():
-        raise UsageError(f"{folder}: a GGUF file cannot be trained; save it as safetensors first")
     asked = {
         "parent_sha256": models.weights_sha256(folder),
         "data_sha256": store.sha256(Path(data)),
@@ -241,16 +245,11 @@ def _read_sequences(
         raise DataError("the model has no end-of-sequence token: its child could not learn to stop")
     # of several end tokens the tokenizer's own is the one its texts end with
     end = tokenizer.eos_token_id if tokenizer.eos_token_id in ends else ends[0]
-    try:
-        lines = path.read_bytes().rstrip().split(b"\n")
-    except OSError as error:
-        raise StoreError(f"{path}: cannot be read: {error.strerror}") from None
     sequences = []
-    for number, line in enumerate(lines, 1):
-        where = f"{path}: line {number}"
+    for where, record in read_records(path):
         ids: list[int] = []
         labels: list[int] = []
-        for text, learnt, special in _segments(_read_line(line, where), tokenizer, where):
+        for text, learnt, special in segments(record, tokenizer, where):
             part = tokenizer(text, add_special_tokens=special)["input_ids"]
             ids += part
             labels += part if learnt else [_IGNORED] * len(part)
@@ -264,83 +263,6 @@ def _read_sequences(
             )
         sequences.append((ids[:max_length], labels[:max_length]))
     return sequences
-
-
-def _read_line(line: bytes, where: str) -> dict[str, Any]:
-    """A line's record, of one of the three forms."""
-    if not line.strip():
-        raise DataError(f"{where}: empty line; remove it, or write one of {_FORMS}")
-    try:
-        record = json.loads(line)
-    except (ValueError, RecursionError):
-        raise DataError(f"{where}: not JSON; mend it to one of {_FORMS}") from None
-    if not isinstance(record, dict):
-        raise DataError(f"{where}: not an object; write one of {_FORMS}")
-    if "messages" in record:
-        messages = record["messages"]
-        if not isinstance(messages, list) or not all(
-            isinstance(m, dict) and isinstance(m.get("role"), str) and _is_text(m.get("content"))
-            for m in messages
-        ):
-            raise DataError(f"{where}: messages needs a list of {{role, content}} with text in both")
-        if "assistant" not in [m["role"] for m in messages]:
-            raise DataError(f"{where}: messages holds no assistant message to learn; add one")
-    elif not (
-        all(_is_text(record.get(key)) for key in ("prompt", "completion"))
-        or ("prompt" not in record and _is_text(record.get("text")))
-    ):
-        raise DataError(f"{where}: needs one of {_FORMS}, with something in each")
-    return record
-
-
-def _is_text(value: Any) -> bool:
-    # half a surrogate pair passes for a str but has no UTF-8
-    return isinstance(value, str) and value != "" and value == value.encode(errors="ignore").decode()
-
-
-def _segments(record: dict[str, Any], tokenizer: Any, where: str) -> list[tuple[str, bool, bool]]:
-    """Pieces of a record's text: the text, whether it is learnt, whether special tokens are added."""
-    messages = record.get("messages")
-    if "prompt" in record and messages is None:
-        if not tokenizer.chat_template:
-            return [(record["prompt"], False, True), (record["completion"], True, False)]
-        messages = [
-            {"role": "user", "content": record["prompt"]},
-            {"role": "assistant", "content": record["completion"]},
-        ]
-    if messages is None:
-        return [(record["text"], True, True)]
-    if not tokenizer.chat_template:
-        raise DataError(
-            f"{where}: messages need a chat template, and this tokenizer has none; write "
-            '{"prompt": …, "completion": …}'
-        )
-    try:
-        return [(text, learnt, False) for text, learnt in _turns(messages, tokenizer)]
-    except Exception as error:  # a template may raise anything on roles it does not know
-        reason = " ".join(str(error).split())[:120]
-        raise DataError(f"{where}: the chat template refuses it: {reason}") from None
-
-
-def _turns(messages: list[dict[str, str]], tokenizer: Any) -> list[tuple[str, bool]]:
-    """A conversation's text up to the last answer, in pieces; the assistant's are learnt."""
-
-    def render(upto: int, opening: bool = False) -> str:
-        return tokenizer.apply_chat_template(
-            messages[:upto], tokenize=False, add_generation_prompt=opening
-        )
-
-    done = ""
-    pieces: list[tuple[str, bool]] = []
-    for i in [i for i, message in enumerate(messages) if message["role"] == "assistant"]:
-        before, after = render(i, opening=True), render(i + 1)
-        if not (before.startswith(done) and after.startswith(before)):
-            # the template rewrites earlier turns, so answers cannot be told apart: learn all of it
-            return [(render(len(messages)).rstrip(), True)]
-        pieces += [(before[len(done) :], False), (after[len(before) :], True)]
-        done = after
-    # without the line break that many templates put after the end token
-    return [*pieces[:-1], (pieces[-1][0].rstrip(), True)]
 
 
 # ---------------------------------------------------------------- training
@@ -376,13 +298,7 @@ def _train(
     order = _epochs(len(sequences), seed)
     losses: list[float] = []
     model.train()
-    for step in track(
-        range(steps),
-        "fine-tuning",
-        console=Console(stderr=True),
-        transient=True,
-        disable=not show_progress,
-    ):
+    for step in _steps(steps, losses, show_progress):
         batch = [sequences[i] for i in itertools.islice(order, batch_size)]
         with half:
             loss = model(**{k: v.to(device) for k, v in _pad(batch).items()}).loss
@@ -399,6 +315,30 @@ def _train(
             )
     model.eval()
     return sum(losses[-8:]) / len(losses[-8:])
+
+
+_TELL_EVERY = 10.0  # seconds
+
+
+def _steps(steps: int, losses: list[float], show: bool) -> Iterator[int]:
+    """The steps, in order; a bar on a terminal, elsewhere a line now and then, tell how far it is."""
+    console = Console(stderr=True)
+    if not show or console.is_terminal:
+        yield from track(range(steps), "training", console=console, transient=True, disable=not show)
+        return
+    started = told = time.perf_counter()
+    for step in range(steps):
+        yield step
+        passed = time.perf_counter() - started
+        if started + passed - told >= _TELL_EVERY:
+            told = started + passed
+            left = passed / (step + 1) * (steps - step - 1)
+            print(
+                f"training: step {step + 1} of {steps}, loss {losses[-1]:.2f}, {passed:.0f} s, about "
+                f"{left:.0f} s left",
+                file=sys.stderr,
+                flush=True,
+            )
 
 
 def _epochs(n: int, seed: int) -> Iterator[int]:

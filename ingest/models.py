@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,6 +13,7 @@ from transformers.utils import logging as transformers_logging
 
 from canopy_store import store
 from canopy_store.errors import StoreError, UsageError
+from canopy_store.ingest.sources import check_model, resolve_model
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -34,49 +34,6 @@ def quiet() -> None:
     """Keeps transformers from writing over the progress bar."""
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-
-
-def short_name(source: str) -> str:
-    """What a model goes by in the store: the last part of its path, hub id or package."""
-    return source.rstrip("/").rpartition("/")[2].rpartition(":")[2]
-
-
-def resolve_model(source: str, revision: str | None = None) -> Path:
-    """The local folder or GGUF file behind ``source``.
-
-    ``package:NAME`` is the folder an installed package names MODEL_DIR; anything that is not a path
-    is a hub id, fetched or found in the hub's cache.
-
-    Raises
-    ------
-    StoreError
-        It is neither here nor on the hub.
-    """
-    if source.startswith("package:"):
-        name = source.removeprefix("package:")
-        try:
-            return Path(importlib.import_module(name).MODEL_DIR)
-        except (ImportError, AttributeError):
-            raise StoreError(f"{source}: no installed package of this name holds a model") from None
-    path = Path(source).expanduser()
-    if path.exists():
-        return path.resolve()
-    if source.count("/") != 1 or source.startswith((".", "/", "~")):
-        raise StoreError(f"{source}: no such folder or file")
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    try:
-        return Path(
-            snapshot_download(
-                source,
-                revision=revision,
-                allow_patterns=["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"],
-            )
-        )
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:120]
-        raise StoreError(f"{source}: no local folder, and not found on the hub ({reason})") from None
 
 
 def load_model(
@@ -100,15 +57,10 @@ def load_model(
         raise UsageError(f"--dtype {dtype}: one of {', '.join(DTYPES)}")
     quiet()
     kwargs: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True}
+    check_model(path)
     folder = path
     if path.is_file():
-        if path.suffix != ".gguf":
-            raise StoreError(f"{path}: a model is a folder or a .gguf file")
         folder, kwargs["gguf_file"] = path.parent, path.name
-    elif not list(path.glob("*.safetensors")):
-        pickled = list(path.glob("*.bin")) + list(path.glob("*.pt")) + list(path.glob("*.pth"))
-        what = f"only pickled weights ({pickled[0].name})" if pickled else "no *.safetensors"
-        raise StoreError(f"{path}: {what}; save it with save_pretrained first")
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, **kwargs)
         if "gguf_file" not in kwargs:

@@ -1,21 +1,31 @@
-"""Prompts from a JSONL file: {"text": …}, {"prompt": …} or {"messages": [{"role", "content"}, …]}."""
+"""Prompts from a file: JSONL of {"text": …}, {"prompt": …} or {"messages": [{"role", "content"}, …]};
+or CSV or Parquet with columns of these names."""
 
 from __future__ import annotations
 
+import csv
+import io
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from canopy_store import store
-from canopy_store.errors import DataError, StoreError, UsageError
+from canopy_store.errors import DataError, StoreError
+
+_COLUMNS = ("text", "prompt", "messages", "prompt_id", "id", "reference", "source", "license")
+_DELIMITERS = {".csv": ",", ".tsv": "\t"}
+_Placed = Iterator[tuple[int, str, dict[str, Any]]]
 
 
 def read_prompts(path: str | Path, limit: int | None = None) -> list[dict[str, Any]]:
-    """The prompts of a JSONL file, in order: prompt_id, text or messages (JSON), source, license,
-    reference, line.
+    """The prompts of a file, in order: prompt_id, text or messages (JSON), source, license, reference,
+    line.
 
-    A line's own ``prompt_id`` is kept, as text; otherwise the id is a hash of the content. Blank lines
-    at the end are allowed, elsewhere not: a blank line among prompts is a sign of a damaged file.
+    What the file is follows from its name: .csv, .tsv or .parquet, whose columns are named like the keys
+    of a JSONL line (and may say id for prompt_id), else JSONL. A prompt's own ``prompt_id`` is kept, as
+    text; otherwise the id is a hash of the content. Blank lines at the end are allowed, elsewhere not: a
+    blank line among prompts is a sign of a damaged file.
 
     Raises
     ------
@@ -25,21 +35,25 @@ def read_prompts(path: str | Path, limit: int | None = None) -> list[dict[str, A
         A line that is no prompt, or one prompt twice; names file and line.
     """
     path = Path(path)
-    try:
-        lines = path.read_bytes().split(b"\n")
-    except OSError as error:
-        raise StoreError(f"{path}: cannot be read: {error.strerror}") from None
-    while lines and not lines[-1].strip():
-        lines.pop()
+    kind = path.suffix.lower()
+    if kind == ".parquet":
+        records = _parquet_records(path)
+    else:
+        try:
+            content = path.read_bytes()
+        except OSError as error:
+            raise StoreError(f"{path}: cannot be read: {error.strerror}") from None
+        table = kind in _DELIMITERS
+        records = _csv_records(path, content) if table else _jsonl_records(path, content)
     prompts: list[dict[str, Any]] = []
-    seen: dict[str, int] = {}
-    for number, line in enumerate(lines, 1):
-        prompt = _read_prompt(line, f"{path}: line {number}")
+    seen: dict[str, tuple[int, str]] = {}
+    for number, where, record in records:
+        prompt = _prompt(record, where)
         prompt["line"] = number
-        earlier = seen.setdefault(prompt["prompt_id"], number)
+        earlier, first = seen.setdefault(prompt["prompt_id"], (number, where))
         if earlier != number:
             raise DataError(
-                f"{path}: line {number}: the same prompt as line {earlier}; remove one "
+                f"{where}: the same prompt as {first.removeprefix(f'{path}: ')}; remove one "
                 "(more rollouts of a prompt: --samples)"
             )
         prompts.append(prompt)
@@ -48,14 +62,105 @@ def read_prompts(path: str | Path, limit: int | None = None) -> list[dict[str, A
     return prompts[:limit]
 
 
-def _read_prompt(line: bytes, where: str) -> dict[str, Any]:
-    if not line.strip():
-        raise DataError(f"{where}: empty line; remove it")
+def _jsonl_records(path: Path, content: bytes) -> _Placed:
+    """Number, place and object of each line."""
+    lines = content.split(b"\n")
+    while lines and not lines[-1].strip():
+        lines.pop()
+    for number, line in enumerate(lines, 1):
+        where = f"{path}: line {number}"
+        if not line.strip():
+            raise DataError(f"{where}: empty line; remove it")
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            reason = error.msg if isinstance(error, json.JSONDecodeError) else "not UTF-8 JSON"
+            raise DataError(
+                f'{where}: not JSON ({reason}); write {{"text": "…"}}, or name a CSV file .csv'
+            ) from None
+        yield number, where, record
+
+
+def _csv_records(path: Path, content: bytes) -> _Placed:
+    """Number, place and values of each row after the header; an empty cell is no value."""
     try:
-        record = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        reason = error.msg if isinstance(error, json.JSONDecodeError) else "not UTF-8 JSON"
-        raise DataError(f"{where}: not JSON ({reason})") from None
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content[: error.start].count(b"\n") + 1
+        raise DataError(f"{path}: line {line}: not UTF-8; save the file as UTF-8") from None
+    rows = csv.reader(io.StringIO(text, newline=""), delimiter=_DELIMITERS[path.suffix.lower()])
+    names: list[str] | None = None
+    line = 1
+    while True:
+        try:
+            row = next(rows)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            raise DataError(f"{path}: line {line}: not CSV ({error})") from None
+        where = f"{path}: line {line}"  # that a row begins on: a quoted cell may have several
+        number, line = line, rows.line_num + 1
+        if names is None:
+            names = [name.strip() for name in row]
+            _check_columns(names, where)
+        elif not any(cell.strip() for cell in row):
+            if any(any(cell.strip() for cell in rest) for rest in rows):
+                raise DataError(f"{where}: empty line; remove it")
+            return
+        elif len(row) != len(names):
+            raise DataError(
+                f"{where}: {len(row)} cells, and the header has {len(names)}; put a cell with a "
+                "comma or a line break in double quotes"
+            )
+        else:
+            yield number, where, _record(dict(zip(names, row, strict=True)), where)
+
+
+def _parquet_records(path: Path) -> _Placed:
+    """Number, place and values of each row."""
+    import polars as pl
+
+    try:
+        frame = pl.read_parquet(path)
+    except OSError as error:
+        raise StoreError(f"{path}: cannot be read: {error.strerror or error}") from None
+    except pl.exceptions.PolarsError as error:
+        reason = " ".join(str(error).split())[:150]
+        raise DataError(f"{path}: not a readable Parquet file ({reason})") from None
+    _check_columns(frame.columns, str(path))
+    for number, row in enumerate(frame.iter_rows(named=True), 1):
+        where = f"{path}: row {number}"
+        yield number, where, _record(row, where)
+
+
+def _check_columns(names: list[str], where: str) -> None:
+    if not {"text", "prompt", "messages"} & set(names):
+        shown = ", ".join(name[:30] for name in names[:8]) or "none"
+        raise DataError(
+            f"{where}: needs a column text (or prompt, or messages), and its columns are {shown}; "
+            "rename the one that holds the prompts"
+        )
+    twice = next((name for name in _COLUMNS if names.count(name) > 1), None)
+    if twice or {"prompt_id", "id"} <= set(names):
+        raise DataError(f"{where}: column {twice or 'prompt_id or id'} twice; remove one")
+
+
+def _record(row: dict[str, Any], where: str) -> dict[str, Any]:
+    """The object of a JSONL line that says what a row of a table does."""
+    record = {name: row[name] for name in _COLUMNS if row.get(name) not in (None, "")}
+    if "id" in record:
+        record["prompt_id"] = record.pop("id")
+    if isinstance(record.get("messages"), str):
+        try:
+            record["messages"] = json.loads(record["messages"])
+        except (ValueError, RecursionError):
+            raise DataError(
+                f"{where}: messages is not JSON; write a list of {{role, content}}"
+            ) from None
+    return record
+
+
+def _prompt(record: Any, where: str) -> dict[str, Any]:
     if not isinstance(record, dict):
         raise DataError(f'{where}: needs an object such as {{"text": "…"}}')
     messages = record.get("messages")
@@ -108,32 +213,3 @@ def _optional_text(record: dict[str, Any], key: str, where: str) -> str | None:
     if value is not None and not isinstance(value, str):
         raise DataError(f"{where}: {key} needs text")
     return value
-
-
-def render(prompt: dict[str, Any], tokenizer: Any, rendering: str, where: str) -> list[int]:
-    """A prompt's token ids, through the tokenizer's chat template or as plain text.
-
-    Raises
-    ------
-    UsageError
-        Chat asked of a tokenizer without a template.
-    DataError
-        Several messages where plain text is asked for, or a prompt of no tokens.
-    """
-    messages = json.loads(prompt["messages"]) if prompt["messages"] else None
-    if rendering == "chat":
-        if not getattr(tokenizer, "chat_template", None):
-            raise UsageError("--template chat: the tokenizer has no chat template; use plain")
-        messages = messages or [{"role": "user", "content": prompt["text"]}]
-        try:
-            text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        except Exception as error:  # a template may raise anything on roles it does not know
-            raise DataError(f"{where}: the chat template refuses it: {error}") from None
-        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    else:
-        if messages and len(messages) > 1:
-            raise DataError(f"{where}: several messages need --template chat, or a text")
-        ids = tokenizer(messages[0]["content"] if messages else prompt["text"])["input_ids"]
-    if not ids:
-        raise DataError(f"{where}: the tokenizer makes no token of it")
-    return [int(i) for i in ids]

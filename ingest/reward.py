@@ -16,6 +16,7 @@ from canopy_store.errors import DataError, StoreError, UsageError
 from canopy_store.ingest import models
 from canopy_store.ingest.jobs import Columns, Job, Unit, rollout_groups, run_job
 from canopy_store.ingest.progress import Progress
+from canopy_store.ingest.sources import resolve_model, short_name
 
 
 def ingest_rewards(root: str | Path, model: str, **options: Any) -> str:
@@ -59,8 +60,8 @@ def open_rewards(
 ) -> Job:
     """The job of `ingest_rewards`, its model loaded."""
     root = store.writable(root)
-    path = models.resolve_model(model)
-    name = name or models.short_name(model)
+    path = resolve_model(model)
+    name = name or short_name(model)
     scorer, tokenizer = _load(path, device, dtype)
     labels = scorer.config.num_labels
     if label is None and labels > 1:

@@ -10,13 +10,15 @@ from typing import Any
 
 from canopy_store import sql, store
 from canopy_store.errors import ConflictError, DataError, UsageError
+from canopy_store.ingest.draw import Job as Draw
+from canopy_store.ingest.draw import Rollout, Sampling, uniforms
 from canopy_store.ingest.engines import Engine, open_engine
 from canopy_store.ingest.jobs import EXECUTORS, Columns, Group, Job, Unit, run_job
 from canopy_store.ingest.progress import Progress
-from canopy_store.ingest.prompts import read_prompts, render
-from canopy_store.ingest.sample import Job as Draw
-from canopy_store.ingest.sample import Rollout, Sampling, uniforms
+from canopy_store.ingest.prompts import read_prompts
+from canopy_store.ingest.rendering import read_context, render
 from canopy_store.ingest.settings import Checkpoint, Draws, Runner, Source, sort_options
+from canopy_store.ingest.sources import check_model, resolve_model
 from canopy_store.store.rollouts import write_shard
 
 __all__ = ["EXECUTORS", "ingest_rollouts", "open_rollouts"]
@@ -59,8 +61,11 @@ def open_rollouts(
     run_id = run or f"{checkpoint.family}.{checkpoint.variant}.{source.task}"
     store.check_name("--run", run_id)
     listed = read_prompts(source.prompts, source.limit)
-    root = store.init(root)
+    context = read_context(source.system, source.examples)
+    root = store.place(root)
     _check_references(root, source, listed)
+    # told before torch takes its seconds to import; a server has the weights of its model itself
+    check_model(resolve_model(checkpoint.model), weights=runner.engine != "openai")
     engine = open_engine(
         runner.engine,
         checkpoint.model,
@@ -72,7 +77,7 @@ def open_rollouts(
         template = "chat" if getattr(engine.tokenizer, "chat_template", None) else "plain"
     for prompt in listed:
         line = f"{source.prompts}: line {prompt['line']}"
-        prompt["token_ids"] = render(prompt, engine.tokenizer, template, line)
+        prompt["token_ids"] = render(prompt, engine.tokenizer, template, line, context)
     _check_window(engine.window, source.prompts, listed, draws.max_new_tokens)
     if draws.temperature == 0:
         progress.say("temperature 0 is greedy: every rollout of a prompt is the same, entropy 0")
@@ -87,6 +92,7 @@ def open_rollouts(
         "weights_sha256": engine.checkpoint["weights_sha256"],
         "prompts_sha256": store.content_id([[p["prompt_id"], p["token_ids"]] for p in listed]),
         "template": template,
+        **context.settings(),
         "n_prompts": len(listed),
         "n_samples": draws.samples,
         "max_new_tokens": draws.max_new_tokens,
@@ -105,6 +111,7 @@ def open_rollouts(
     elif draws.batch_size or draws.memory:
         raise UsageError(f"--batch-size, --memory: --engine {runner.engine} decides the width itself")
     hyperparameters = checkpoint.hyperparameters
+    root = store.init(root)  # not before: what is refused leaves no empty store
     model_id = store.add_model(
         root,
         {
@@ -156,7 +163,8 @@ def open_rollouts(
 
 def _check_references(root: Path, source: Source, listed: list[dict[str, Any]]) -> None:
     """Raises ConflictError where a prompt is stored with another reference: grades go by one."""
-    stored = sql.prompts(root) if any(p["reference"] is not None for p in listed) else {}
+    answered = any(p["reference"] is not None for p in listed)
+    stored = sql.prompts(root) if answered and store.exists(root / "canopy.json") else {}
     for prompt in listed:
         known = stored.get((source.task, prompt["prompt_id"]), {}).get("reference")
         if known is not None and prompt["reference"] not in (None, known):

@@ -13,11 +13,13 @@ import pyarrow as pa
 from canopy_store import sql, store
 from canopy_store.errors import DataError, UsageError
 from canopy_store.ingest import models
+from canopy_store.ingest.draw import Sampling
 from canopy_store.ingest.jobs import Columns, Group, Job, Unit, rollout_groups, run_job
 from canopy_store.ingest.progress import Progress
-from canopy_store.ingest.prompts import read_prompts, render
-from canopy_store.ingest.sample import Sampling
+from canopy_store.ingest.prompts import read_prompts
+from canopy_store.ingest.rendering import context_of, render
 from canopy_store.ingest.settings import check_policy
+from canopy_store.ingest.sources import short_name
 from canopy_store.ingest.teacher_forcing import score_tokens
 from canopy_store.store.rollouts import stop_entropy
 
@@ -87,7 +89,7 @@ def open_scores(
     weights = models.weights_sha256(path)
     known = _read_store(root, prompts)
     same = sorted(m for m, row in known.models.items() if row["weights_sha256"] == weights)
-    name = name or (same[0] if same else models.short_name(scorer))
+    name = name or (same[0] if same else short_name(scorer))
     theirs = known.models.get(name, {}).get("weights_sha256")
     if theirs and theirs != weights:
         raise UsageError(f"--name {name}: {name} is stored with other weights than {path} has")
@@ -248,7 +250,8 @@ def _prompt_ids(
                 f"{where}: prompt {prompt_id}: the store has no text of it to score after; name the "
                 "file of the prompts with --prompts"
             )
-        rendered[prompt_id] = render(prompt, tokenizer, rendering, f"{where}: prompt {prompt_id}")
+        place = f"{where}: prompt {prompt_id}"
+        rendered[prompt_id] = render(prompt, tokenizer, rendering, place, context_of(run))
     asked = run.get("prompts_sha256")
     if template == "run" and asked and store.content_id([[*p] for p in rendered.items()]) != asked:
         raise DataError(

@@ -45,15 +45,18 @@ class Source:
     Parameters
     ----------
     task : their task's name
-    prompts : their JSONL file
+    prompts : their file: JSONL, CSV or Parquet
     limit : only the first so many
     template : chat, plain, or auto (chat where the tokenizer has a template)
+    system, examples : what stands before each, as of `rendering.read_context`
     """
 
     task: str
     prompts: str | Path
     limit: int | None = None
     template: str = "auto"
+    system: str | None = None
+    examples: str | Path | None = None
 
     def __post_init__(self) -> None:
         store.check_name("--task", self.task)

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 
 from canopy_store.errors import DataError
+from canopy_store.ingest.draw import Sampling
 from canopy_store.ingest.policy import Policy, sampling_policy
-from canopy_store.ingest.sample import Sampling
 
 
 @torch.inference_mode()

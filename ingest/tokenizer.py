@@ -7,7 +7,8 @@ from typing import Any
 from transformers import AutoTokenizer
 
 from canopy_store.errors import StoreError
-from canopy_store.ingest.models import quiet, resolve_model
+from canopy_store.ingest.models import quiet
+from canopy_store.ingest.sources import resolve_model
 
 
 def load_tokenizer(source: str) -> Any:

@@ -167,22 +167,27 @@ def write_database(root: str | Path) -> Path | None:
     # of two that finish at once, the later one must have seen what the earlier one committed
     with store.waiting(root, "canopy.duckdb"), tempfile.TemporaryDirectory(prefix="canopy-") as scratch:
         fresh = Path(scratch) / "canopy.duckdb"
-        con = duckdb.connect()
-        try:
-            con.execute(f"attach '{_literal(str(fresh))}' as canopy (storage_version 'v1.2.0')")
-            con.execute("use canopy")
-            con.execute(_no_files())
-            _create_views(con, root, shown_files(root), relative=True)
-            _comment(con)
-            con.execute("use memory")
-            con.execute("detach canopy")
-        except duckdb.Error as error:
-            raise explain(error) from None
-        finally:
-            con.close()
+        make_database(fresh, root, shown_files(root))
         with store.replacing(path) as file:
             file.write(fresh.read_bytes())
     return path
+
+
+def make_database(path: Path, root: Path, shown: dict[str, list[str]]) -> None:
+    """Writes a new database of views on the files ``shown``, for a shell in the store's folder."""
+    con = duckdb.connect()
+    try:
+        con.execute(f"attach '{_literal(str(path))}' as canopy (storage_version 'v1.2.0')")
+        con.execute("use canopy")
+        con.execute(_no_files())
+        _create_views(con, root, shown, relative=True)
+        _comment(con)
+        con.execute("use memory")
+        con.execute("detach canopy")
+    except duckdb.Error as error:
+        raise explain(error) from None
+    finally:
+        con.close()
 
 
 # Views are bound as they are made. Those of canopy.duckdb are bound to this in place of files, which

@@ -73,8 +73,9 @@ def test_twenty_thousand_rollouts_match_the_closed_form(tmp_path, chain, canopy,
 
 @pytest.mark.parametrize("width", [1, 3, 32, 500])
 def test_every_width_matches_the_closed_form(chain, width):
+    from canopy_store.ingest.draw import Job, Sampling, uniforms
     from canopy_store.ingest.models import load_model
-    from canopy_store.ingest.sample import Job, Sampling, sample_prompts, uniforms
+    from canopy_store.ingest.sample import sample_prompts
 
     model, _, _ = load_model(str(chain), "cpu", "float32")
     n = 150 if width == 1 else 500

@@ -215,7 +215,7 @@ def test_other_end_tokens(tmp_path, chain, canopy):
 
 def test_a_model_called_by_its_hub_id(tmp_path, chain, monkeypatch):
     """The hub is out of reach in tests: its cache stands in, laid out as huggingface_hub lays it."""
-    from canopy_store.ingest.models import resolve_model
+    from canopy_store.ingest.sources import resolve_model
 
     cache = tmp_path / "cache"
     snapshot = cache / "models--lab--chain" / "snapshots" / ("a" * 40)

@@ -16,8 +16,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 from canopy_store.errors import DataError
 from canopy_store.ingest import policy, sample, shared_prompt
+from canopy_store.ingest.draw import Job, Sampling, uniforms
 from canopy_store.ingest.policy import sampling_policy
-from canopy_store.ingest.sample import Job, Sampling, sample_prompts, uniforms, width_for
+from canopy_store.ingest.sample import sample_prompts, width_for
 
 SMALL = {
     "vocab_size": 61,
@@ -194,7 +195,8 @@ LIMITED = """
 import resource, sys, torch
 from pathlib import Path
 from transformers import LlamaConfig, LlamaForCausalLM
-from canopy_store.ingest.sample import Job, Sampling, sample_prompts, uniforms
+from canopy_store.ingest.draw import Job, Sampling, uniforms
+from canopy_store.ingest.sample import sample_prompts
 torch.set_num_threads(1)
 torch.manual_seed(0)
 model = LlamaForCausalLM(LlamaConfig(

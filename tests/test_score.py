@@ -29,9 +29,9 @@ from transformers import (
 )
 
 import canopy_store
+from canopy_store.ingest.draw import Sampling
 from canopy_store.ingest.progress import Progress
 from canopy_store.ingest.rollouts import ingest_rollouts
-from canopy_store.ingest.sample import Sampling
 from canopy_store.ingest.score import ingest_scores
 from canopy_store.ingest.teacher_forcing import score_tokens
 

@@ -9,7 +9,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from canopy_store.errors import CanopyError
 from canopy_store.ingest import shared_prompt
-from canopy_store.ingest.sample import Job, Sampling, sample_prompts, uniforms
+from canopy_store.ingest.draw import Job, Sampling, uniforms
+from canopy_store.ingest.sample import sample_prompts
 
 SIZE = {
     "vocab_size": 61,

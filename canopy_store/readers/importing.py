@@ -13,7 +13,7 @@ from typing import Any
 
 import polars as pl
 import pyarrow as pa
-import pyarrow.dataset as ds
+import pyarrow.compute as pc
 
 from canopy_store import readers, sql, store
 from canopy_store.errors import DataError, UsageError
@@ -262,7 +262,7 @@ def _shards(group: pl.DataFrame) -> Iterator[pl.DataFrame]:
 
 def _of(settings: dict[str, Any]) -> Any:
     """The filter of a run's rows."""
-    family, variant, task = (ds.field(name) == settings[name] for name in NAMES)
+    family, variant, task = (pc.field(name) == settings[name] for name in NAMES)
     return family & variant & task
 
 
@@ -276,10 +276,12 @@ def _write(
     rows: pl.DataFrame,
     files: _Files,
 ) -> None:
+    import pyarrow.dataset as ds  # brings pandas along, which takes as long as all else
+
     run_id = settings["run_id"]
     where = store.folder(root, "rollouts", run=run_id, **{k: settings[k] for k in NAMES})
     store.remove_leftovers(where)
-    wanted = ds.field("prompt_id").isin(rows["key"].unique().to_list()) & _of(settings)
+    wanted = pc.field("prompt_id").isin(rows["key"].unique().to_list()) & _of(settings)
     with decoding(path):
         data = ds.dataset(file).to_table(columns=columns, filter=wanted)
         data.validate(full=True)
@@ -388,6 +390,8 @@ def _prompts(
     group: pl.DataFrame,
 ) -> list[dict[str, Any]]:
     """The prompts of a run, with what the source says of them."""
+    import pyarrow.dataset as ds
+
     said: dict[str, dict[str, Any]] = {}
     given = [name for name in _PROMPT if name in schema.names]
     if given:

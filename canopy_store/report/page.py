@@ -56,7 +56,7 @@ def write_report(
         No such selection, embedder or run, or several runs of one model and task: name the ones to
         compare with ``runs``.
     UsageError
-        Several embedders and none named, or the extra 'report' is not installed.
+        Several embedders and none named, or what draws the charts is not installed.
     """
     if explorer_rollouts < 0:
         raise UsageError(f"explorer_rollouts {explorer_rollouts}: needs at least 0")
@@ -182,6 +182,6 @@ def _vl_convert() -> Any:
         import vl_convert
     except ModuleNotFoundError as error:
         raise UsageError(
-            f"the report needs {error.name}: install it with: pip install 'canopy-store[report]'"
+            f"the report needs {error.name}: install it with: pip install altair vl-convert-python"
         ) from None
     return vl_convert

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,25 @@ def init(root: str | Path) -> Path:
     Raises
     ------
     StoreError
-        A folder of something else, or a store of another format.
+        As `place`.
+    """
+    root = place(root)
+    if exists(root / "canopy.json"):
+        return root
+    if not remote(root):
+        with writing(root):
+            root.mkdir(parents=True, exist_ok=True)
+    write_json(root / "canopy.json", {"format": "canopy_store", "version": FORMAT_VERSION})
+    return root
+
+
+def place(root: str | Path) -> Path:
+    """The path of a store to be written to, or of where `init` may make one; makes nothing.
+
+    Raises
+    ------
+    StoreError
+        A folder of something else, one that cannot be written, or a store of another format.
     """
     root = locate(root)
     if exists(root / "canopy.json"):
@@ -44,9 +63,9 @@ def init(root: str | Path) -> Path:
         if foreign and not exists(root / "canopy.json"):  # or another job has made it meanwhile
             raise StoreError(f"{root}: not a store and not an empty folder; choose another --store")
     if not remote(root):
-        with writing(root):
-            root.mkdir(parents=True, exist_ok=True)
-    write_json(root / "canopy.json", {"format": "canopy_store", "version": FORMAT_VERSION})
+        above = next(folder for folder in [root, *root.absolute().parents] if folder.exists())
+        if not (above.is_dir() and os.access(above, os.W_OK)):
+            raise StoreError(f"{root}: {above} is no folder to write in; choose another --store")
     return root
 
 

@@ -1,0 +1,62 @@
+"""What is asked of an engine, and what it gives: known without torch, which takes seconds to import."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """What decides a run's rollouts, beside the model and the prompts."""
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    max_new_tokens: int = 256
+    end_ids: tuple[int, ...] = ()
+    top_logprobs: int = 0
+    width: int = 32
+
+    @property
+    def is_model(self) -> bool:
+        """Whether the policy is the model's own softmax: temperature 1, all tokens kept."""
+        return self.temperature == 1 and self.top_k == 0 and self.top_p == 1
+
+
+@dataclass
+class Rollout:
+    """One rollout: token ids, and per step logprob, entropy, eos_logprob (nats, float32).
+
+    What an engine does not give exactly is None, and then in every rollout of one call.
+    """
+
+    sample: int
+    token_ids: np.ndarray | None
+    logprob: np.ndarray | None
+    entropy: np.ndarray | None
+    eos_logprob: np.ndarray | None
+    finish_reason: str
+    top_token_ids: np.ndarray | list[list[int]] | None = None
+    top_logprobs: np.ndarray | list[list[float]] | None = None
+    text: str | None = None  # where None, token_ids are decoded
+    n_tokens: int | None = None  # where none of the lists is known
+
+
+def uniforms(run_id: str, seed: int, prompt_id: str, sample: int, steps: int) -> np.ndarray:
+    """The random numbers (steps,) of one rollout, in [0, 1): they follow from these ids alone."""
+    key = hashlib.sha256(f"{run_id}\0{seed}\0{prompt_id}\0{sample}".encode()).digest()[:16]
+    return np.random.Generator(np.random.Philox(key=int.from_bytes(key, "little"))).random(steps)
+
+
+@dataclass
+class Job:
+    """A prompt's rollouts to sample: token ids, sample numbers, their uniforms, its name in errors."""
+
+    prompt_ids: list[int]
+    samples: Sequence[int]
+    draw: Callable[[int], np.ndarray]
+    name: str = "prompt"
