@@ -143,8 +143,6 @@ def compare(
         An unknown metric or setting, a horizon above a cap, or several embedders and none named.
     """
     _check(by, resample, replicates, confidence, interval)
-    if horizon is not None and resample != "prompts":
-        raise UsageError(f"--resample {resample}: not with --horizon")
     with sql.connect(root) as con:
         prompts, embedder = prompt_rows(
             con,
@@ -165,7 +163,9 @@ def compare(
             texts = con.sql("select task, prompt_id, text from prompts").pl()
             names = _metrics(metrics, prompts, "prompts")
             return prompt_changes(prompts, models, names, baseline=baseline, texts=texts)
-        kernels = rollouts_of(con, prompts, selection, embedder) if resample != "prompts" else {}
+        kernels = {}
+        if resample != "prompts":
+            kernels = rollouts_of(con, prompts, selection, embedder, horizon)
     return compare_prompts(
         prompts,
         models,

@@ -14,6 +14,7 @@ from canopy_store.analysis.bootstrap import Rollouts
 from canopy_store.analysis.comparable import comparable, view_rows
 from canopy_store.analysis.likeness import run_settings
 from canopy_store.analysis.rarefaction import at_common_m
+from canopy_store.errors import UsageError
 from canopy_store.sql.connection import Connection
 
 _RUN_COLUMNS = ("n_tokens", "entropy_sum", "surprisal_sum", "entropy_rate", "cut")
@@ -52,9 +53,8 @@ def prompt_rows(
     ``rarefied_to`` and ``vendi_reason`` (`at_common_m`), ``selection_rule`` ('reward', 'lengths', NULL)
     and, with ``seeds``, ``checkpoint``.
     """
-    view = "prompt_metrics" if horizon is None else f"prompt_metrics_at({int(horizon)})"
     rows, embedder = comparable(
-        view_rows(con, view),
+        view_rows(con, _at("prompt_metrics", horizon)),
         root,
         selection=selection,
         embedder=embedder,
@@ -73,6 +73,14 @@ def prompt_rows(
     return rows.with_columns(selection_rule=rule), embedder
 
 
+def _at(view: str, horizon: int | None) -> str:
+    if horizon is None:
+        return view
+    if horizon < 1:
+        raise UsageError(f"--horizon {horizon}: needs 1 token or more")
+    return f"{view}_at({int(horizon)})"
+
+
 def _selection_rule(root: str | Path, selection: str) -> str | None:
     path = store.plan_path(store.require(root), "selection", selection)
     if selection == "all" or not store.exists(path):
@@ -81,15 +89,20 @@ def _selection_rule(root: str | Path, selection: str) -> str | None:
 
 
 def rollouts_of(
-    con: Connection, prompts: pl.DataFrame, selection: str, embedder: str
+    con: Connection,
+    prompts: pl.DataFrame,
+    selection: str,
+    embedder: str,
+    horizon: int | None = None,
 ) -> dict[tuple[str, str], Rollouts]:
     """The rollouts of each run and prompt, with kernels where the run has embeddings by the embedder."""
     runs = prompts.select("run_id", "embedder").unique().sort("run_id")
+    view = _at("rollout_metrics", horizon)
     frame = con.sql(
         "with chosen as (select unnest($runs) as run_id, unnest($embedders) as embedder) "
         "select m.run_id, m.prompt_id, m.n_tokens, m.entropy_sum, m.surprisal_sum, m.entropy_rate, "
         "(m.finish_reason = 'length')::double as cut, e.embedding "
-        "from rollout_metrics m join chosen using (run_id, embedder) "
+        f"from {view} m join chosen using (run_id, embedder) "
         "left join embeddings e on e.run_id = m.run_id and e.prompt_id = m.prompt_id "
         "and e.sample = m.sample and e.embedder = m.embedder and e.embedder = $embedder "
         "where m.selection = $selection order by m.sample",
