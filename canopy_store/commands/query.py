@@ -19,6 +19,7 @@ from canopy_store import sql, store
 from canopy_store.commands.shared import FORMAT, STORE, echo, print_rows
 from canopy_store.errors import CanopyError, UsageError
 from canopy_store.schema import TABLES
+from canopy_store.sql.horizon import AT_HORIZON
 
 
 def _listed(title: str, names: Iterable[str]) -> str:
@@ -34,12 +35,14 @@ Without a QUERY, statements are read from standard input; at a terminal a shell 
 \b
 {_listed("Views:", sql.VIEWS)}
 {_listed("Tables:", TABLES)}
-Macro:   vendi_score(eigenvalues, q)
+{_listed("Macros:", ("vendi_score(eigenvalues, q)", *(f"{n}_at(horizon)" for n in AT_HORIZON)))}
+         NAME_at(horizon) is NAME as if every rollout had been cut at its first `horizon` tokens.
 
 \b
 Examples:
   canopy sql "select family, variant, task, ce_star, rho_pearson from model_metrics" --store S
   canopy sql "from panel" --store S --format csv > panel.csv
+  canopy sql "select run_id, ce_star from model_metrics_at(64)" --store S
   canopy sql "describe prompt_metrics" --store S
   canopy sql --store S < report.sql
   canopy sql --store S
