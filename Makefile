@@ -4,6 +4,7 @@
 #   make demo-real  the same job on SmolLM2-135M-Instruct and a fine-tuned child
 #   make bench, make bench-ingest   the benchmarks of docs/performance.md
 #   make faults     what docs/reliability.md says of kills, full disks and flipped bytes
+#   make mutants    faults planted in code and SQL, which a test must fail on: hours, no part of make test
 #   make simulate   the simulation study of docs/measures.md
 #   make docs       docs/dictionary.md and docs/commands.md, from the code
 #   make test-vllm  the vLLM engines for real, on the CPU, in an environment of their own (3.4 GB)
@@ -17,7 +18,7 @@ TORCH ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && echo torch || echo tor
 
 SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
 
-.PHONY: install demo demo-real test test-vllm lint browser bench bench-ingest faults simulate docs clean
+.PHONY: install demo demo-real test test-vllm lint browser bench bench-ingest faults mutants simulate docs clean
 
 install: $(VENV)/.installed
 
@@ -82,6 +83,10 @@ bench-ingest: install
 # writes the table of docs/reliability.md
 faults: install
 	$(PYTHON) tests/faults.py
+
+# make mutants ARGS='--module ingest/policy.py --number 10', or ARGS='--sql kl_divergence'
+mutants: install
+	$(PYTHON) tests/mutants.py $(ARGS)
 
 simulate: install
 	$(PYTHON) benchmarks/simulation_compare.py

@@ -444,3 +444,13 @@ def test_replicates_of_which_many_have_no_value_give_no_spread(tmp_path):
             for column in (f"{part}_se", f"{part}_ci_low", f"{part}_ci_high"):
                 assert frame[column].is_not_null().to_list() == [known] * 2, column
         assert frame["p"].is_not_null().to_list() == [known] * 2
+
+
+def test_three_rollouts_a_prompt_are_too_few_for_fisher(tmp_path):
+    """Its z has the variance 1 / (n - 3): such prompts weigh nothing, as in the view."""
+    sums = {v: np.random.default_rng(i).gamma(4, 1, (4, 3)) for i, v in enumerate(("base", "sft"))}
+    lengths = dict.fromkeys(sums, (1, 2, 3))
+    root = two_variants(tmp_path / "s", tmp_path, sums, lengths)
+    names = ["rho_pearson", "rho_spearman", "rho_kendall"]
+    frame = compare(root, metrics=names, by="task", replicates=50)
+    assert frame["delta"].is_null().to_list() == [True, True, False]

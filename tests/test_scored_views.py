@@ -54,7 +54,7 @@ def test_scores_under_another_policy_complete_no_run(tmp_path, other):
 
 
 def test_divergences_and_their_errors_are_those_of_the_prompts_that_have_them(tmp_path):
-    """Pooled over four prompts, of which one is all outside the scorer's support."""
+    """Pooled over four prompts: of one all is outside the scorer's support, of another one rollout."""
     rng = np.random.default_rng(6)
     rows = rollout_rows(lengths=(2, 3, 4), prompts=("p", "q", "r", "s"))
     rows = [{**row, "logprob": (-rng.gamma(1, 1, len(row["entropy"]))).tolist()} for row in rows]
@@ -67,14 +67,16 @@ def test_divergences_and_their_errors_are_those_of_the_prompts_that_have_them(tm
         ]
         for row in rows
     }
+    logprobs["r", 0] = [-math.inf] * 2
     write_scores(root, policy, logprobs)
     crossed = np.array([-sum(steps) for steps in logprobs.values()]).reshape(4, 3)[:3]
+    crossed[2, 0] = math.nan
     ratios = crossed - np.array([-sum(row["logprob"]) for row in rows]).reshape(4, 3)[:3]
     (row,) = canopy_store.read(root, "kl_divergence").to_dicts()
-    assert (row["n_prompts"], row["n_rollouts"], row["n_outside"]) == (4, 12, 3)
+    assert (row["n_prompts"], row["n_rollouts"], row["n_outside"]) == (4, 12, 4)
     for name, values in (("cross_entropy", crossed), ("kl", ratios)):
-        per_prompt = values.std(axis=1, ddof=1) / math.sqrt(3)
-        assert row[name] == pytest.approx(values.mean(), abs=1e-6)
+        per_prompt = np.nanstd(values, axis=1, ddof=1) / np.sqrt([3, 3, 2])
+        assert row[name] == pytest.approx(np.nanmean(values, axis=1).mean(), abs=1e-6)
         assert row[f"{name}_se"] == pytest.approx(math.sqrt((per_prompt**2).sum()) / 3, abs=1e-6)
-    means = ratios.mean(axis=1)
+    means = np.nanmean(ratios, axis=1)
     assert row["kl_se_prompts"] == pytest.approx(means.std(ddof=1) / math.sqrt(3), abs=1e-6)

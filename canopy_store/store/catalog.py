@@ -89,7 +89,8 @@ def require(root: str | Path) -> Path:
         )
     if version < 1:
         raise StoreError(f"{root / 'canopy.json'}: version {version} is none; take it from a copy")
-    format1.require_layout(root, version)
+    if not remote(root):  # where each look is a request, who finds no record looks
+        format1.require_layout(root, version)
     return root
 
 

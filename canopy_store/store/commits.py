@@ -213,12 +213,13 @@ def records(root: Path, kind: str | None = None, **keys: str) -> list[Record]:
         One that cannot be read.
     """
     if format1.is_old(root):
-        return [
-            old
-            for old in (Record(*each) for each in format1.records(root))
-            if kind in (None, old.kind) and keys.items() <= old.keys.items()
-        ]
+        listed = [Record(*each) for each in format1.records(root)]
+        if not listed and remote(root):
+            format1.require_layout(root, 1)
+        return [old for old in listed if kind in (None, old.kind) and keys.items() <= old.keys.items()]
     paths = record_paths(root, kind)
+    if not paths and kind in (None, "models") and remote(root):
+        format1.require_layout(root, FORMAT_VERSION)
     if kind is not None and (above := TABLES[kind].parent) is not None:
         paths += record_paths(root, above)
     there = {_place(path, root) for path in paths}

@@ -57,6 +57,7 @@ def upgrade(
         A damaged file: nothing is upgraded until it is mended.
     """
     root = require_own(store.require(root))
+    format1.require_layout(root, format1.version(root))  # files of another format are no leftovers
     count = 0
     if format1.is_old(root):
         _require_compacted(root)

@@ -44,11 +44,11 @@ from canopy_store.upkeep.verify_runs import (
 def verify(root: str | Path, deep: bool = False, *, database: bool = True) -> pl.DataFrame:
     """One row per problem: file, table, what, todo, harmless; no row when all is well.
 
-    Records against the files that they name, their bytes and hashes; files against their schema,
-    checksums, path and MANIFEST; keys unique and leading to a row; lengths equal to n_tokens; bounds of
-    log-probabilities and entropies; sums equal to their arrays; unit embeddings; spectra; run counts;
-    the check of logged data. Rows marked harmless change no view: temporary files, files that no record
-    names, runs not complete.
+    Records against their plans and the files that they name, their bytes and hashes; files against
+    their schema, checksums, path and MANIFEST; keys unique and leading to a row; lengths equal to
+    n_tokens; bounds of log-probabilities and entropies; sums equal to their arrays; unit embeddings;
+    spectra; run counts; the check of logged data. Rows marked harmless change no view: temporary files,
+    files that no record names, runs not complete.
 
     Parameters
     ----------
