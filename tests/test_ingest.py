@@ -62,7 +62,7 @@ def smollm2() -> Path:
 
 @pytest.fixture(scope="module")
 def chat_store(tmp_path_factory, smollm2) -> tuple[Path, Path]:
-    """A store of six rollouts of SmolLM2, straight from the GGUF file in its package, and the prompts."""
+    """A store of six rollouts of SmolLM2, from the GGUF file in its package, and the prompts."""
     from canopy_store.ingest.rollouts import ingest_rollouts
 
     folder = tmp_path_factory.mktemp("chat")
