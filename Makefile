@@ -98,4 +98,4 @@ docs: install
 	$(PYTHON) docs/commands.py
 
 clean:
-	rm -rf $(VENV) $(VLLM_VENV) build dist *.egg-info demo-output demo-real-output
+	rm -rf $(VENV) $(VLLM_VENV) build dist *.egg-info demo-output demo-real-output canopy-demo

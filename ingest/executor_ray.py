@@ -76,7 +76,7 @@ def spread(
         ) from None
     if "://" not in str(root):
         root = Path(root).absolute()
-    call = (str(root), open_job, {name: _absolute(value) for name, value in options.items()})
+    call = (str(root), open_job, {name: _absolute(name, value) for name, value in options.items()})
     if ray.is_initialized():
         return _spread(ray, call, workers, progress)
     with redirect_stdout(io.StringIO()):  # where Ray tells of each dead worker, at length
@@ -87,9 +87,12 @@ def spread(
             ray.shutdown()
 
 
-def _absolute(value: Any) -> Any:
+_PLACES = ("model", "prompts", "examples", "embedder", "scorer")  # other options may look like a path
+
+
+def _absolute(name: str, value: Any) -> Any:
     """An option that names a file or folder, so that it does from any folder."""
-    if isinstance(value, (str, Path)) and (path := Path(value).expanduser()).exists():
+    if name in _PLACES and value is not None and (path := Path(value).expanduser()).exists():
         return str(path.absolute())
     return value
 

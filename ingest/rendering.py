@@ -61,13 +61,29 @@ def context_of(settings: Mapping[str, Any]) -> Context:
     return Context(settings.get("system"), tuple(settings.get("examples") or ()))
 
 
-def read_context(system: str | None, examples: str | Path | None) -> Context:
-    """The context that the options --system and --examples ask for.
+def read_system(option: str) -> str:
+    """The system message that --system asks for: the text, or @FILE for a file that holds it.
 
-    Parameters
-    ----------
-    system : the text, or @FILE for a file that holds it
-    examples : a JSONL file of {"prompt": …, "completion": …} or {"messages": […]}
+    Raises
+    ------
+    StoreError, DataError
+        A file that cannot be read, or is no text.
+    """
+    if not option.startswith("@"):
+        return option
+    path = Path(option[1:]).expanduser()
+    try:
+        return path.read_bytes().decode().rstrip("\n")
+    except OSError as error:
+        raise StoreError(f"--system @{path}: cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise DataError(f"{path}: not UTF-8 text") from None
+
+
+def read_context(system: str | None, examples: str | Path | None) -> Context:
+    """The context of a system message and a JSONL file of examples.
+
+    Its lines are {"prompt": …, "completion": …} or {"messages": […]}.
 
     Raises
     ------
@@ -78,14 +94,6 @@ def read_context(system: str | None, examples: str | Path | None) -> Context:
     UsageError
         A system message of no text.
     """
-    if system is not None and system.startswith("@"):
-        path = Path(system[1:]).expanduser()
-        try:
-            system = path.read_bytes().decode().rstrip("\n")
-        except OSError as error:
-            raise StoreError(f"--system @{path}: cannot be read: {error.strerror}") from None
-        except UnicodeDecodeError:
-            raise DataError(f"{path}: not UTF-8 text") from None
     if system is not None and not system.strip():
         raise UsageError("--system: needs a text; leave it out for none")
     return Context(system, () if examples is None else tuple(_read_examples(Path(examples))))

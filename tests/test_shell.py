@@ -164,7 +164,7 @@ def completed(line: str, **environment: str) -> list[str]:
         },
     )
     assert (done.returncode, done.stderr) == (0, ""), done.stderr
-    return [row.partition(",")[2] for row in done.stdout.splitlines()]
+    return [row.partition(",")[2] for row in done.stdout.splitlines() if row]
 
 
 @pytest.fixture(scope="module")

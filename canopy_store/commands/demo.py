@@ -24,7 +24,8 @@ _METRICS = (
 def demo_command(out: str) -> None:
     """Open an example store and write a report on it; needs no model, no torch and no network.
 
-    The store holds rollouts of SmolLM2-135M-Instruct and of a fine-tuned child of it on two tasks.
+    The store holds rollouts of SmolLM2-135M-Instruct, its weights de-quantised from 4 bits, and of a
+    fine-tuned child of it, on two tasks; they are cut at 80 tokens, which cuts most of the base's.
 
     \b
     Example:

@@ -13,7 +13,7 @@ import click
 
 from canopy_store import store
 from canopy_store.commands.shared import RUNS, STORE, bar, echo, require_ingest
-from canopy_store.ingest import sources, training_data
+from canopy_store.ingest import rendering, sources, training_data
 
 
 def _spread_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -136,7 +136,7 @@ def _model_options(command: Callable[..., Any]) -> Callable[..., Any]:
 @click.option("--run", metavar="NAME", help="Name of the run [default: family.variant.task].")
 @click.option("--parent", metavar="MODEL_ID", help="family/variant this checkpoint was made from.")
 @click.option("--treatment", metavar="NAME", help="What was done to the parent: sft, lora, dpo, …")
-def rollouts_command(root: str, model: str, **options: Any) -> None:
+def rollouts_command(root: str, model: str, system: str | None, **options: Any) -> None:
     """Sample rollouts from a model, with exact per-token statistics of the sampling policy.
 
     Every token comes with its logprob, the entropy of the distribution it was sampled from and the
@@ -157,6 +157,7 @@ def rollouts_command(root: str, model: str, **options: Any) -> None:
     require_ingest()
     from canopy_store.ingest.rollouts import ingest_rollouts
 
+    options["system"] = None if system is None else rendering.read_system(system)
     with bar("sampling") as progress:
         run = ingest_rollouts(root, model, progress=progress, **options)
     if store.is_complete(store.require(root), run):
