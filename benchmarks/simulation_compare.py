@@ -44,7 +44,7 @@ def one(rng: np.random.Generator, prompts: int, shift: float) -> list[dict]:
     level = rng.normal(2.0, 0.4, prompts)
     names = [str(p) for p in range(prompts)]
     sides = [
-        Side("r", names, prompts * SAMPLES, np.stack(bootstrap.weighted_values(columns, METRICS)))
+        Side("r", names, prompts * SAMPLES, bootstrap.weighted_values(columns, METRICS))
         for columns in (draw_side(rng, level, 0.0), draw_side(rng, level, shift))
     ]
     seed = int(rng.integers(2**32))
@@ -65,8 +65,8 @@ def truth(shift: float) -> list[float]:
     rng = np.random.default_rng(1)
     level = rng.normal(2.0, 0.4, 200_000)
     both = [draw_side(np.random.default_rng(s), level, x) for s, x in ((2, 0.0), (3, shift))]
-    sums = [np.stack(bootstrap.weighted_values(columns, METRICS)).sum(1) for columns in both]
-    base, treated = (bootstrap.pooled(top, bottom, METRICS) for top, bottom in sums)
+    sums = [bootstrap.weighted_values(columns, METRICS).sum(1) for columns in both]
+    base, treated = (bootstrap.pooled(each, METRICS) for each in sums)
     # the treatment here moves the rate alone: length and correlation do not change
     return [
         float(d) if name in ("ce_star", "entropy_rate") else 0.0

@@ -45,6 +45,7 @@ VIEWS = (
     "model_length_terciles",
     "panel",
     "logging_check",
+    "stop_check",
     "scored_rollouts",
     "cross_entropy",
     "kl_divergence",

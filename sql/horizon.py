@@ -19,6 +19,7 @@ AT_HORIZON = (
     "ce_star_decomposition",
     "panel",
     "logging_check",
+    "stop_check",
 )
 _READ = re.compile(rf"\b(from|join) ({'|'.join(AT_HORIZON)})\b")
 

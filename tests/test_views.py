@@ -33,6 +33,7 @@ KEYS = {
     "model_length_terciles": (*RUN, "embedder", "tercile"),
     "panel": (*RUN, "prompt_id", "embedder"),
     "logging_check": RUN,
+    "stop_check": RUN,
     "embedding_spectra": ("run_id", "prompt_id", "embedder", "selection"),
 }
 ORDERS = (0, 0.1, 0.5, 1, 1.5, 2, 3.7, 20, math.inf)
@@ -213,6 +214,9 @@ def expected_rows(runs: list[Run]) -> dict[str, list[dict[str, Any]]]:
                 views["eos_trajectory"].append({**key, **row})
         if "logprob" in rollouts[0]:
             views["logging_check"].append({**key, **reference.logging_check(rollouts)})
+        stopping = [r for r in rollouts if "eos_logprob" in r and "finish_reason" in r]
+        if stopping:
+            views["stop_check"].append({**key, **reference.stop_check(stopping)})
     return views
 
 

@@ -19,6 +19,8 @@ NO_EMBEDDER = "none"  # what the views write for a run without embeddings
 _EMBEDDED = (
     "semantic_diversity",
     "vendi_score",
+    "squared_similarity",
+    "diversity_number",
     "rho_length_diversity_pearson",
     "rho_length_diversity_spearman",
     "rho_length_diversity_kendall",
