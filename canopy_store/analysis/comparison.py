@@ -12,6 +12,7 @@ from canopy_store import sql
 from canopy_store.analysis import bootstrap
 from canopy_store.analysis.bootstrap import MEASURES, ROLLOUT_LEVEL, Array, Rollouts
 from canopy_store.analysis.comparable import comparable, view_rows
+from canopy_store.analysis.control_variate import with_estimates
 from canopy_store.analysis.pairing import (
     LEVELS,
     drawing,
@@ -101,6 +102,7 @@ def compare(
         prompts, embedder = comparable(
             view_rows(con, "prompt_metrics"), root, selection=selection, embedder=embedder, runs=runs
         )
+        prompts = with_estimates(con, prompts, metrics)
         models = view_rows(con, "models")
         kernels = _rollouts(con, prompts, selection, embedder) if resample != "prompts" else {}
     return compare_prompts(
