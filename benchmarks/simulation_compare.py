@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -178,11 +179,11 @@ def situations() -> None:
     print("\n| situation | CE*: change | p | marks |")
     print("|---|---|---|---|")
 
-    def show(what: str, root: Path, metric: str = "ce_star", **options: object) -> None:
+    def show(what: str, root: Path, metric: str = "ce_star", **options: Any) -> None:
         from canopy_store.analysis.words import marks
 
         try:
-            (row,) = canopy_store.compare(root, metrics=[metric], **options).to_dicts()  # type: ignore[arg-type]
+            (row,) = canopy_store.compare(root, metrics=[metric], **options).to_dicts()
         except ConflictError as error:
             print(f"| {what} | refused | | {error} |", flush=True)
             return

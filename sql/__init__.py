@@ -46,6 +46,7 @@ VIEWS = (
     "panel",
     "logging_check",
     "stop_check",
+    "truncation",
     "scored_rollouts",
     "cross_entropy",
     "kl_divergence",

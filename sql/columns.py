@@ -100,6 +100,7 @@ _PASSED = {
     "rollout_metrics": "selected_rollouts",
     "scored_rollouts": "selected_rollouts",
     "panel": "prompt_metrics",
+    "truncation": "runs",
 }
 
 
@@ -301,6 +302,22 @@ VIEW_DOCS: dict[str, tuple[Column, ...]] = {
             "the probability of ending.",
         ),
         _c("sd", "Standard deviation over rollouts of that excess."),
+    ),
+    "truncation": (
+        _count("n_rollouts", "Rollouts of the prompt in the selection."),
+        _c(
+            "truncation_rate",
+            "Share of the prompt's rollouts cut at max_new_tokens; NULL where a finish_reason is "
+            "unknown.",
+        ),
+        _c("ce_star", "CE* of prompt_metrics: of the rollouts as cut.", "nats"),
+        _c(
+            "ce_star_extrapolated",
+            "A sensitivity, and no measure: ce_star + truncation_rate times the entropy over the "
+            "probability of ending, both summed over the steps of the window's last half, as if what "
+            "comes after the cap were like it.",
+            "nats",
+        ),
     ),
     "cross_entropy": (
         _count("n_rollouts", _SCORED.format("prompt")),

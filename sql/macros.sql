@@ -50,8 +50,8 @@ create or replace macro student_p(t, n) as
         list_transform(range(0, 401), lambda i: pow(cos(atan(abs(t) / sqrt(n - 1)) * i / 400), n - 2)),
         atan(abs(t) / sqrt(n - 1)) / 400) / student_whole(n - 1.0)
     else simpson(
-        list_transform(range(0, 401), lambda i: 2 * (i * 0.0175) * exp(-((i * 0.0175) ** 2))
-            / sqrt(1 - exp(-2 * (i * 0.0175) ** 2 / (n - 1)) / (1 + t * t / (n - 1)))), 0.0175)
+        list_transform(range(0, 1001), lambda i: 2 * (i * 0.007) * exp(-((i * 0.007) ** 2))
+            / sqrt(1 - exp(-2 * (i * 0.007) ** 2 / (n - 1)) / (1 + t * t / (n - 1)))), 0.007)
         * exp(-(n - 1) / 2.0 * ln(1 + t * t / (n - 1))) / (n - 1) / student_whole(n - 1.0) end;
 
 -- The order-2 number of distinct rollouts; NULL where none resemble each other: it would be infinite.

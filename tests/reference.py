@@ -350,6 +350,50 @@ def pooled_terciles(prompts: Sequence[dict[str, dict[str, Any]]]) -> dict[str, d
     return result
 
 
+def truncation(rollouts: Sequence[dict[str, Any]], cap: int | None) -> dict[str, Any]:
+    """CE* as cut, and as the last half of the window would go on after the cap."""
+    whole = prompt_metrics(rollouts, None)
+    row = {name: whole[name] for name in ("n_rollouts", "truncation_rate", "ce_star")}
+    row |= {"max_new_tokens": cap, "ce_star_extrapolated": None}
+    if row["truncation_rate"] == 0:
+        row["ce_star_extrapolated"] = row["ce_star"]
+    elif row["truncation_rate"] is not None and cap is not None and "eos_logprob" in rollouts[0]:
+        late = [t for t in range(1, cap + 1) if t > cap / 2]
+        steps = [(stored(r["entropy"]), np.exp(stored(r["eos_logprob"]))) for r in rollouts]
+        h, q = (math.fsum(s[k][t - 1] for s in steps for t in late if t <= len(s[k])) for k in (0, 1))
+        if q > 0:
+            row["ce_star_extrapolated"] = row["ce_star"] + row["truncation_rate"] * h / q
+    return row
+
+
+def ce_star_cv(rollouts: Sequence[dict[str, Any]], cap: int | None) -> tuple[float, float] | None:
+    """CE* with a control variate for stopping, and its jackknife se: the double loop, as defined."""
+    steps = [
+        (stored(r["entropy"]), np.exp(stored(r["eos_logprob"])), r["finish_reason"] == "stop")
+        for r in rollouts
+    ]
+
+    def estimate(members: Sequence[int]) -> float:
+        values = []
+        for i in members:
+            h, q, stopped = steps[i]
+            others = [steps[j][0] for j in members if j != i]
+            everywhere = mean(math.fsum(o[t:]) for o in others for t in range(1, len(o))) or 0.0
+            value = math.fsum(h)
+            for t in range(1, len(h) + 1):
+                after = [math.fsum(o[t:]) for o in others if len(o) > t]
+                forgone = 0.0 if t == cap else (math.fsum(after) + everywhere) / (len(after) + 1)
+                value += forgone * ((stopped and t == len(h)) - q[t - 1])
+            values.append(value)
+        return mean(values)
+
+    m = len(steps)
+    if m < 2:
+        return None
+    without = np.array([estimate([i for i in range(m) if i != k]) for k in range(m)])
+    return estimate(range(m)), math.sqrt((m - 1) / m * ((without - without.mean()) ** 2).sum())
+
+
 def check_of(excess: Sequence[float]) -> dict[str, Any]:
     """Whether what must average 0 does, by Student's t."""
     n, middle = len(excess), mean(excess)

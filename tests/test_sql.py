@@ -288,6 +288,7 @@ def test_the_public_names_are_these():
         "StoreError",
         "UsageError",
         "__version__",
+        "ce_star_estimates",
         "compact",
         "compare",
         "export",
