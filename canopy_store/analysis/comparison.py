@@ -26,7 +26,8 @@ from canopy_store.analysis.pairing import (
     without_repeats,
 )
 from canopy_store.analysis.prompt_changes import prompt_changes
-from canopy_store.analysis.prompt_rows import prompt_rows, rollouts_of
+from canopy_store.analysis.prompt_rows import prompt_rows
+from canopy_store.analysis.rarefaction import rollouts_of
 from canopy_store.analysis.row_facts import RowFacts
 from canopy_store.errors import UsageError
 
