@@ -422,7 +422,7 @@ def test_a_store_of_shorter_rollouts_is_a_store_at_that_horizon():
             for _ in range(3)
         )
     )
-    with imported(runs) as whole, imported(cut(runs, 4)) as shorter:
+    with imported(runs, 12) as whole, imported(cut(runs, 4), 4) as shorter:
         for view in set(AT_HORIZON) & set(KEYS):
             found, expected = rows_of(whole, view, 4), rows_of(shorter, view)
             assert found.keys() == expected.keys()
