@@ -358,9 +358,11 @@ def truncation(rollouts: Sequence[dict[str, Any]], cap: int | None) -> dict[str,
     if row["truncation_rate"] == 0:
         row["ce_star_extrapolated"] = row["ce_star"]
     elif row["truncation_rate"] is not None and cap is not None and "eos_logprob" in rollouts[0]:
-        late = [t for t in range(1, cap + 1) if t > cap / 2]
         steps = [(stored(r["entropy"]), np.exp(stored(r["eos_logprob"]))) for r in rollouts]
-        h, q = (math.fsum(s[k][t - 1] for s in steps for t in late if t <= len(s[k])) for k in (0, 1))
+        h, q = (
+            math.fsum(s[k][t - 1] for s in steps for t in range(1, len(s[k]) + 1) if t > cap / 2)
+            for k in (0, 1)
+        )
         if q > 0:
             row["ce_star_extrapolated"] = row["ce_star"] + row["truncation_rate"] * h / q
     return row

@@ -152,7 +152,7 @@ def imported(runs: list[Run], max_new_tokens: int | None = None) -> Iterator[Any
 # --- what the views must hold ----------------------------------------------------------------------
 
 
-def expected_rows(runs: list[Run], cap: int | None = None) -> dict[str, list[dict[str, Any]]]:
+def expected_rows(runs: list[Run], caps: dict[str, int | None]) -> dict[str, list[dict[str, Any]]]:
     """Every row of every view, from the reference; of a rollout that was cut nothing is embedded."""
     views: dict[str, list[dict[str, Any]]] = {view: [] for view in KEYS}
     for run in runs:
@@ -178,7 +178,7 @@ def expected_rows(runs: list[Run], cap: int | None = None) -> dict[str, list[dic
                 )
             metrics = reference.prompt_metrics(chosen, unit)
             prompts.append(metrics)
-            cut_at = {**key, "prompt_id": prompt_id, **reference.truncation(chosen, cap)}
+            cut_at = {**key, "prompt_id": prompt_id, **reference.truncation(chosen, caps[key["run_id"]])}
             views["truncation"].append(cut_at)
             views["prompt_metrics"].append({**prompt, **metrics})
             views["panel"].append(
@@ -249,8 +249,11 @@ def rows_of(con: Any, view: str, horizon: int | None = None) -> dict[tuple, dict
 def check_every_view(con: Any, runs: list[Run], horizon: int | None = None) -> None:
     """Every view; at a horizon those that have one, against runs that were cut there."""
     wrong = []
-    caps = {horizon, *(cap for (cap,) in con.sql("select max_new_tokens from runs").fetchall())} - {None}
-    for view, rows in expected_rows(runs, min(caps, default=None)).items():
+    caps = {
+        run_id: min((c for c in (cap, horizon) if c is not None), default=None)
+        for run_id, cap in con.sql("select run_id, max_new_tokens from runs").fetchall()
+    }
+    for view, rows in expected_rows(runs, caps).items():
         if horizon is not None and view not in AT_HORIZON:
             continue
         found = rows_of(con, view, horizon)
@@ -419,7 +422,7 @@ def test_a_store_of_shorter_rollouts_is_a_store_at_that_horizon():
             for _ in range(3)
         )
     )
-    with imported(runs) as whole, imported(cut(runs, 4)) as shorter:
+    with imported(runs, 12) as whole, imported(cut(runs, 4), 4) as shorter:
         for view in set(AT_HORIZON) & set(KEYS):
             found, expected = rows_of(whole, view, 4), rows_of(shorter, view)
             assert found.keys() == expected.keys()
