@@ -12,6 +12,7 @@ from stores import refused, rollout_rows, write_parquet
 import canopy_store
 from canopy_store import ConflictError, DataError, UsageError, compare
 from canopy_store.analysis.checkpoints import two_way
+from canopy_store.analysis.comparable import store_panel
 from canopy_store.analysis.intervals import Units, adjusted, change_of_z, summary, z_of_change
 from canopy_store.analysis.likeness import differences, unrecorded
 from canopy_store.analysis.pairing import variant_order
@@ -210,6 +211,18 @@ def test_vendi_scores_are_compared_at_one_number_of_rollouts(uneven):
     assert row["treated"] == pytest.approx(stored[0], rel=1e-12)
     assert row["p"] > 0.05
     assert "at 16 rollouts a prompt" in marks(row)
+
+
+def test_the_panel_has_vendi_scores_at_one_number_of_rollouts(uneven):
+    with pytest.raises(ConflictError, match="cap"):
+        store_panel(uneven)
+    panel = store_panel(uneven, allow=["cap"])
+    scores = dict(panel.group_by("variant").agg(pl.col("vendi_score").mean()).iter_rows())
+    shares = dict(panel.group_by("variant").agg(pl.col("vendi_share").mean()).iter_rows())
+    assert scores["base"] == pytest.approx(scores["again"], rel=0.03)
+    assert shares["base"] == pytest.approx(scores["base"] / 16)
+    stored = canopy_store.read(uneven, "panel").columns
+    assert panel.columns == stored
 
 
 def test_a_vendi_score_without_embeddings_to_draw_from_is_null_and_says_why():

@@ -33,6 +33,8 @@ KEYS = {
     "model_length_terciles": (*RUN, "embedder", "tercile"),
     "panel": (*RUN, "prompt_id", "embedder"),
     "logging_check": RUN,
+    "stop_check": RUN,
+    "truncation": (*RUN, "prompt_id"),
     "embedding_spectra": ("run_id", "prompt_id", "embedder", "selection"),
 }
 ORDERS = (0, 0.1, 0.5, 1, 1.5, 2, 3.7, 20, math.inf)
@@ -150,7 +152,7 @@ def imported(runs: list[Run], max_new_tokens: int | None = None) -> Iterator[Any
 # --- what the views must hold ----------------------------------------------------------------------
 
 
-def expected_rows(runs: list[Run]) -> dict[str, list[dict[str, Any]]]:
+def expected_rows(runs: list[Run], caps: dict[str, int | None]) -> dict[str, list[dict[str, Any]]]:
     """Every row of every view, from the reference; of a rollout that was cut nothing is embedded."""
     views: dict[str, list[dict[str, Any]]] = {view: [] for view in KEYS}
     for run in runs:
@@ -176,6 +178,8 @@ def expected_rows(runs: list[Run]) -> dict[str, list[dict[str, Any]]]:
                 )
             metrics = reference.prompt_metrics(chosen, unit)
             prompts.append(metrics)
+            cut_at = {**key, "prompt_id": prompt_id, **reference.truncation(chosen, caps[key["run_id"]])}
+            views["truncation"].append(cut_at)
             views["prompt_metrics"].append({**prompt, **metrics})
             views["panel"].append(
                 {
@@ -213,6 +217,9 @@ def expected_rows(runs: list[Run]) -> dict[str, list[dict[str, Any]]]:
                 views["eos_trajectory"].append({**key, **row})
         if "logprob" in rollouts[0]:
             views["logging_check"].append({**key, **reference.logging_check(rollouts)})
+        stopping = [r for r in rollouts if "eos_logprob" in r and "finish_reason" in r]
+        if stopping:
+            views["stop_check"].append({**key, **reference.stop_check(stopping)})
     return views
 
 
@@ -242,7 +249,11 @@ def rows_of(con: Any, view: str, horizon: int | None = None) -> dict[tuple, dict
 def check_every_view(con: Any, runs: list[Run], horizon: int | None = None) -> None:
     """Every view; at a horizon those that have one, against runs that were cut there."""
     wrong = []
-    for view, rows in expected_rows(runs).items():
+    caps = {
+        run_id: min((c for c in (cap, horizon) if c is not None), default=None)
+        for run_id, cap in con.sql("select run_id, max_new_tokens from runs").fetchall()
+    }
+    for view, rows in expected_rows(runs, caps).items():
         if horizon is not None and view not in AT_HORIZON:
             continue
         found = rows_of(con, view, horizon)
@@ -411,7 +422,7 @@ def test_a_store_of_shorter_rollouts_is_a_store_at_that_horizon():
             for _ in range(3)
         )
     )
-    with imported(runs) as whole, imported(cut(runs, 4)) as shorter:
+    with imported(runs, 12) as whole, imported(cut(runs, 4), 4) as shorter:
         for view in set(AT_HORIZON) & set(KEYS):
             found, expected = rows_of(whole, view, 4), rows_of(shorter, view)
             assert found.keys() == expected.keys()

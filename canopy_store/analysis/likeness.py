@@ -20,6 +20,7 @@ SETTINGS = {
     "rendering": "rendering",
     "template": "template",
 }
+ADDED = ("cap", "allowed", "unrecorded")  # columns that `require_alike` gives rows
 _OF_THE_TEMPLATE = ("template_sha256", "system", "examples")  # in the settings of a run
 _TOLD = 3  # cells that an error names
 

@@ -48,7 +48,8 @@ def select_reward_command(root: str, keep: float, **options: Any) -> None:
 def select_lengths_command(root: str, **options: Any) -> None:
     """Pair rollouts of two variants by length, within each prompt; what has no partner is left out.
 
-    A comparison on the selection holds length fixed.
+    A comparison on the selection conditions on length, an outcome that a treatment changes too: what it
+    finds is no effect of the treatment by itself.
 
     \b
     Example:

@@ -356,7 +356,8 @@ def tables(facts: Facts) -> list[dict[str, Any]]:
             "Logging",
             "Were entropies and samples logged from one distribution?",
             "If the entropies came from another distribution than the one that was sampled, z would "
-            "not look standard normal; ok means |z| ≤ 5. Runs without log-probabilities are not listed.",
+            "not look standard normal; ok means p ≥ 5.7e-7, which is |z| ≤ 5 over many rollouts. Runs "
+            "without log-probabilities are not listed.",
             "logging_check",
             _logging(facts),
         ),
