@@ -1,25 +1,33 @@
 """One Vega-Lite chart a function: the same specification draws the page and the PDF and SVG files.
 
 Data come in as rows; names out of the store are only ever data, never part of an expression. Widths
-are those of the files: the page fits them to the window.
+are those of the files: the page fits them to the window. A colour is a variant, the same in every chart
+and beside its name on the page: gray the baseline, a hue each of the others. Nothing else is coloured.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import altair as alt
 import polars as pl
 
-# Okabe and Ito's palette, which people with colour-blindness tell apart; the baseline takes the first.
-_LIGHT = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#777777"]
-_DARK = ["#56B4E9", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#F0E442", "#AAAAAA"]
-_LENGTH_PIECES = {"E[N] · E[r]": "#56B4E9", "covariance of N and r": "#E69F00"}
-_STOP_PIECES = {"content": "#009E73", "when to stop": "#CC79A7"}
-_FAMILIES = ["#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#D55E00", "#0072B2"]
+# Hues that people with colour-blindness tell apart, after Okabe and Ito; the baseline takes the gray.
+_LIGHT = ["#757d86", "#0072B2", "#D55E00", "#009E73", "#A4508F", "#8C5A2B", "#3F51B5", "#00838F"]
+_DARK = ["#a0a7af", "#56B4E9", "#FF8A3D", "#2CC594", "#DD95CF", "#C99A6A", "#97A3F0", "#4FC3CF"]
+_LENGTH_PIECES = ("E[N] · E[r]", "covariance of N and r")
+_STOP_PIECES = ("content", "when to stop")
 FONT = "Avenir Next, Segoe UI, Helvetica Neue, Arial, Liberation Sans, sans-serif"
+
+# Lines of at most 22 characters, broken after a space or a sign where there is one: names are long, and
+# a label that is cut off names nothing. The other width is that of the title of a small chart.
+_LINES = (
+    "split(trim(replace(datum.label, regexp('(.{{1,{n}}}$|.{{1,{n}}}[ _·/.,-]|.{{1,{n}}})', 'g'), '$1\n')), '\n')"
+)
+_WRAPPED, _WRAPPED_WIDE = _LINES.format(n=22), _LINES.format(n=40)
+_WRAP = 22
 
 _ROWS = alt.NamedData("rows")
 Spec = dict[str, Any]
@@ -42,7 +50,7 @@ def config(dark: bool = False) -> dict[str, Any]:
             "ticks": False,
             "labelPadding": 6,
             "titlePadding": 10,
-            "labelLimit": 150,
+            "labelLimit": 170,
         },
         "legend": {
             **labels,
@@ -53,7 +61,6 @@ def config(dark: bool = False) -> dict[str, Any]:
             "labelLimit": 180,
             "offset": 14,
             "columnPadding": 18,
-            "symbolOpacity": 1,
         },
         "header": {
             "labelColor": ink,
@@ -62,12 +69,12 @@ def config(dark: bool = False) -> dict[str, Any]:
             "labelAnchor": "start",
             "labelPadding": 8,
             "title": None,
-            "labelLimit": 300,
+            "labelLimit": 320,
         },
         "range": {"category": _DARK if dark else _LIGHT},
         "rule": {"color": soft},
         "text": {"color": ink, "fontSize": 12},
-        "style": {"soft": {"color": soft, "stroke": soft}},
+        "style": {"ink": {"color": ink, "stroke": ink}, "note": {"fill": soft}},
     }
 
 
@@ -81,13 +88,28 @@ def _spec(chart: Any, frame: pl.DataFrame) -> Spec:
 
 def _variant(variants: Sequence[str], **legend: Any) -> alt.Color:
     return alt.Color(
-        "variant:N", scale=alt.Scale(domain=list(variants)), title=None, legend=alt.Legend(**legend)
+        "variant:N",
+        scale=alt.Scale(domain=list(variants)),
+        title=None,
+        legend=alt.Legend(symbolOpacity=1, **legend),
     )
+
+
+def _rows_axis(**more: Any) -> alt.Axis:
+    return alt.Axis(labelExpr=_WRAPPED, **more)
+
+
+def _step(names: Sequence[str], rows: int, least: float) -> float:
+    """Pixels of each of ``rows`` rows of a name, so that the longest name's lines have room."""
+    lines = max((math.ceil(len(name) / _WRAP) for name in names), default=1)
+    return max(least, (15 * lines + 8) / rows)
 
 
 def _facets(chart: Any, panels: Sequence[str], columns: int, field: str = "panel") -> Any:
     return chart.properties(data=alt.Undefined).facet(
-        facet=alt.Facet(f"{field}:N", title=None, sort=list(panels)),
+        facet=alt.Facet(
+            f"{field}:N", title=None, sort=list(panels), header=alt.Header(labelExpr=_WRAPPED_WIDE)
+        ),
         columns=min(columns, max(1, len(panels))),
         data=_ROWS,
         spacing={"row": 28, "column": 26},
@@ -95,31 +117,47 @@ def _facets(chart: Any, panels: Sequence[str], columns: int, field: str = "panel
 
 
 def decomposition(
-    frame: pl.DataFrame, pieces: Mapping[str, str], variants: Sequence[str], panels: Sequence[str]
+    frame: pl.DataFrame,
+    pieces: Sequence[str],
+    variants: Sequence[str],
+    panels: Sequence[str],
+    unit: str,
 ) -> Spec:
-    """Stacked bars of CE*, one a variant: ``pieces`` gives each piece's name and colour."""
+    """Stacked bars of CE*, one a variant in its colour; the pieces are two strengths of it."""
     order = pl.DataFrame({"piece": list(pieces), "order": range(len(pieces))})
+    end = pl.sum_horizontal(pl.max_horizontal(piece, 0) for piece in pieces)
     long = (
-        frame.unpivot(
+        frame.with_columns(end=end)
+        .unpivot(
             on=list(pieces),
-            index=["panel", "variant", "ce_star"],
+            index=["panel", "variant", "ce_star", "end"],
             variable_name="piece",
             value_name="nats",
         )
-        .with_columns(pl.col("nats", "ce_star").round(4))
-        .join(order, on="piece")
+        .with_columns(pl.col("nats", "ce_star", "end").round(4))
+        .join(order, on="piece", maintain_order="left")
     )
-    y = alt.Y("variant:N", scale=alt.Scale(domain=list(variants)), title=None)
+    least = min(0.0, *long["nats"])
+    # room for the number that stands behind the longest bar
+    domain = [1.1 * least, 1.22 * max(*long["end"], *long["ce_star"], 1e-6)]
+    y = alt.Y("variant:N", scale=alt.Scale(domain=list(variants)), title=None, axis=_rows_axis())
     bars = (
         alt.Chart()
         .mark_bar(height=18)
         .encode(
-            x=alt.X("nats:Q", title="CE* (nats)", axis=alt.Axis(tickCount=5)),
+            x=alt.X(
+                "nats:Q",
+                title=unit,
+                axis=alt.Axis(tickCount=5),
+                scale=alt.Scale(domain=domain, nice=False),
+            ),
             y=y,
-            color=alt.Color(
+            color=alt.Color("variant:N", scale=alt.Scale(domain=list(variants)), legend=None),
+            opacity=alt.Opacity(
                 "piece:N",
                 title=None,
-                scale=alt.Scale(domain=list(pieces), range=list(pieces.values())),
+                scale=alt.Scale(domain=list(pieces), range=[0.95, 0.4]),
+                legend=alt.Legend(symbolType="square", symbolFillColor=_LIGHT[0], symbolStrokeWidth=0),
             ),
             order=alt.Order("order:Q"),
             tooltip=[
@@ -130,16 +168,22 @@ def decomposition(
             ],
         )
     )
-    total = (
-        alt.Chart()
-        .mark_tick(thickness=3, height=26, style="soft", tooltip=False)
-        .encode(x="ce_star:Q", y=y)
+    whole = alt.Chart().transform_filter("datum.order === 0")
+    total = whole.mark_tick(thickness=3, height=26, style="ink", tooltip=False).encode(
+        x="ce_star:Q", y=y
     )
-    layered = alt.layer(bars, total).properties(width=330, height=alt.Step(32))
+    number = whole.mark_text(align="left", dx=7, style="text").encode(
+        x="end:Q", y=y, text=alt.Text("ce_star:Q", format=".3~r")
+    )
+    layered = alt.layer(bars, total, number).properties(
+        width=330, height=alt.Step(_step(variants, 1, 32))
+    )
     return _spec(_facets(layered, panels, 2), long)
 
 
-def length_pieces(frame: pl.DataFrame, variants: Sequence[str], panels: Sequence[str]) -> Spec:
+def length_pieces(
+    frame: pl.DataFrame, variants: Sequence[str], panels: Sequence[str], unit: str
+) -> Spec:
     """CE* = E[N]·E[r] + covariance, within and between prompts in one piece, as the paper plots it."""
     product, covariance = _LENGTH_PIECES
     ready = frame.select(
@@ -149,10 +193,12 @@ def length_pieces(frame: pl.DataFrame, variants: Sequence[str], panels: Sequence
         pl.col("length_rate_product").alias(product),
         (pl.col("cov_within") + pl.col("cov_between")).alias(covariance),
     )
-    return decomposition(ready, _LENGTH_PIECES, variants, panels)
+    return decomposition(ready, _LENGTH_PIECES, variants, panels, unit)
 
 
-def stop_pieces(frame: pl.DataFrame, variants: Sequence[str], panels: Sequence[str]) -> Spec:
+def stop_pieces(
+    frame: pl.DataFrame, variants: Sequence[str], panels: Sequence[str], unit: str
+) -> Spec:
     """CE* = content, the next token when the rollout goes on, + when to stop."""
     content, stop = _STOP_PIECES
     ready = frame.select(
@@ -162,7 +208,7 @@ def stop_pieces(frame: pl.DataFrame, variants: Sequence[str], panels: Sequence[s
         pl.col("content_entropy").alias(content),
         pl.col("stop_entropy").alias(stop),
     )
-    return decomposition(ready, _STOP_PIECES, variants, panels)
+    return decomposition(ready, _STOP_PIECES, variants, panels, unit)
 
 
 def trajectory(frame: pl.DataFrame, variants: Sequence[str], panels: Sequence[str]) -> Spec:
@@ -194,35 +240,64 @@ def trajectory(frame: pl.DataFrame, variants: Sequence[str], panels: Sequence[st
 
 
 def lengths(frame: pl.DataFrame, variants: Sequence[str], panels: Sequence[str]) -> Spec:
-    """Densities of rollout length."""
-    chart = (
-        alt.Chart()
-        .mark_area(opacity=0.22, line={"strokeWidth": 2}, clip=True)
-        .encode(
-            x=alt.X(
-                "length:Q",
-                title="length (tokens)",
-                scale=alt.Scale(nice=False),
-                axis=alt.Axis(tickCount=5, grid=False),
-            ),
-            y=alt.Y("density:Q", title="share per token", stack=None, axis=alt.Axis(tickCount=3)),
-            color=_variant(variants),
-            tooltip=[
-                "variant:N",
-                alt.Tooltip("length:Q", format=".0f"),
-                alt.Tooltip("density:Q", format=".4f"),
-            ],
-        )
-        .properties(width=330, height=130)
+    """Share of rollouts that go on after each length; what stands at the right end was cut.
+
+    ``cut`` names a panel's shares cut, and stands above it; ``last`` marks a run's last length.
+    """
+    base = alt.Chart().encode(
+        x=alt.X(
+            "length:Q",
+            title="length (tokens)",
+            scale=alt.Scale(nice=False, zero=True),
+            axis=alt.Axis(tickCount=5, grid=False),
+        ),
+        y=alt.Y(
+            "going_on:Q",
+            title="share that goes on",
+            scale=alt.Scale(domain=[0, 1]),
+            axis=alt.Axis(tickCount=3, format="%"),
+        ),
+        color=_variant(variants, symbolType="stroke", symbolStrokeWidth=3),
+        tooltip=[
+            "variant:N",
+            alt.Tooltip("length:Q", title="after (tokens)"),
+            alt.Tooltip("going_on:Q", title="goes on", format=".1%"),
+        ],
     )
-    faceted = _facets(chart, panels, 2).resolve_scale(x="independent", y="independent")
+    line = base.mark_line(interpolate="step-after", strokeWidth=2.2)
+    end = (
+        base.transform_filter("datum.last && datum.going_on > 0")
+        .mark_point(filled=True, size=70, opacity=1)
+        .encode(shape=alt.Shape("variant:N", scale=alt.Scale(domain=list(variants)), legend=None))
+    )
+    words = (
+        alt.Chart()
+        .transform_filter("datum.cut !== null")
+        .mark_text(align="left", baseline="bottom", lineBreak="\n", fontSize=11, style="note")
+        .encode(x=alt.value(0), y=alt.value(-5), text="cut:N")
+    )
+    layered = alt.layer(line, end, words).properties(width=330, height=130)
+    faceted = _facets(layered, panels, 2).resolve_scale(x="independent", y="independent")
     return _spec(faceted, frame)
+
+
+def _padded(ends: Sequence[float | None], least: float) -> list[float]:
+    """A range around zero and every end, with room at both edges, at least ``least`` wide."""
+    drawn = [end for end in ends if end is not None]
+    low, high = min(0.0, *drawn), max(0.0, *drawn)
+    room = max(0.09 * (high - low), (least - (high - low)) / 2)
+    return [low - room, high + room]
 
 
 def rho(frame: pl.DataFrame, variants: Sequence[str], panels: Sequence[str]) -> Spec:
     """ρ of each model with its interval."""
     base = alt.Chart(_ROWS).encode(
-        y=alt.Y("panel:N", title=None, scale=alt.Scale(domain=list(panels)), axis=alt.Axis(grid=True)),
+        y=alt.Y(
+            "panel:N",
+            title=None,
+            scale=alt.Scale(domain=list(panels)),
+            axis=_rows_axis(grid=True),
+        ),
         yOffset=alt.YOffset("place:O", scale=alt.Scale(paddingOuter=0.6)),
         color=_variant(variants),
         tooltip=[
@@ -233,11 +308,10 @@ def rho(frame: pl.DataFrame, variants: Sequence[str], panels: Sequence[str]) -> 
         ],
     )
     ends = [*frame["rho_pearson"], *frame["ci_low"], *frame["ci_high"]]
-    farthest = max(abs(end) for end in ends if end is not None)
-    edge = min(1.0, max(0.2, math.ceil(farthest * 10.5) / 10))  # zero stays in the middle
+    low, high = _padded(ends, 0.4)
     x: dict[str, Any] = {
         "title": "ρ (Pearson) of length and entropy rate",
-        "scale": alt.Scale(domain=[-edge, edge]),
+        "scale": alt.Scale(domain=[max(low, -1.05), min(high, 1.05)], nice=False),
         "axis": alt.Axis(tickCount=5),
     }
     zero = alt.Chart(alt.InlineData([{"zero": 0}])).mark_rule(strokeDash=[3, 3]).encode(x="zero:Q")
@@ -248,25 +322,15 @@ def rho(frame: pl.DataFrame, variants: Sequence[str], panels: Sequence[str]) -> 
         x=alt.X("rho_pearson:Q", **x),
         shape=alt.Shape("variant:N", scale=alt.Scale(domain=list(variants))),
     )
-    layered = alt.layer(interval, point, zero)
-    return _spec(layered.properties(width=640, height=alt.Step(15, **{"for": "offset"})), frame)
+    layered = alt.layer(zero, interval, point)
+    step = _step(panels, 1 + int(frame["place"].max() or 0), 15)  # type: ignore[arg-type]
+    return _spec(layered.properties(width=640, height=alt.Step(step, **{"for": "offset"})), frame)
 
 
 def diversity(frame: pl.DataFrame, variants: Sequence[str], panels: Sequence[str]) -> Spec:
     """Semantic diversity against entropy rate: a point a prompt, a fitted line a variant."""
-    scale = alt.Scale(zero=False)
-    base = alt.Chart().encode(
-        x=alt.X(
-            "entropy_rate:Q",
-            title="entropy rate (nats per token)",
-            scale=scale,
-            axis=alt.Axis(tickCount=5),
-        ),
-        y=alt.Y(
-            "semantic_diversity:Q", title="semantic diversity", scale=scale, axis=alt.Axis(tickCount=4)
-        ),
-        color=_variant(variants),
-    )
+    x, y = _rate_and_diversity("entropy_rate", "semantic_diversity")
+    base = alt.Chart().encode(x=x, y=y, color=_variant(variants))
     points = (
         base.transform_filter("datum.kind === 'prompt'")
         .mark_point(filled=True, size=38, opacity=0.55)
@@ -285,13 +349,27 @@ def diversity(frame: pl.DataFrame, variants: Sequence[str], panels: Sequence[str
     return _spec(_facets(layered, panels, 2), frame)
 
 
-def arrows(frame: pl.DataFrame, families: Sequence[str]) -> Spec:
-    """One arrow per family, task and treated variant, from the baseline's place to its own."""
+def _rate_and_diversity(rate: str, diversity: str) -> tuple[alt.X, alt.Y]:
+    # padding: a mark of some size stands at each end
+    scale = alt.Scale(zero=False, padding=14, nice=False)
+    x = alt.X(
+        f"{rate}:Q", title="entropy rate (nats per token)", scale=scale, axis=alt.Axis(tickCount=5)
+    )
+    y = alt.Y(
+        f"{diversity}:Q", title="semantic diversity", scale=scale, axis=alt.Axis(tickCount=4)
+    )
+    return x, y
+
+
+def arrows(
+    frame: pl.DataFrame, baseline: str, variants: Sequence[str], panels: Sequence[str]
+) -> Spec:
+    """One small chart a panel: an arrow per treated variant, from the baseline's place to its own."""
     spans = {}
     for axis in ("rate", "diversity"):
         both = pl.concat([frame[f"{axis}_from"], frame[f"{axis}_to"]])
         low, high = float(both.min()), float(both.max())  # type: ignore[arg-type]
-        room = max((high - low) * 0.16, 0.002)
+        room = max((high - low) * 0.12, 0.002)
         spans[axis] = [low - room, high + room]
     wide, high = (spans[a][1] - spans[a][0] for a in ("rate", "diversity"))
     # the head points along the arrow as it is drawn: in pixels, not in units of the axes
@@ -299,52 +377,34 @@ def arrows(frame: pl.DataFrame, families: Sequence[str]) -> Spec:
         f"atan2((datum.rate_to - datum.rate_from) * width / {wide!r},"
         f" (datum.diversity_to - datum.diversity_from) * height / {high!r}) * 180 / PI"
     )
-    colours = (_FAMILIES * (len(families) // len(_FAMILIES) + 1))[: len(families)]
-    data = alt.Chart(_ROWS).transform_calculate(angle=angle)
-    base = data.encode(
-        color=alt.Color(
-            "family:N",
-            title=None,
-            scale=alt.Scale(domain=list(families), range=colours),
-            legend=alt.Legend() if len(families) > 1 else None,
-        ),
-        tooltip=[
-            "family:N",
-            "task:N",
-            "variant:N",
-            *[
-                alt.Tooltip(f"{c}:Q", format=".3f")
-                for c in ("rate_from", "rate_to", "diversity_from", "diversity_to")
+    frame = frame.with_columns(start=pl.lit(baseline))
+    base = (
+        alt.Chart()
+        .transform_calculate(angle=angle)
+        .encode(
+            color=_variant(variants),
+            tooltip=[
+                "panel:N",
+                "variant:N",
+                *[
+                    alt.Tooltip(f"{c}:Q", format=".3f")
+                    for c in ("rate_from", "rate_to", "diversity_from", "diversity_to")
+                ],
             ],
-        ],
+        )
     )
-    x: dict[str, Any] = {
-        "title": "entropy rate (nats per token)",
-        "axis": alt.Axis(tickCount=6),
-        "scale": alt.Scale(domain=spans["rate"], nice=False),
-    }
-    y: dict[str, Any] = {
-        "title": "semantic diversity",
-        "axis": alt.Axis(tickCount=6),
-        "scale": alt.Scale(domain=spans["diversity"], nice=False),
-    }
-    start: dict[str, Any] = {"x": alt.X("rate_from:Q", **x), "y": alt.Y("diversity_from:Q", **y)}
-    end: dict[str, Any] = {"x": alt.X("rate_to:Q", **x), "y": alt.Y("diversity_to:Q", **y)}
+    x, y = _rate_and_diversity("rate_from", "diversity_from")
+    x.scale, y.scale = (alt.Scale(domain=spans[a], nice=False) for a in ("rate", "diversity"))
     layers = [
-        base.mark_rule(strokeWidth=2.4).encode(**start, x2="rate_to:Q", y2="diversity_to:Q"),
-        base.mark_point(size=64, strokeWidth=2, filled=False).encode(**start),
-        base.mark_point(shape="triangle", size=190, filled=True, opacity=1).encode(
-            **end, angle=alt.Angle("angle:Q", scale=None)
+        base.mark_rule(strokeWidth=2.4).encode(x=x, y=y, x2="rate_to:Q", y2="diversity_to:Q"),
+        base.mark_point(size=64, strokeWidth=2.4, filled=False, opacity=1).encode(
+            x=x, y=y, color="start:N"
+        ),
+        base.mark_point(shape="triangle", size=170, filled=True, opacity=1).encode(
+            x="rate_to:Q", y="diversity_to:Q", angle=alt.Angle("angle:Q", scale=None)
         ),
     ]
-    # the label stands beyond the head, on the side it points to
-    for test, beyond in (
-        ("datum.rate_to >= datum.rate_from", {"align": "left", "dx": 12}),
-        ("datum.rate_to < datum.rate_from", {"align": "right", "dx": -12}),
-    ):
-        labels = data.transform_filter(test).mark_text(style="text", **beyond)  # type: ignore[arg-type]
-        layers.append(labels.encode(**end, text="label:N"))
-    return _spec(alt.layer(*layers).properties(width=640, height=400), frame)
+    return _spec(_facets(alt.layer(*layers).properties(width=330, height=190), panels, 2), frame)
 
 
 def changes(frame: pl.DataFrame, variants: Sequence[str], panels: Sequence[str]) -> Spec:
@@ -353,7 +413,9 @@ def changes(frame: pl.DataFrame, variants: Sequence[str], panels: Sequence[str])
     treated = list(variants)[1:]
     change, low, high = "percent_delta", "percent_delta_ci_low", "percent_delta_ci_high"
     base = alt.Chart().encode(
-        y=alt.Y("panel:N", title=None, scale=alt.Scale(domain=list(panels)), axis=alt.Axis(grid=True)),
+        y=alt.Y(
+            "panel:N", title=None, scale=alt.Scale(domain=list(panels)), axis=_rows_axis(grid=True)
+        ),
         yOffset=alt.YOffset("variant:N", scale=alt.Scale(domain=treated, paddingOuter=0.6)),
         color=_variant(variants, values=treated),
         tooltip=[
@@ -364,13 +426,22 @@ def changes(frame: pl.DataFrame, variants: Sequence[str], panels: Sequence[str])
             *[alt.Tooltip(f"{c}:Q", format="+.1f") for c in (change, low, high)],
         ],
     )
-    x: dict[str, Any] = {"title": "change (%)", "axis": alt.Axis(tickCount=4)}
+    # each metric has a scale of its own, on which no interval reaches the edge
+    x: dict[str, Any] = {
+        "title": None,
+        "axis": alt.Axis(tickCount=4, labelExpr="format(datum.value, '+') + '%'"),
+        "scale": alt.Scale(padding=14, nice=False, zero=True),
+    }
     zero = alt.Chart().mark_rule(strokeDash=[3, 3]).encode(x=alt.datum(0))
     interval = base.mark_rule(strokeWidth=3, opacity=0.45).encode(
         x=alt.X(f"{low}:Q", **x), x2=f"{high}:Q"
     )
-    point = base.mark_point(filled=True, size=80, opacity=1).encode(x=alt.X(f"{change}:Q", **x))
-    layered = alt.layer(interval, point, zero).properties(
-        width=190, height=alt.Step(15, **{"for": "offset"})
+    point = base.mark_point(filled=True, size=80, opacity=1).encode(
+        x=alt.X(f"{change}:Q", **x),
+        shape=alt.Shape("variant:N", scale=alt.Scale(domain=list(variants)), legend=None),
     )
-    return _spec(_facets(layered, metrics, 3, "metric"), frame)
+    step = _step(panels, max(1, len(treated)), 15)
+    layered = alt.layer(zero, interval, point).properties(
+        width=190, height=alt.Step(step, **{"for": "offset"})
+    )
+    return _spec(_facets(layered, metrics, 3, "metric").resolve_scale(x="independent"), frame)
