@@ -36,6 +36,29 @@ RUNS = click.option(
 )
 
 
+def _seeds(_context: click.Context, _option: click.Parameter, texts: tuple[str, ...]) -> dict[str, str]:
+    """Return the pattern of each NAME=PATTERN by its name."""
+    patterns: dict[str, str] = {}
+    for text in texts:
+        name, equals, pattern = (part.strip() for part in text.partition("="))
+        if not (name and equals and pattern):
+            raise UsageError(f"--seeds {text}: needs NAME=PATTERN, as in 'sft=sft-*'")
+        if name in patterns:
+            raise UsageError(f"--seeds {name}: given twice; separate its patterns by commas")
+        patterns[name] = pattern
+    return patterns
+
+
+SEEDS = click.option(
+    "--seeds",
+    multiple=True,
+    metavar="NAME=PATTERN",
+    callback=_seeds,
+    help="Variants that match are checkpoints of the variant NAME: 'sft=sft-*', or sft=sft-1,sft-2; "
+    "repeatable.",
+)
+
+
 def _formatted(command: Callable[..., Any]) -> Callable[..., Any]:
     """The command with --format and --spreadsheet; it gets both as ``form``, for `print_rows`."""
 
