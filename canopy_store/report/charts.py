@@ -24,7 +24,8 @@ FONT = "Avenir Next, Segoe UI, Helvetica Neue, Arial, Liberation Sans, sans-seri
 # Lines of at most 22 characters, broken after a space or a sign where there is one: names are long, and
 # a label that is cut off names nothing. The other width is that of the title of a small chart.
 _LINES = (
-    "split(trim(replace(datum.label, regexp('(.{{1,{n}}}$|.{{1,{n}}}[ _·/.,-]|.{{1,{n}}})', 'g'), '$1\n')), '\n')"
+    "split(trim(replace(datum.label,"
+    " regexp('(.{{1,{n}}}$|.{{1,{n}}}[ _·/.,-]|.{{1,{n}}})', 'g'), '$1\\n')), '\\n')"
 )
 _WRAPPED, _WRAPPED_WIDE = _LINES.format(n=22), _LINES.format(n=40)
 _WRAP = 22
@@ -130,7 +131,7 @@ def decomposition(
         frame.with_columns(end=end)
         .unpivot(
             on=list(pieces),
-            index=["panel", "variant", "ce_star", "end"],
+            index=["panel", "variant", "ce_star", "end", "number"],
             variable_name="piece",
             value_name="nats",
         )
@@ -139,7 +140,8 @@ def decomposition(
     )
     least = min(0.0, *long["nats"])
     # room for the number that stands behind the longest bar
-    domain = [1.1 * least, 1.22 * max(*long["end"], *long["ce_star"], 1e-6)]
+    room = 1.1 + 0.035 * max(len(number) for number in long["number"])
+    domain = [1.1 * least, room * max(*long["end"], *long["ce_star"], 1e-6)]
     y = alt.Y("variant:N", scale=alt.Scale(domain=list(variants)), title=None, axis=_rows_axis())
     bars = (
         alt.Chart()
@@ -172,9 +174,7 @@ def decomposition(
     total = whole.mark_tick(thickness=3, height=26, style="ink", tooltip=False).encode(
         x="ce_star:Q", y=y
     )
-    number = whole.mark_text(align="left", dx=7, style="text").encode(
-        x="end:Q", y=y, text=alt.Text("ce_star:Q", format=".3~r")
-    )
+    number = whole.mark_text(align="left", dx=7, style="text").encode(x="end:Q", y=y, text="number:N")
     layered = alt.layer(bars, total, number).properties(
         width=330, height=alt.Step(_step(variants, 1, 32))
     )
@@ -190,21 +190,21 @@ def length_pieces(
         "panel",
         "variant",
         "ce_star",
+        "number",
         pl.col("length_rate_product").alias(product),
         (pl.col("cov_within") + pl.col("cov_between")).alias(covariance),
     )
     return decomposition(ready, _LENGTH_PIECES, variants, panels, unit)
 
 
-def stop_pieces(
-    frame: pl.DataFrame, variants: Sequence[str], panels: Sequence[str], unit: str
-) -> Spec:
+def stop_pieces(frame: pl.DataFrame, variants: Sequence[str], panels: Sequence[str], unit: str) -> Spec:
     """CE* = content, the next token when the rollout goes on, + when to stop."""
     content, stop = _STOP_PIECES
     ready = frame.select(
         "panel",
         "variant",
         "ce_star",
+        "number",
         pl.col("content_entropy").alias(content),
         pl.col("stop_entropy").alias(stop),
     )
@@ -355,15 +355,11 @@ def _rate_and_diversity(rate: str, diversity: str) -> tuple[alt.X, alt.Y]:
     x = alt.X(
         f"{rate}:Q", title="entropy rate (nats per token)", scale=scale, axis=alt.Axis(tickCount=5)
     )
-    y = alt.Y(
-        f"{diversity}:Q", title="semantic diversity", scale=scale, axis=alt.Axis(tickCount=4)
-    )
+    y = alt.Y(f"{diversity}:Q", title="semantic diversity", scale=scale, axis=alt.Axis(tickCount=4))
     return x, y
 
 
-def arrows(
-    frame: pl.DataFrame, baseline: str, variants: Sequence[str], panels: Sequence[str]
-) -> Spec:
+def arrows(frame: pl.DataFrame, baseline: str, variants: Sequence[str], panels: Sequence[str]) -> Spec:
     """One small chart a panel: an arrow per treated variant, from the baseline's place to its own."""
     spans = {}
     for axis in ("rate", "diversity"):
@@ -413,9 +409,7 @@ def changes(frame: pl.DataFrame, variants: Sequence[str], panels: Sequence[str])
     treated = list(variants)[1:]
     change, low, high = "percent_delta", "percent_delta_ci_low", "percent_delta_ci_high"
     base = alt.Chart().encode(
-        y=alt.Y(
-            "panel:N", title=None, scale=alt.Scale(domain=list(panels)), axis=_rows_axis(grid=True)
-        ),
+        y=alt.Y("panel:N", title=None, scale=alt.Scale(domain=list(panels)), axis=_rows_axis(grid=True)),
         yOffset=alt.YOffset("variant:N", scale=alt.Scale(domain=treated, paddingOuter=0.6)),
         color=_variant(variants, values=treated),
         tooltip=[
@@ -424,6 +418,7 @@ def changes(frame: pl.DataFrame, variants: Sequence[str], panels: Sequence[str])
             "metric:N",
             "n_prompts:Q",
             *[alt.Tooltip(f"{c}:Q", format="+.1f") for c in (change, low, high)],
+            "marks:N",
         ],
     )
     # each metric has a scale of its own, on which no interval reaches the edge
@@ -436,12 +431,17 @@ def changes(frame: pl.DataFrame, variants: Sequence[str], panels: Sequence[str])
     interval = base.mark_rule(strokeWidth=3, opacity=0.45).encode(
         x=alt.X(f"{low}:Q", **x), x2=f"{high}:Q"
     )
-    point = base.mark_point(filled=True, size=80, opacity=1).encode(
-        x=alt.X(f"{change}:Q", **x),
-        shape=alt.Shape("variant:N", scale=alt.Scale(domain=list(variants)), legend=None),
-    )
+    points = [  # hollow where it must be read with something: rollouts cut, a subset
+        base.transform_filter(f"(datum.marks === '') === {str(filled).lower()}")
+        .mark_point(filled=filled, size=80, opacity=1, strokeWidth=2.4)
+        .encode(
+            x=alt.X(f"{change}:Q", **x),
+            shape=alt.Shape("variant:N", scale=alt.Scale(domain=list(variants)), legend=None),
+        )
+        for filled in (True, False)
+    ]
     step = _step(panels, max(1, len(treated)), 15)
-    layered = alt.layer(zero, interval, point).properties(
+    layered = alt.layer(zero, interval, *points).properties(
         width=190, height=alt.Step(step, **{"for": "offset"})
     )
     return _spec(_facets(layered, metrics, 3, "metric").resolve_scale(x="independent"), frame)

@@ -13,9 +13,10 @@ from canopy_store import sql, store
 from canopy_store.analysis.comparable import NO_EMBEDDER, comparable, view_rows
 from canopy_store.analysis.comparison import compare_prompts, estimate
 from canopy_store.analysis.examples import example_rollouts
-from canopy_store.analysis.lengths import length_densities
+from canopy_store.analysis.lengths import length_shares
 from canopy_store.analysis.pairing import unpaired
 from canopy_store.analysis.trajectories import thin_trajectories
+from canopy_store.analysis.words import marks
 from canopy_store.errors import StoreError
 from canopy_store.upkeep.status import status
 
@@ -39,8 +40,8 @@ class Facts:
     embedder : None where nothing is embedded
     runs : rows of `status`
     metrics : every row of ``model_metrics``
-    shown : one row per family, variant and task: its run, with pooled metrics and its ``panel``, the
-        name of its small chart
+    shown : one row per family, variant and task: its run, with pooled metrics, ``max_new_tokens`` and
+        its ``panel``, the name of its small chart
     prompts : one row per prompt of those runs
     changes : what `compare` gives; no rows where nothing can be compared
     alone : what `estimate` gives of the models that no row of ``changes`` has
@@ -81,6 +82,15 @@ class Facts:
     def treated(self) -> list[str]:
         """The variants that are compared with the baseline."""
         return [] if self.changes.is_empty() else sorted(self.changes["variant"].unique().to_list())
+
+    @property
+    def covers(self) -> str:
+        """What a sum over rollouts covers, to stand behind its name: ' (first 96 tokens)'."""
+        if self.shown.is_empty():
+            return ""
+        least, most = self.shown["max_new_tokens"].min(), self.shown["max_new_tokens"].max()
+        tokens = f"first {most} tokens" if least == most else f"first {least} to {most} tokens"
+        return f" ({tokens}{'' if self.selection == 'all' else '; mean of a subset'})"
 
     @property
     def panels(self) -> list[str]:
@@ -143,7 +153,8 @@ def gather(
             )
         order = ["family", "task", "variant"]
         shown, used = comparable(metrics, root, **chosen)
-        shown = shown.with_columns(_PANEL).sort(order)
+        caps = view_rows(con, "runs").select("run_id", "max_new_tokens")
+        shown = shown.join(caps, on="run_id").with_columns(_PANEL).sort(order)
         prompts, _ = comparable(view_rows(con, "prompt_metrics"), root, **chosen)
         prompts = prompts.sort(*order, "prompt_id")
         names = shown["run_id"].to_list()
@@ -169,7 +180,7 @@ def gather(
             unpaired=reason,
             decomposition=view_rows(con, "ce_star_decomposition").filter(*of_runs),
             trajectory=thin_trajectories(con, names, positions=MAX_POSITIONS, share=MIN_ACTIVE, **drawn),
-            lengths=length_densities(con, names, **drawn),
+            lengths=length_shares(con, names, **drawn),
             logging=view_rows(con, "logging_check"),
             examples=example_rollouts(
                 con,
@@ -200,7 +211,7 @@ def notes(facts: Facts) -> list[str]:
     out = []
     unfinished = facts.runs.filter(~pl.col("complete"))["run_id"].to_list()
     if unfinished:
-        out.append(f"Not complete, and left out until the same ingest is run again: {_few(unfinished)}.")
+        out.append(f"Not complete, and left out until the same ingest is run again: {few(unfinished)}.")
     if facts.shown.is_empty():
         return ["No run is complete yet, so there is nothing to measure.", *out]
     if facts.unpaired is not None:
@@ -210,15 +221,30 @@ def notes(facts: Facts) -> list[str]:
     else:
         without = facts.shown.filter(pl.col("embedder") != facts.embedder)["run_id"].to_list()
         if without:
-            out.append(f"Without embeddings by {facts.embedder}: {_few(without)}.")
+            out.append(f"Without embeddings by {facts.embedder}: {few(without)}.")
     others = facts.runs.filter("complete", ~pl.col("run_id").is_in(facts.shown["run_id"].to_list()))
     if len(others):
-        out.append(f"Not shown in the charts: {_few(others['run_id'].to_list())}. The tables list all.")
+        out.append(f"Not shown in the charts: {few(others['run_id'].to_list())}. The tables list all.")
+    out += _cut(facts)
     panels = facts.shown["panel"].n_unique()
     if panels > MAX_PANELS:
         out.append(f"Charts with one panel a task show the first {MAX_PANELS} of {panels}.")
     return out
 
 
-def _few(names: Sequence[str]) -> str:
+def _cut(facts: Facts) -> list[str]:
+    """Which comparisons of CE* must be read with care, and what helps."""
+    if facts.changes.is_empty():
+        return []
+    rows = facts.placed(facts.changes.filter(level="task", metric="ce_star"), on=("family", "task"))
+    marked = [
+        f"{row['variant']} on {row['panel']} ({'; '.join(marks(row))})"
+        for row in rows.sort("panel", "variant").iter_rows(named=True)
+        if marks(row)
+    ]
+    return [f"To be read with care: {few(marked)}."] if marked else []
+
+
+def few(names: Sequence[str]) -> str:
+    """The names, or the first six of more."""
     return ", ".join(names[:6]) + (" and more" if len(names) > 6 else "")
