@@ -87,9 +87,12 @@ def _spec(chart: Any, frame: pl.DataFrame) -> Spec:
     return {**spec, "config": config(), "datasets": datasets}
 
 
-def _variant(variants: Sequence[str], **legend: Any) -> alt.Color:
-    return alt.Color(
-        "variant:N",
+def _variant(
+    variants: Sequence[str], channel: Any = alt.Color, field: str = "variant", **legend: Any
+) -> Any:
+    """The variant as a colour, or as another channel; the legend is one and the same."""
+    return channel(
+        f"{field}:N",
         scale=alt.Scale(domain=list(variants)),
         title=None,
         legend=alt.Legend(symbolOpacity=1, **legend),
@@ -156,8 +159,9 @@ def decomposition(
             y=y,
             color=alt.Color("variant:N", scale=alt.Scale(domain=list(variants)), legend=None),
             opacity=alt.Opacity(
-                "piece:N",
+                "piece:O",
                 title=None,
+                sort=list(pieces),
                 scale=alt.Scale(domain=list(pieces), range=[0.95, 0.4]),
                 legend=alt.Legend(symbolType="square", symbolFillColor=_LIGHT[0], symbolStrokeWidth=0),
             ),
@@ -265,10 +269,11 @@ def lengths(frame: pl.DataFrame, variants: Sequence[str], panels: Sequence[str])
         ],
     )
     line = base.mark_line(interpolate="step-after", strokeWidth=2.2)
+    # nothing is left at the last length of a run of which nothing was cut
     end = (
-        base.transform_filter("datum.last && datum.going_on > 0")
-        .mark_point(filled=True, size=70, opacity=1)
-        .encode(shape=alt.Shape("variant:N", scale=alt.Scale(domain=list(variants)), legend=None))
+        base.transform_filter("datum.last")
+        .mark_point(filled=True, size=70)
+        .encode(opacity=alt.condition("datum.going_on > 0", alt.value(1), alt.value(0)))
     )
     words = (
         alt.Chart()
@@ -320,7 +325,7 @@ def rho(frame: pl.DataFrame, variants: Sequence[str], panels: Sequence[str]) -> 
     )
     point = base.mark_point(filled=True, size=90, opacity=1).encode(
         x=alt.X("rho_pearson:Q", **x),
-        shape=alt.Shape("variant:N", scale=alt.Scale(domain=list(variants))),
+        shape=_variant(variants, alt.Shape),
     )
     layered = alt.layer(zero, interval, point)
     step = _step(panels, 1 + int(frame["place"].max() or 0), 15)  # type: ignore[arg-type]
@@ -335,7 +340,7 @@ def diversity(frame: pl.DataFrame, variants: Sequence[str], panels: Sequence[str
         base.transform_filter("datum.kind === 'prompt'")
         .mark_point(filled=True, size=38, opacity=0.55)
         .encode(
-            shape=alt.Shape("variant:N", scale=alt.Scale(domain=list(variants))),
+            shape=_variant(variants, alt.Shape),
             tooltip=[
                 "variant:N",
                 "prompt_id:N",
@@ -394,7 +399,7 @@ def arrows(frame: pl.DataFrame, baseline: str, variants: Sequence[str], panels: 
     layers = [
         base.mark_rule(strokeWidth=2.4).encode(x=x, y=y, x2="rate_to:Q", y2="diversity_to:Q"),
         base.mark_point(size=64, strokeWidth=2.4, filled=False, opacity=1).encode(
-            x=x, y=y, color="start:N"
+            x=x, y=y, color=_variant(variants, field="start")
         ),
         base.mark_point(shape="triangle", size=170, filled=True, opacity=1).encode(
             x="rate_to:Q", y="diversity_to:Q", angle=alt.Angle("angle:Q", scale=None)
@@ -411,7 +416,6 @@ def changes(frame: pl.DataFrame, variants: Sequence[str], panels: Sequence[str])
     base = alt.Chart().encode(
         y=alt.Y("panel:N", title=None, scale=alt.Scale(domain=list(panels)), axis=_rows_axis(grid=True)),
         yOffset=alt.YOffset("variant:N", scale=alt.Scale(domain=treated, paddingOuter=0.6)),
-        color=_variant(variants, values=treated),
         tooltip=[
             "panel:N",
             "variant:N",
@@ -424,24 +428,25 @@ def changes(frame: pl.DataFrame, variants: Sequence[str], panels: Sequence[str])
     # each metric has a scale of its own, on which no interval reaches the edge
     x: dict[str, Any] = {
         "title": None,
-        "axis": alt.Axis(tickCount=4, labelExpr="format(datum.value, '+') + '%'"),
+        "axis": alt.Axis(tickCount=4, labelExpr="format(datum.value, datum.value ? '+' : '') + '%'"),
         "scale": alt.Scale(padding=14, nice=False, zero=True),
     }
     zero = alt.Chart().mark_rule(strokeDash=[3, 3]).encode(x=alt.datum(0))
     interval = base.mark_rule(strokeWidth=3, opacity=0.45).encode(
-        x=alt.X(f"{low}:Q", **x), x2=f"{high}:Q"
+        x=alt.X(f"{low}:Q", **x),
+        x2=f"{high}:Q",
+        stroke=_variant(variants, alt.Stroke, values=treated),
     )
-    points = [  # hollow where it must be read with something: rollouts cut, a subset
-        base.transform_filter(f"(datum.marks === '') === {str(filled).lower()}")
-        .mark_point(filled=filled, size=80, opacity=1, strokeWidth=2.4)
-        .encode(
-            x=alt.X(f"{change}:Q", **x),
-            shape=alt.Shape("variant:N", scale=alt.Scale(domain=list(variants)), legend=None),
-        )
-        for filled in (True, False)
-    ]
+    # hollow where it must be read with something: rollouts cut, a subset
+    point = base.mark_point(size=80, opacity=1, strokeWidth=2.4).encode(
+        x=alt.X(f"{change}:Q", **x),
+        shape=_variant(variants, alt.Shape, values=treated),
+        fill=_variant(variants, alt.Fill, values=treated),
+        stroke=_variant(variants, alt.Stroke, values=treated),
+        fillOpacity=alt.condition("datum.marks === ''", alt.value(1), alt.value(0)),
+    )
     step = _step(panels, max(1, len(treated)), 15)
-    layered = alt.layer(zero, interval, *points).properties(
+    layered = alt.layer(zero, interval, point).properties(
         width=190, height=alt.Step(step, **{"for": "offset"})
     )
     return _spec(_facets(layered, metrics, 3, "metric").resolve_scale(x="independent"), frame)

@@ -15,6 +15,7 @@ from canopy_store.analysis.comparison import compare_prompts, estimate
 from canopy_store.analysis.examples import example_rollouts
 from canopy_store.analysis.lengths import length_shares
 from canopy_store.analysis.pairing import unpaired
+from canopy_store.analysis.regression.reliability import ENOUGH, reliability, samples_for
 from canopy_store.analysis.trajectories import thin_trajectories
 from canopy_store.analysis.words import marks
 from canopy_store.errors import StoreError
@@ -47,6 +48,7 @@ class Facts:
     alone : what `estimate` gives of the models that no row of ``changes`` has
     unpaired : why nothing can be compared; None where something can
     decomposition, trajectory, lengths, logging : rows of the views, of the runs shown
+    reliability : a row a variant, over the prompts of the runs shown, as `reliability` gives them
     examples : rollouts to read
     """
 
@@ -65,6 +67,7 @@ class Facts:
     trajectory: pl.DataFrame = field(default_factory=pl.DataFrame)
     lengths: pl.DataFrame = field(default_factory=pl.DataFrame)
     logging: pl.DataFrame = field(default_factory=pl.DataFrame)
+    reliability: pl.DataFrame = field(default_factory=pl.DataFrame)
     examples: pl.DataFrame = field(default_factory=pl.DataFrame)
 
     @property
@@ -142,6 +145,8 @@ def gather(
     chosen: dict[str, Any] = {"selection": selection, "embedder": embedder, "runs": runs}
     with sql.connect(root) as con:
         metrics = view_rows(con, "model_metrics")
+        caps = view_rows(con, "runs").select("run_id", "max_new_tokens")
+        metrics = metrics.join(caps, on="run_id", how="left", maintain_order="left")
         if metrics.is_empty():
             return Facts(
                 baseline=baseline,
@@ -153,8 +158,7 @@ def gather(
             )
         order = ["family", "task", "variant"]
         shown, used = comparable(metrics, root, **chosen)
-        caps = view_rows(con, "runs").select("run_id", "max_new_tokens")
-        shown = shown.join(caps, on="run_id").with_columns(_PANEL).sort(order)
+        shown = shown.with_columns(_PANEL).sort(order)
         prompts, _ = comparable(view_rows(con, "prompt_metrics"), root, **chosen)
         prompts = prompts.sort(*order, "prompt_id")
         names = shown["run_id"].to_list()
@@ -182,6 +186,7 @@ def gather(
             trajectory=thin_trajectories(con, names, positions=MAX_POSITIONS, share=MIN_ACTIVE, **drawn),
             lengths=length_shares(con, names, **drawn),
             logging=view_rows(con, "logging_check"),
+            reliability=_reliability(comparable(view_rows(con, "panel"), root, **chosen)[0]),
             examples=example_rollouts(
                 con,
                 shown,
@@ -194,6 +199,15 @@ def gather(
                 **drawn,
             ),
         )
+
+
+def _reliability(panel: pl.DataFrame) -> pl.DataFrame:
+    """What `reliability` gives, of the variants that have one, and the rollouts that would be enough."""
+    frame = reliability(panel).drop_nulls("reliability")
+    needed = [
+        samples_for(row["reliability"], row["n_samples"], ENOUGH) for row in frame.iter_rows(named=True)
+    ]
+    return frame.with_columns(rollouts_needed=pl.Series(needed, dtype=pl.Int64))
 
 
 def _alone(prompts: pl.DataFrame, changes: pl.DataFrame, baseline: str, seed: int) -> pl.DataFrame:

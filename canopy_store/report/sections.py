@@ -8,9 +8,11 @@ from typing import Any
 import polars as pl
 
 from canopy_store.analysis.lines import fitted_lines
+from canopy_store.analysis.regression.reliability import ENOUGH
 from canopy_store.analysis.words import CUT, marks
 from canopy_store.report import charts as draw
 from canopy_store.report.facts import Facts, few
+from canopy_store.report.tables import CORRECTS
 
 _EMBED = "Nothing is embedded yet. Run: canopy ingest embed --store … --embedder …"
 MAX_POINTS = 2400  # prompts in the scatter
@@ -56,7 +58,7 @@ def _pieces(facts: Facts) -> pl.DataFrame:
 
 
 def _length_pieces(facts: Facts) -> Any:
-    return draw.length_pieces(_pieces(facts), facts.variants, facts.panels, f"CE*{facts.covers} (nats)")
+    return draw.length_pieces(_pieces(facts), facts.variants, facts.panels, f"CE*{facts.covers}, nats")
 
 
 def _stop_pieces(facts: Facts) -> Any:
@@ -66,7 +68,7 @@ def _stop_pieces(facts: Facts) -> Any:
     if frame.is_empty():
         return lacks
     panels = _in(facts.panels, frame)
-    drawn = draw.stop_pieces(frame, facts.variants, panels, f"CE*{facts.covers} (nats)")
+    drawn = draw.stop_pieces(frame, facts.variants, panels, f"CE*{facts.covers}, nats")
     return drawn, _left_out(facts, frame, "no eos_logprob is stored")
 
 
@@ -96,12 +98,16 @@ def _cut(facts: Facts, rows: pl.DataFrame) -> str:
     """The share cut of each variant of a panel, two a line."""
     shares = dict(rows["variant", "truncation_rate"].iter_rows())
     said = [
-        f"{_short(variant)} {'unknown' if shares[variant] is None else f'{shares[variant]:.1%}'}"
+        f"{_short(variant)} {_percent(shares[variant])}"
         for variant in facts.variants
         if variant in shares
     ]
     lines = [" · ".join(said[i : i + 2]) for i in range(0, len(said), 2)]
     return "\n".join(["cut: " + lines[0], *lines[1:]])
+
+
+def _percent(share: float | None) -> str:
+    return "unknown" if share is None else f"{100 * share:.3g}%"
 
 
 def _short(name: str) -> str:
@@ -166,7 +172,22 @@ def _diversity(facts: Facts) -> Any:
     shown = f"{len(points):,} of {len(every):,} prompts are drawn; lines are fitted to all."
     drawn = draw.diversity(both, facts.variants, _in(facts.panels, both))
     left_out = _left_out(facts, every, "not embedded, or one rollout a prompt")
-    return drawn, " ".join(filter(None, [shown * (len(points) < len(every)), left_out]))
+    said = [shown * (len(points) < len(every)), left_out, _reliable(facts)]
+    return drawn, " ".join(filter(None, said))
+
+
+def _reliable(facts: Facts) -> str:
+    """Beside the lines, which take the rates as exact: how reliable the rates are."""
+    rows = dict(facts.reliability["variant", "reliability"].iter_rows())
+    if not rows:
+        return ""
+    said = ", ".join(f"{name} {rows[name]:.2f}" for name in facts.variants if name in rows)
+    low = min(rows.values()) < ENOUGH
+    warning = (
+        f" Below {ENOUGH:g} the lines are too flat: they take the rates as exact; {CORRECTS} corrects "
+        "the slopes."
+    )
+    return f"Reliability of the entropy rates: {said}.{warning * low}"
 
 
 def _arrows(facts: Facts) -> Any:
@@ -236,25 +257,28 @@ _CHARTS: tuple[tuple[str, str, str, str, Callable[[Facts], Any]], ...] = (
         "Changes",
         "What fine-tuning changed",
         "Each dot is the change from the baseline, in percent, over the prompts that both variants "
-        "have; the bar is its 95% bootstrap interval over prompts. A bar that does not reach the dashed "
-        "line is a change larger than the spread between prompts explains.",
+        "have; the bar is its 95% interval over prompts. A bar that does not reach the dashed line is a "
+        "change larger than the spread between prompts explains. A hollow dot must be read with "
+        "something, such as the shares of rollouts that were cut: point at it. Each measure has its own "
+        "scale.",
         _changes,
     ),
     (
         "arrows",
         "Arrows",
         "From baseline to fine-tuned",
-        "Each arrow is one task of one family: its ring is the baseline, its head the fine-tuned model. "
-        "To the left means fewer nats per token; down means rollouts that are more alike in meaning.",
+        "Each small chart is a task of a family, all on one scale: the ring is the baseline, the "
+        "arrow's head the fine-tuned model. To the left means fewer nats per token; down means rollouts "
+        "that are more alike in meaning.",
         _arrows,
     ),
     (
         "ce-star-length",
         "Length and rate",
         "CE*, by length and rate",
-        "CE* is the entropy of a whole rollout, in nats. One piece is mean length times mean entropy "
-        "rate; the other, their covariance, is negative where longer rollouts are more certain per "
-        "token. The upright mark is CE*, the sum of both.",
+        "CE* is the entropy of a rollout, up to the most tokens allowed, in nats. The strong piece is "
+        "mean length times mean entropy rate; the faint one, their covariance, is negative where "
+        "longer rollouts are more certain per token. The upright mark is CE*, the sum of both.",
         _length_pieces,
     ),
     (
@@ -262,7 +286,7 @@ _CHARTS: tuple[tuple[str, str, str, str, Callable[[Facts], Any]], ...] = (
         "Content and stop",
         "CE*, by content and when to stop",
         "The same CE*, in nats, split another way: uncertainty about the next token when the rollout "
-        "goes on, and uncertainty about whether it ends at each step.",
+        "goes on (strong), and uncertainty about whether it ends at each step (faint).",
         _stop_pieces,
     ),
     (
@@ -278,8 +302,9 @@ _CHARTS: tuple[tuple[str, str, str, str, Callable[[Facts], Any]], ...] = (
         "lengths",
         "Lengths",
         "How long rollouts are",
-        "Share of rollouts by length in tokens, the end token included. A line that drops at the right "
-        "edge is where rollouts were cut. Each task has its own scale.",
+        "The share of rollouts that have not ended by themselves after so many tokens, the end token "
+        "included: steep where many end. It is drawn to the most tokens allowed; a mark there is the "
+        "share that was cut, which stands above in numbers. Each task has its own scale.",
         _lengths,
     ),
     (

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import polars as pl
 
+from canopy_store.analysis.regression.reliability import ENOUGH
+from canopy_store.analysis.words import CUT
 from canopy_store.report.facts import Facts
 from canopy_store.sql.columns import column_of
 
 _SHORT = pl.col(pl.Float64).round(7).round_sig_figs(6)
 _METRICS = (
+    "run_id",
     "family",
     "variant",
     "task",
     "n_prompts",
     "n_rollouts",
+    "max_new_tokens",
     "ce_star",
+    "truncation_rate",
     "mean_length",
     "entropy_rate",
     "rho_pearson",
@@ -28,14 +34,13 @@ _METRICS = (
     "rho_spearman",
     "rho_kendall",
     "cov_length_rate",
-    "truncation_rate",
     "surprisal_mean",
     "rho_length_diversity_pearson",
     "embedder",
     "selection",
-    "run_id",
 )
 _LOGGING = (
+    "run_id",
     "family",
     "variant",
     "task",
@@ -45,9 +50,9 @@ _LOGGING = (
     "sd",
     "z",
     "ok",
-    "run_id",
 )
 _RUNS = (
+    "run_id",
     "family",
     "variant",
     "task",
@@ -57,7 +62,6 @@ _RUNS = (
     "tokens",
     "bytes",
     "embedders",
-    "run_id",
 )
 _DOCS = {  # columns of canopy status, which are no columns of the store
     "complete": "Whether every planned rollout is stored.",
@@ -66,36 +70,59 @@ _DOCS = {  # columns of canopy status, which are no columns of the store
     "tokens": "Tokens stored.",
     "bytes": "Size of the run's rollouts.",
     "embedders": "Embedders, with the share done where not all is.",
+    # and of reliability
+    "n_prompts": "Prompts.",
+    "n_samples": "Rollouts a prompt.",
+    "var_error": "Mean squared standard error of the entropy rate of a prompt, (nats per token)².",
+    "var_between": "Variance of the entropy rate over prompts, (nats per token)².",
+    "reliability": "1 - var_error / var_between.",
+    "rollouts_needed": "Rollouts a prompt that would make the rates reliable.",
 }
+CORRECTS = "canopy regress --store … --errors moments"
 
 
 def tables(facts: Facts) -> list[dict[str, Any]]:
-    """One entry a table: id, title, a sentence, columns with their meaning, rows."""
+    """One entry a table: id, title, a sentence, columns with their meaning, rows or why none."""
     keys = ["family", "task", "variant", "run_id"]
     return [
+        _table(
+            "reliability",
+            "Reliability",
+            "How reliable the prompts' entropy rates are",
+            "The share of the spread of entropy rates between prompts that is not the chance of which "
+            f"rollouts were sampled. Below {ENOUGH:g} a regression that takes the rates as exact draws "
+            f"its slopes towards zero; {CORRECTS} corrects them. rollouts_needed, a prompt, would reach "
+            f"{ENOUGH:g}.",
+            facts.reliability,
+            below={"reliability": ENOUGH},
+            missing="No variant has two prompts with two rollouts each.",
+        ),
         _table(
             "metrics",
             "Measures",
             "Every measure",
-            "One row per run, embedder and selection, pooled over prompts.",
-            "model_metrics",
+            "One row per run, embedder and selection, pooled over prompts. ce_star is the entropy of "
+            "the first max_new_tokens tokens (of a selection other than all, a subset's mean and no "
+            f"entropy); truncation_rate is marked where more than {CUT:.0%} were cut there.",
             facts.metrics.select(_METRICS).sort([*keys, "embedder", "selection"]),
+            above={"truncation_rate": CUT},
+            missing="No run is complete yet.",
         ),
         _table(
             "logging",
             "Logging",
             "Were entropies and samples logged from one distribution?",
             "If the entropies came from another distribution than the one that was sampled, z would "
-            "not look standard normal; ok means |z| ≤ 5. Runs without log-probabilities are not listed.",
-            "logging_check",
+            "not look standard normal; ok says that it does. Runs without log-probabilities are not "
+            "listed.",
             _logging(facts),
+            missing="No complete run stores log-probabilities, which the check needs.",
         ),
         _table(
             "runs",
             "Runs",
             "Runs",
             "Every run that was started; one that is not complete is left out of all measures.",
-            "runs",
             facts.runs.sort(keys).select(_RUNS),
         ),
     ]
@@ -108,16 +135,27 @@ def _logging(facts: Facts) -> pl.DataFrame:
 
 
 def _table(
-    identity: str, short: str, title: str, how: str, relation: str, frame: pl.DataFrame
+    identity: str,
+    short: str,
+    title: str,
+    how: str,
+    frame: pl.DataFrame,
+    *,
+    above: Mapping[str, float] | None = None,
+    below: Mapping[str, float] | None = None,
+    missing: str = "",
 ) -> dict[str, Any]:
-    columns = []
-    for name, kind in frame.schema.items():
-        if name in _DOCS:
-            doc = _DOCS[name]
-        else:
-            column = column_of(relation, name)
-            doc = f"{column.doc} {column.unit}".strip()
-        columns.append({"name": name, "doc": doc, "number": kind.is_numeric()})
+    """The table as the page takes it; cells ``above`` or ``below`` a column's limit are marked there."""
+    limits = {"above": above or {}, "below": below or {}}
+    columns = [
+        {
+            "name": name,
+            "doc": _doc(identity, name),
+            "number": kind.is_numeric(),
+            **{side: of[name] for side, of in limits.items() if name in of},
+        }
+        for name, kind in frame.schema.items()
+    ]
     rounded = frame.with_columns(_SHORT)
     return {
         "id": identity,
@@ -126,4 +164,15 @@ def _table(
         "how": how,
         "columns": columns,
         "rows": [list(row) for row in rounded.iter_rows()],
+        "missing": missing,
     }
+
+
+def _doc(table: str, name: str) -> str:
+    """What a column means, with its unit: as the store documents it, if it is a column of the store."""
+    if name in _DOCS:
+        return _DOCS[name]
+    relations = {"metrics": "model_metrics", "logging": "logging_check"}
+    relation = "runs" if name == "max_new_tokens" else relations.get(table, table)
+    column = column_of(relation, name)
+    return f"{column.doc} {column.unit}".strip()
