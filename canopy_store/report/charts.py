@@ -21,14 +21,15 @@ _LENGTH_PIECES = ("E[N] · E[r]", "covariance of N and r")
 _STOP_PIECES = ("content", "when to stop")
 FONT = "Avenir Next, Segoe UI, Helvetica Neue, Arial, Liberation Sans, sans-serif"
 
-# Lines of at most 22 characters, broken after a space or a sign where there is one: names are long, and
-# a label that is cut off names nothing. The other width is that of the title of a small chart.
+# Labels in lines of at most so many characters, broken after a space or a sign where there is one: a
+# label that is cut off names nothing. The page gives narrow windows shorter lines.
 _LINES = (
-    "split(trim(replace(datum.label,"
-    " regexp('(.{{1,{n}}}$|.{{1,{n}}}[ _·/.,-]|.{{1,{n}}})', 'g'), '$1\\n')), '\\n')"
+    "split(trim(replace(datum.label, regexp('(.{{1,' + {n} + '}}$|.{{1,' + {n} + '}}[ _·/.,-]"
+    "|.{{1,' + {n} + '}})', 'g'), '$1\\n')), '\\n')"
 )
-_WRAPPED, _WRAPPED_WIDE = _LINES.format(n=22), _LINES.format(n=40)
-_WRAP = 22
+_WRAPPED, _HEADED = _LINES.format(n="label_line"), _LINES.format(n="header_line")
+_PARAMS = [{"name": "label_line", "value": 22}, {"name": "header_line", "value": 44}]
+_SHORTEST = 16  # characters of a label's line on a phone
 
 _ROWS = alt.NamedData("rows")
 Spec = dict[str, Any]
@@ -84,7 +85,7 @@ def _spec(chart: Any, frame: pl.DataFrame) -> Spec:
     spec: Spec = chart.to_dict()
     del spec["$schema"]  # it names an address; nothing on the page should
     datasets = {**spec.get("datasets", {}), "rows": frame.to_dicts()}
-    return {**spec, "config": config(), "datasets": datasets}
+    return {**spec, "params": _PARAMS, "config": config(), "datasets": datasets}
 
 
 def _variant(
@@ -105,14 +106,14 @@ def _rows_axis(**more: Any) -> alt.Axis:
 
 def _step(names: Sequence[str], rows: int, least: float) -> float:
     """Pixels of each of ``rows`` rows of a name, so that the longest name's lines have room."""
-    lines = max((math.ceil(len(name) / _WRAP) for name in names), default=1)
+    lines = max((math.ceil(len(name) / _SHORTEST) for name in names), default=1)
     return max(least, (15 * lines + 8) / rows)
 
 
 def _facets(chart: Any, panels: Sequence[str], columns: int, field: str = "panel") -> Any:
     return chart.properties(data=alt.Undefined).facet(
         facet=alt.Facet(
-            f"{field}:N", title=None, sort=list(panels), header=alt.Header(labelExpr=_WRAPPED_WIDE)
+            f"{field}:N", title=None, sort=list(panels), header=alt.Header(labelExpr=_HEADED)
         ),
         columns=min(columns, max(1, len(panels))),
         data=_ROWS,
@@ -275,11 +276,12 @@ def lengths(frame: pl.DataFrame, variants: Sequence[str], panels: Sequence[str])
         .mark_point(filled=True, size=70)
         .encode(opacity=alt.condition("datum.going_on > 0", alt.value(1), alt.value(0)))
     )
+    lines = max(words.count("\n") for words in frame["cut"].drop_nulls())
     words = (
         alt.Chart()
         .transform_filter("datum.cut !== null")
         .mark_text(align="left", baseline="bottom", lineBreak="\n", fontSize=11, style="note")
-        .encode(x=alt.value(0), y=alt.value(-5), text="cut:N")
+        .encode(x=alt.value(0), y=alt.value(-5 - 14 * lines), text="cut:N")
     )
     layered = alt.layer(line, end, words).properties(width=330, height=130)
     faceted = _facets(layered, panels, 2).resolve_scale(x="independent", y="independent")

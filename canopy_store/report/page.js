@@ -96,7 +96,7 @@
     value.append(make("strong", {}, shown(compared ? row.treated : row.value)));
     if (figure.unit) value.append(" ", make("span", { class: "unit" }, figure.unit));
     const told = make("div", {},
-      make("div", { class: "who" }, dot(row.variant), `${row.variant} · ${of(row.n_prompts, "prompt")}`), value);
+      make("div", { class: "who" }, dot(row.variant), make("bdi", {}, row.variant), ` · ${of(row.n_prompts, "prompt")}`), value);
     if (compared) {
       told.append(make("div", { class: "change" }, ...change(row)), make("div", { class: "verdict" }, row.verdict));
       row.marks.forEach((mark) => told.append(make("div", { class: "marked" }, mark)));
@@ -140,7 +140,8 @@
         const marked = value === false || (columns[i].above !== undefined && value > columns[i].above)
           || (columns[i].below !== undefined && value !== null && value < columns[i].below);
         const name = [columns[i].number ? "number" : "", marked ? "no" : ""].join(" ").trim();
-        const td = make(i ? "td" : "th", { ...(name && { class: name }), ...(!i && { scope: "row" }) }, cell(value));
+        const td = i ? make("td", name ? { class: name } : {}, cell(value))
+          : make("th", { scope: "row" }, make("span", {}, cell(value)));
         if (typeof value === "string" && value.length > 24) td.title = value;
         return td;
       }))));
@@ -240,7 +241,10 @@
     const longest = Math.max(...page.variants.map((name) => name.length));
     spec.config.legend.columns = width >= 520 ? Math.max(1, Math.min(6, Math.floor(width / (longest * 7 + 40))))
       : longest > 14 ? 1 : 2;
-    spec.config.legend.labelLimit = Math.min(width - 40, 420);
+    spec.config.legend.labelLimit = Math.min(width - 170, 420);
+    if (width < 520) {
+      for (const param of spec.params) param.value = param.name === "label_line" ? 16 : Math.floor((width - 110) / 8);
+    }
     spec.description = `${chart.title}. ${chart.how}`;
     const { inner, columns } = sized(spec, width);
     // one below the other, each chart has its own axis: the last one's may be screens away
@@ -353,7 +357,7 @@
     // the strings of tokens are not stored, so that none of them has a place in the text
     const placed = rollout.text ? [make("p", { class: "placed" }, `0 of ${of(rollout.n, "token")} placed on the text`)] : [];
     return make("article", { class: "rollout" },
-      make("p", { class: "facts" }, dot(model.variant), make("strong", {}, modelName(model)), ` · ${facts}`),
+      make("p", { class: "facts" }, dot(model.variant), make("strong", {}, make("bdi", {}, modelName(model))), ` · ${facts}`),
       text, strip, ...placed);
   }
 
@@ -397,7 +401,7 @@
     const shownModels = choices[at("pick-model").value].of;
     const columns = shownModels.map((model) => rollouts.filter((r) => r.p === place && r.m === model.i)
       .sort((a, b) => (falling ? -1 : 1) * ((a[key] ?? 0) - (b[key] ?? 0)) || a.sample - b.sample));
-    const cells = shownModels.map((model) => make("h3", {}, dot(model.variant), modelName(model)));
+    const cells = shownModels.map((model) => make("h3", {}, dot(model.variant), make("bdi", {}, modelName(model))));
     const longest = Math.max(1, ...columns.map((column) => column.length));
     for (let i = 0; i < longest; i += 1) {
       columns.forEach((column, j) => {
