@@ -7,6 +7,7 @@ import os
 import re
 import time
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -355,7 +356,7 @@ def test_base_and_child_share_a_row_and_are_stacked_on_a_phone(browse, page):
         "stories",
     }
     narrow = boxes(browse(page, width=390), ".rollout")
-    for above, below in zip(narrow, narrow[1:], strict=False):
+    for above, below in pairwise(narrow):
         assert above["left"] == below["left"]
         assert above["bottom"] < below["top"]
 
@@ -468,7 +469,8 @@ def long_page(tmp_path_factory) -> Path:
 def test_labels_of_a_chart_do_not_overlap(browse, request, which, width):
     driver = browse(request.getfixturevalue(which), width=width)
     labels = driver.execute_script(
-        "return [...document.querySelectorAll('.drawing')].map((d) => [...d.querySelectorAll('svg text')]"
+        "return [...document.querySelectorAll('.drawing')].map((d) =>"
+        " [...d.querySelectorAll('svg text')]"
         ".map((t) => { const r = t.getBoundingClientRect(); return {text: t.textContent, left: r.left,"
         " right: r.right, top: r.top, bottom: r.bottom}; }).filter((t) => t.text && t.right > t.left))"
     )
@@ -531,9 +533,10 @@ def test_a_colour_is_a_variant_in_every_chart_and_beside_its_name(browse, tmp_pa
     for text, colour in driver.execute_script(script, "#figures .dot"):
         assert colour == beside[text.split(" · ")[0]]
     drawn = driver.execute_script(
-        "return [...document.querySelectorAll('.drawing')].map((d) => [...new Set([...d.querySelectorAll("
-        "'.mark-symbol.role-mark path, .mark-line.role-mark path, .mark-rect.role-mark path,"
-        " .mark-rule.role-mark line')].flatMap((m) => [m.getAttribute('fill'), m.getAttribute('stroke')])"
+        "return [...document.querySelectorAll('.drawing')].map((d) => [...new Set("
+        "[...d.querySelectorAll('.mark-symbol.role-mark path, .mark-line.role-mark path,"
+        " .mark-rect.role-mark path, .mark-rule.role-mark line')]"
+        ".flatMap((m) => [m.getAttribute('fill'), m.getAttribute('stroke')])"
         ".filter((c) => c && c !== 'none' && c !== 'transparent'))])"
     )
     hexes = {
