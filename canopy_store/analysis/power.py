@@ -26,6 +26,7 @@ def power(
     selection: str = "all",
     embedder: str | None = None,
     runs: Sequence[str] = (),
+    allow: Sequence[str] = (),
     seed: int = SEED,
 ) -> pl.DataFrame:
     """One row per variant and number of samples: the prompts that detect ``delta``, and rollouts.
@@ -41,6 +42,7 @@ def power(
     delta : the change to detect, in the metric's unit, either way
     samples : numbers of rollouts per prompt to answer for
     power, alpha : chance to detect it, and two-sided level of the test
+    allow : settings in which the pilot's runs may differ, as in `compare`
 
     Returns
     -------
@@ -74,6 +76,7 @@ def power(
                 selection=selection,
                 embedder=embedder,
                 runs=runs,
+                allow=allow,
             )
         ).sort("variant")
         for resample in ("prompts", "rollouts")

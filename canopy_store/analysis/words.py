@@ -5,7 +5,7 @@ Nothing is computed here: every number and every reason stands in the frame that
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import polars as pl
@@ -120,7 +120,9 @@ def headline(frame: pl.DataFrame) -> str:
         if first is None:
             continue
         second = next((own[n] for n in _SECOND if n in own and own[n] is not first), None)
-        said.append(_sentence(first, second))
+        alike = {name: first[name] for name in ("level", "variant", "metric")}
+        several = pooled.filter(**alike).to_dicts()
+        said.append(_sentence(first, second) if len(several) == 1 else _several(several))
     if len(order) > _VARIANTS:
         said.append(f"{len(order) - _VARIANTS} more variants below.")
     return " ".join(said)
@@ -154,6 +156,17 @@ def _sentence(first: Row, second: Row | None) -> str:
     return text
 
 
+def _several(rows: Sequence[Row]) -> str:
+    """One measure of a variant in rows that nothing pools."""
+    first, told = rows[0], [row["delta"] for row in rows if row["delta"] is not None and _told(row)]
+    text = f"{first['variant']}: of {len(rows)} changes of {label(first)}"
+    fall, rise = sum(delta < 0 for delta in told), sum(delta > 0 for delta in told)
+    text += f" {fall} fall and {rise} rise"
+    if len(told) < len(rows):
+        text += f", {len(rows) - len(told)} cannot be told from 0 after Holm"
+    return text + "."
+
+
 def _change(row: Row) -> str:
     if row["delta"] is None:
         return ""
@@ -171,3 +184,40 @@ def _where(row: Row) -> str:
     if row["task"] != POOLED:
         return f"{prompts} of {row['task']}"
     return f"{prompts} of {row['n_tasks']} tasks"
+
+
+def notes(frame: pl.DataFrame) -> list[str]:
+    """What is true of many rows of a comparison and said once, a line each."""
+    out = []
+    rows = widest(frame)
+    uneven = rows.filter(pl.col("baseline_n_samples") != pl.col("treated_n_samples"))
+    for row in uneven.unique("variant", maintain_order=True).to_dicts():
+        out.append(
+            f"rollouts a prompt: {row['baseline_n_samples']} in {row['baseline_variant']}, "
+            f"{row['treated_n_samples']} in {row['variant']}"
+        )
+    lost = rows.filter(pl.col("n_left_out") > 0).sort("n_left_out", descending=True)
+    if len(lost):
+        told = [
+            f"{label({**row, 'horizon': None})} {row['n_left_out']} prompt"
+            f"{'s' * (row['n_left_out'] != 1)} ({row['left_out_share']:.0%} of the rollouts)"
+            for row in lost.unique("metric", maintain_order=True).to_dicts()
+        ]
+        out.append("left out, as one variant lacks them or has no value of them: " + ", ".join(told))
+    unrecorded = [name for text in frame["unrecorded"].drop_nulls() for name in text.split(", ")]
+    if unrecorded:
+        names = ", ".join(dict.fromkeys(unrecorded))
+        out.append(f"not recorded, so not known to be alike on both sides: {names}")
+    if (frame["selection"] != "all").any():
+        out.append("over a selection CE* and what rests on it are means of a subset, not entropies")
+    if (frame["selection_rule"] == "lengths").any():
+        out.append(
+            "the selection matches lengths, which the treatment changes too: a difference in it is no "
+            "effect of the treatment by itself"
+        )
+    if frame["n_checkpoints"].max() == 1:
+        out.append(
+            "each variant is one checkpoint: what is told is of it, not of what its training does; "
+            "several go with --seeds"
+        )
+    return out
