@@ -5,12 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import polars as pl
-
 from canopy_store.analysis import nats
 from canopy_store.analysis.pairing import widest
-from canopy_store.analysis.words import headline, label, marks, verdict
-from canopy_store.report.facts import Facts
+from canopy_store.analysis.words import headline, label, marks, notes, verdict
+from canopy_store.report.facts import Facts, place
 
 # The measures that have a card, with the name and unit there.
 KEY_FIGURES = {
@@ -34,10 +32,7 @@ def cards(facts: Facts) -> list[dict[str, Any]]:
     if frame.is_empty():
         return []
     value = "value" if facts.changes.is_empty() else "delta"
-    order = pl.col("variant").replace_strict(
-        facts.variants, range(len(facts.variants)), return_dtype=pl.Int64
-    )
-    rows = widest(frame).drop_nulls(value).sort(order).to_dicts()
+    rows = widest(frame).drop_nulls(value).sort(place(facts)).to_dicts()
     lengths = {row["variant"]: row for row in rows if row["metric"] == "mean_length"}
     out = []
     for metric, (name, unit) in KEY_FIGURES.items():
@@ -87,6 +82,12 @@ def counts(facts: Facts) -> dict[str, int]:
         "rollouts": int(shown["n_rollouts"].sum()),
         "tokens": int(shown["n_tokens"].sum()),
     }
+
+
+def fine_print(facts: Facts) -> list[str]:
+    """What is true of many of the changes, a sentence each."""
+    said = [] if facts.changes.is_empty() else notes(facts.changes)
+    return [f"{line[:1].upper()}{line[1:]}." for line in said]
 
 
 def first_line(facts: Facts) -> str:

@@ -8,7 +8,7 @@ and beside its name on the page: gray the baseline, a hue each of the others. No
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import altair as alt
@@ -357,13 +357,29 @@ def diversity(frame: pl.DataFrame, variants: Sequence[str], panels: Sequence[str
     return _spec(_facets(layered, panels, 2), frame)
 
 
-def _rate_and_diversity(rate: str, diversity: str) -> tuple[alt.X, alt.Y]:
+def _rate_and_diversity(
+    rate: str, diversity: str, spans: Mapping[str, list[float]] | None = None
+) -> tuple[alt.X, alt.Y]:
+    """The two axes, over ``spans`` if they are given."""
     # padding: a mark of some size stands at each end
-    scale = alt.Scale(zero=False, padding=14, nice=False)
+    scales = {
+        axis: alt.Scale(domain=spans[axis], nice=False)
+        if spans
+        else alt.Scale(zero=False, padding=14, nice=False)
+        for axis in ("rate", "diversity")
+    }
     x = alt.X(
-        f"{rate}:Q", title="entropy rate (nats per token)", scale=scale, axis=alt.Axis(tickCount=5)
+        f"{rate}:Q",
+        title="entropy rate (nats per token)",
+        scale=scales["rate"],
+        axis=alt.Axis(tickCount=5),
     )
-    y = alt.Y(f"{diversity}:Q", title="semantic diversity", scale=scale, axis=alt.Axis(tickCount=4))
+    y = alt.Y(
+        f"{diversity}:Q",
+        title="semantic diversity",
+        scale=scales["diversity"],
+        axis=alt.Axis(tickCount=4),
+    )
     return x, y
 
 
@@ -397,8 +413,7 @@ def arrows(frame: pl.DataFrame, baseline: str, variants: Sequence[str], panels: 
             ],
         )
     )
-    x, y = _rate_and_diversity("rate_from", "diversity_from")
-    x.scale, y.scale = (alt.Scale(domain=spans[a], nice=False) for a in ("rate", "diversity"))
+    x, y = _rate_and_diversity("rate_from", "diversity_from", spans)
     layers = [
         base.mark_rule(strokeWidth=2.4).encode(x=x, y=y, x2="rate_to:Q", y2="diversity_to:Q"),
         base.mark_point(size=64, strokeWidth=2.4, filled=False, opacity=1).encode(

@@ -14,7 +14,7 @@ from canopy_store.analysis.comparable import NO_EMBEDDER, comparable, view_rows
 from canopy_store.analysis.comparison import compare_prompts, estimate
 from canopy_store.analysis.examples import example_rollouts
 from canopy_store.analysis.lengths import length_shares
-from canopy_store.analysis.pairing import unpaired
+from canopy_store.analysis.pairing import unpaired, variant_order
 from canopy_store.analysis.prompt_rows import prompt_rows
 from canopy_store.analysis.regression.reliability import ENOUGH, reliability, samples_for
 from canopy_store.analysis.trajectories import thin_trajectories
@@ -50,6 +50,7 @@ class Facts:
     unpaired : why nothing can be compared; None where something can
     decomposition, trajectory, lengths, logging : rows of the views, of the runs shown
     reliability : a row a variant, over the prompts of the runs shown, as `reliability` gives them
+    variants : the baseline first, the others by generation, step of training and name
     examples : rollouts to read
     """
 
@@ -69,13 +70,8 @@ class Facts:
     lengths: pl.DataFrame = field(default_factory=pl.DataFrame)
     logging: pl.DataFrame = field(default_factory=pl.DataFrame)
     reliability: pl.DataFrame = field(default_factory=pl.DataFrame)
+    variants: list[str] = field(default_factory=list)
     examples: pl.DataFrame = field(default_factory=pl.DataFrame)
-
-    @property
-    def variants(self) -> list[str]:
-        """The baseline first, the others in alphabetical order."""
-        names = self.shown["variant"].unique().to_list()
-        return sorted(names, key=lambda name: (name != self.baseline, name))
 
     @property
     def families(self) -> list[str]:
@@ -85,14 +81,16 @@ class Facts:
     @property
     def treated(self) -> list[str]:
         """The variants that are compared with the baseline."""
-        return [] if self.changes.is_empty() else sorted(self.changes["variant"].unique().to_list())
+        compared = [] if self.changes.is_empty() else self.changes["variant"].to_list()
+        return [name for name in self.variants if name in compared]
 
     @property
     def covers(self) -> str:
         """What a sum over rollouts covers, to stand behind its name: ' (first 96 tokens)'."""
         if self.shown.is_empty():
             return ""
-        least, most = self.shown["max_new_tokens"].min(), self.shown["max_new_tokens"].max()
+        caps = self.shown["max_new_tokens"].to_list()
+        least, most = min(caps), max(caps)
         tokens = f"first {most} tokens" if least == most else f"first {least} to {most} tokens"
         return f" ({tokens}{'' if self.selection == 'all' else '; mean of a subset'})"
 
@@ -165,10 +163,10 @@ def gather(
         prompts = prompts.sort(*order, "prompt_id")
         names = shown["run_id"].to_list()
         of_runs = pl.col("run_id").is_in(names), pl.col("selection") == selection
+        models = view_rows(con, "models")
         reason = unpaired(prompts, baseline)
         changes = pl.DataFrame()
         if reason is None:
-            models = view_rows(con, "models")
             changes = compare_prompts(prompts, models, baseline=baseline, seed=seed)
         drawn: dict[str, Any] = {"selection": selection}
         per_prompt = max(1, min(ROLLOUTS_PER_PROMPT, rollouts // len(shown)))
@@ -184,6 +182,7 @@ def gather(
             changes=changes,
             alone=_alone(prompts, changes, baseline, seed),
             unpaired=reason,
+            variants=variant_order(models, shown, baseline),
             decomposition=view_rows(con, "ce_star_decomposition").filter(*of_runs),
             trajectory=thin_trajectories(con, names, positions=MAX_POSITIONS, share=MIN_ACTIVE, **drawn),
             lengths=length_shares(con, names, **drawn),
@@ -255,10 +254,16 @@ def _cut(facts: Facts) -> list[str]:
     rows = facts.placed(facts.changes.filter(level="task", metric="ce_star"), on=("family", "task"))
     marked = [
         f"{row['variant']} on {row['panel']} ({'; '.join(marks(row))})"
-        for row in rows.sort("panel", "variant").iter_rows(named=True)
+        for row in rows.sort("panel", place(facts)).iter_rows(named=True)
         if marks(row)
     ]
     return [f"To be read with care: {few(marked)}."] if marked else []
+
+
+def place(facts: Facts) -> pl.Expr:
+    """The place of a row's variant among the variants."""
+    names = facts.variants
+    return pl.col("variant").replace_strict(names, range(len(names)), return_dtype=pl.Int64)
 
 
 def few(names: Sequence[str]) -> str:

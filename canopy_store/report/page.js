@@ -58,8 +58,9 @@
         ? `Pooled over ${families.length > 1 ? "families and " : ""}tasks, over the prompts that ${baseline} ` +
           `and the other variant share, as canopy compare pools them; in brackets the ${level} interval.`
         : `Pooled over ${families.length > 1 ? "families and " : ""}tasks; in brackets the ${level} interval.`;
+    at("pooled").append(...page.fine_print.map((line) => ` ${line}`));
     at("made").textContent = `Made by canopy_store ${page.version}. Selection of rollouts: ${page.selection}. ` +
-      `Embedder: ${page.embedder ?? "none"}. Intervals: ${level}, percentile bootstrap over prompts, ` +
+      `Embedder: ${page.embedder ?? "none"}. Intervals: ${level}, by Student's t with the standard error of a bootstrap over prompts, ` +
       `${whole(replicates)} replicates, seed ${seed}.`;
   }
 
@@ -89,6 +90,12 @@
     }
   }
 
+  // rollouts a prompt, of both sides where they differ
+  function samples({ baseline_n_samples: base, treated_n_samples: own }) {
+    if (!base || !own) return "";
+    return base === own ? ` × ${of(own, "rollout")}` : ` × ${base} and ${own} rollouts`;
+  }
+
   function keyFigure(figure, row) {
     const compared = row.treated !== undefined;
     const value = make("div", { class: "value" });
@@ -96,7 +103,7 @@
     value.append(make("strong", {}, shown(compared ? row.treated : row.value)));
     if (figure.unit) value.append(" ", make("span", { class: "unit" }, figure.unit));
     const told = make("div", {},
-      make("div", { class: "who" }, dot(row.variant), make("bdi", {}, row.variant), ` · ${of(row.n_prompts, "prompt")}`), value);
+      make("div", { class: "who" }, dot(row.variant), make("bdi", {}, row.variant), ` · ${of(row.n_prompts, "prompt")}${samples(row)}`), value);
     if (compared) {
       told.append(make("div", { class: "change" }, ...change(row)), make("div", { class: "verdict" }, row.verdict));
       row.marks.forEach((mark) => told.append(make("div", { class: "marked" }, mark)));

@@ -132,7 +132,7 @@ def write_figures(
 def _page(facts: Facts, explorer_rollouts: int) -> dict[str, Any]:
     """Everything the page shows, ready for JSON."""
     from canopy_store.report import sections
-    from canopy_store.report.cards import cards, counts, first_line
+    from canopy_store.report.cards import cards, counts, fine_print, first_line
     from canopy_store.report.charts import config
     from canopy_store.report.tables import tables
 
@@ -149,6 +149,7 @@ def _page(facts: Facts, explorer_rollouts: int) -> dict[str, Any]:
         "notes": notes(facts),
         "counts": counts(facts),
         "headline": first_line(facts),
+        "fine_print": fine_print(facts),
         "figures": cards(facts),
         "charts": sections.charts(facts),
         "tables": tables(facts),

@@ -11,7 +11,7 @@ from canopy_store.analysis.lines import fitted_lines
 from canopy_store.analysis.regression.reliability import ENOUGH
 from canopy_store.analysis.words import CUT, marks
 from canopy_store.report import charts as draw
-from canopy_store.report.facts import Facts, few
+from canopy_store.report.facts import Facts, few, place
 from canopy_store.report.tables import CORRECTS
 
 _EMBED = "Nothing is embedded yet. Run: canopy ingest embed --store … --embedder …"
@@ -125,10 +125,7 @@ def _rho(facts: Facts) -> Any:
     if frame.is_empty():
         return "ρ needs at least four rollouts a prompt whose lengths differ."
     frame = facts.placed(frame, on=("family", "task")).drop("family", "task").unique()
-    order = pl.col("variant").replace_strict(
-        facts.variants, range(len(facts.variants)), return_dtype=pl.Int64
-    )
-    frame = frame.sort("panel", order, "rho_pearson").with_columns(
+    frame = frame.sort("panel", place(facts), "rho_pearson").with_columns(
         place=pl.int_range(pl.len()).over("panel")
     )
     drawn = draw.rho(frame, facts.variants, _in(facts.panels, frame))
