@@ -31,7 +31,7 @@ _WRAPPED, _HEADED = _LINES.format(n="label_line"), _LINES.format(n="header_line"
 _PARAMS = [{"name": "label_line", "value": 22}, {"name": "header_line", "value": 44}]
 _SHORTEST = 16  # characters of a label's line on a phone
 
-_ROWS = alt.NamedData("rows")
+ROWS = alt.NamedData("rows")
 Spec = dict[str, Any]
 
 
@@ -81,7 +81,8 @@ def config(dark: bool = False) -> dict[str, Any]:
     }
 
 
-def _spec(chart: Any, frame: pl.DataFrame) -> Spec:
+def specification(chart: Any, frame: pl.DataFrame) -> Spec:
+    """The chart as Vega-Lite, over the rows of ``frame``."""
     # rows go in by hand: altair would check every one of them against its schema
     spec: Spec = chart.to_dict()
     del spec["$schema"]  # it names an address; nothing on the page should
@@ -89,7 +90,7 @@ def _spec(chart: Any, frame: pl.DataFrame) -> Spec:
     return {**spec, "params": _PARAMS, "config": config(), "datasets": datasets}
 
 
-def _variant(
+def by_variant(
     variants: Sequence[str], channel: Any = alt.Color, field: str = "variant", **legend: Any
 ) -> Any:
     """The variant as a colour, or as another channel; the legend is one and the same."""
@@ -101,23 +102,25 @@ def _variant(
     )
 
 
-def _rows_axis(**more: Any) -> alt.Axis:
+def rows_axis(**more: Any) -> alt.Axis:
+    """An axis of names, each in as many lines as it needs."""
     return alt.Axis(labelExpr=_WRAPPED, **more)
 
 
-def _step(names: Sequence[str], rows: int, least: float) -> float:
+def row_step(names: Sequence[str], rows: int, least: float) -> float:
     """Pixels of each of ``rows`` rows of a name, so that the longest name's lines have room."""
     lines = max((math.ceil(len(name) / _SHORTEST) for name in names), default=1)
     return max(least, (15 * lines + 8) / rows)
 
 
-def _facets(chart: Any, panels: Sequence[str], columns: int, field: str = "panel") -> Any:
+def small_charts(chart: Any, panels: Sequence[str], columns: int, field: str = "panel") -> Any:
+    """The chart once for each value of ``field``, in the order of ``panels``."""
     return chart.properties(data=alt.Undefined).facet(
         facet=alt.Facet(
             f"{field}:N", title=None, sort=list(panels), header=alt.Header(labelExpr=_HEADED)
         ),
         columns=min(columns, max(1, len(panels))),
-        data=_ROWS,
+        data=ROWS,
         spacing={"row": 28, "column": 26},
     )
 
@@ -147,7 +150,7 @@ def decomposition(
     # room for the number that stands behind the longest bar
     room = 1.1 + 0.035 * max(len(number) for number in long["number"])
     domain = [1.1 * least, room * max(*long["end"], *long["ce_star"], 1e-6)]
-    y = alt.Y("variant:N", scale=alt.Scale(domain=list(variants)), title=None, axis=_rows_axis())
+    y = alt.Y("variant:N", scale=alt.Scale(domain=list(variants)), title=None, axis=rows_axis())
     bars = (
         alt.Chart()
         .mark_bar(height=18)
@@ -182,9 +185,9 @@ def decomposition(
     )
     number = whole.mark_text(align="left", dx=7, style="text").encode(x="end:Q", y=y, text="number:N")
     layered = alt.layer(bars, total, number).properties(
-        width=330, height=alt.Step(_step(variants, 1, 32))
+        width=330, height=alt.Step(row_step(variants, 1, 32))
     )
-    return _spec(_facets(layered, panels, 2), long)
+    return specification(small_charts(layered, panels, 2), long)
 
 
 def length_pieces(
@@ -221,7 +224,7 @@ def trajectory(frame: pl.DataFrame, variants: Sequence[str], panels: Sequence[st
     """Entropy rate so far along position, over the step's own entropy in a fainter line."""
     base = alt.Chart().encode(
         x=alt.X("position:Q", title="position (tokens)", axis=alt.Axis(tickCount=5, grid=False)),
-        color=_variant(variants, symbolType="stroke", symbolStrokeWidth=3),
+        color=by_variant(variants, symbolType="stroke", symbolStrokeWidth=3),
     )
     y: dict[str, Any] = {
         "title": "nats per token",
@@ -241,8 +244,8 @@ def trajectory(frame: pl.DataFrame, variants: Sequence[str], panels: Sequence[st
         ],
     )
     layered = alt.layer(steps, rate, points).properties(width=330, height=170)
-    chart = _facets(layered, panels, 2).resolve_scale(x="independent", y="independent")
-    return _spec(chart, frame)
+    chart = small_charts(layered, panels, 2).resolve_scale(x="independent", y="independent")
+    return specification(chart, frame)
 
 
 def lengths(frame: pl.DataFrame, variants: Sequence[str], panels: Sequence[str]) -> Spec:
@@ -263,7 +266,7 @@ def lengths(frame: pl.DataFrame, variants: Sequence[str], panels: Sequence[str])
             scale=alt.Scale(domain=[0, 1]),
             axis=alt.Axis(tickCount=3, format="%"),
         ),
-        color=_variant(variants, symbolType="stroke", symbolStrokeWidth=3),
+        color=by_variant(variants, symbolType="stroke", symbolStrokeWidth=3),
         tooltip=[
             "variant:N",
             alt.Tooltip("length:Q", title="after (tokens)"),
@@ -285,65 +288,19 @@ def lengths(frame: pl.DataFrame, variants: Sequence[str], panels: Sequence[str])
         .encode(x=alt.value(0), y=alt.value(-5 - 14 * lines), text="cut:N")
     )
     layered = alt.layer(line, end, words).properties(width=330, height=130)
-    faceted = _facets(layered, panels, 2).resolve_scale(x="independent", y="independent")
-    return _spec(faceted, frame)
-
-
-def _padded(ends: Sequence[float | None], least: float) -> list[float]:
-    """A range around zero and every end, with room at both edges, at least ``least`` wide."""
-    drawn = [end for end in ends if end is not None]
-    low, high = min(0.0, *drawn), max(0.0, *drawn)
-    room = max(0.09 * (high - low), (least - (high - low)) / 2)
-    return [low - room, high + room]
-
-
-def rho(frame: pl.DataFrame, variants: Sequence[str], panels: Sequence[str]) -> Spec:
-    """ρ of each model with its interval."""
-    base = alt.Chart(_ROWS).encode(
-        y=alt.Y(
-            "panel:N",
-            title=None,
-            scale=alt.Scale(domain=list(panels)),
-            axis=_rows_axis(grid=True),
-        ),
-        yOffset=alt.YOffset("place:O", scale=alt.Scale(paddingOuter=0.6)),
-        color=_variant(variants),
-        tooltip=[
-            "panel:N",
-            "variant:N",
-            "n_prompts:Q",
-            *[alt.Tooltip(f"{c}:Q", format=".3f") for c in ("rho_pearson", "ci_low", "ci_high")],
-        ],
-    )
-    ends = [*frame["rho_pearson"], *frame["ci_low"], *frame["ci_high"]]
-    low, high = _padded(ends, 0.4)
-    x: dict[str, Any] = {
-        "title": "ρ (Pearson) of length and entropy rate",
-        "scale": alt.Scale(domain=[max(low, -1.05), min(high, 1.05)], nice=False),
-        "axis": alt.Axis(tickCount=5),
-    }
-    zero = alt.Chart(alt.InlineData([{"zero": 0}])).mark_rule(strokeDash=[3, 3]).encode(x="zero:Q")
-    interval = base.mark_rule(strokeWidth=3, opacity=0.45).encode(
-        x=alt.X("ci_low:Q", **x), x2="ci_high:Q"
-    )
-    point = base.mark_point(filled=True, size=90, opacity=1).encode(
-        x=alt.X("rho_pearson:Q", **x),
-        shape=_variant(variants, alt.Shape),
-    )
-    layered = alt.layer(zero, interval, point)
-    step = _step(panels, 1 + int(frame["place"].max() or 0), 15)  # type: ignore[arg-type]
-    return _spec(layered.properties(width=640, height=alt.Step(step, **{"for": "offset"})), frame)
+    faceted = small_charts(layered, panels, 2).resolve_scale(x="independent", y="independent")
+    return specification(faceted, frame)
 
 
 def diversity(frame: pl.DataFrame, variants: Sequence[str], panels: Sequence[str]) -> Spec:
     """Semantic diversity against entropy rate: a point a prompt, a fitted line a variant."""
     x, y = _rate_and_diversity("entropy_rate", "semantic_diversity")
-    base = alt.Chart().encode(x=x, y=y, color=_variant(variants))
+    base = alt.Chart().encode(x=x, y=y, color=by_variant(variants))
     points = (
         base.transform_filter("datum.kind === 'prompt'")
         .mark_point(filled=True, size=38, opacity=0.55)
         .encode(
-            shape=_variant(variants, alt.Shape),
+            shape=by_variant(variants, alt.Shape),
             tooltip=[
                 "variant:N",
                 "prompt_id:N",
@@ -354,7 +311,7 @@ def diversity(frame: pl.DataFrame, variants: Sequence[str], panels: Sequence[str
     )
     lines = base.transform_filter("datum.kind === 'line'").mark_line(strokeWidth=2.6)
     layered = alt.layer(points, lines).properties(width=330, height=210)
-    return _spec(_facets(layered, panels, 2), frame)
+    return specification(small_charts(layered, panels, 2), frame)
 
 
 def _rate_and_diversity(
@@ -402,7 +359,7 @@ def arrows(frame: pl.DataFrame, baseline: str, variants: Sequence[str], panels: 
         alt.Chart()
         .transform_calculate(angle=angle)
         .encode(
-            color=_variant(variants),
+            color=by_variant(variants),
             tooltip=[
                 "panel:N",
                 "variant:N",
@@ -417,54 +374,12 @@ def arrows(frame: pl.DataFrame, baseline: str, variants: Sequence[str], panels: 
     layers = [
         base.mark_rule(strokeWidth=2.4).encode(x=x, y=y, x2="rate_to:Q", y2="diversity_to:Q"),
         base.mark_point(size=64, strokeWidth=2.4, filled=False, opacity=1).encode(
-            x=x, y=y, color=_variant(variants, field="start")
+            x=x, y=y, color=by_variant(variants, field="start")
         ),
         base.mark_point(shape="triangle", size=170, filled=True, opacity=1).encode(
             x="rate_to:Q", y="diversity_to:Q", angle=alt.Angle("angle:Q", scale=None)
         ),
     ]
-    return _spec(_facets(alt.layer(*layers).properties(width=330, height=190), panels, 2), frame)
-
-
-def changes(frame: pl.DataFrame, variants: Sequence[str], panels: Sequence[str]) -> Spec:
-    """Percent change from the baseline, the first of ``variants``, of each metric, with its interval."""
-    metrics = frame["metric"].unique(maintain_order=True).to_list()
-    treated = list(variants)[1:]
-    change, low, high = "percent_delta", "percent_delta_ci_low", "percent_delta_ci_high"
-    base = alt.Chart().encode(
-        y=alt.Y("panel:N", title=None, scale=alt.Scale(domain=list(panels)), axis=_rows_axis(grid=True)),
-        yOffset=alt.YOffset("variant:N", scale=alt.Scale(domain=treated, paddingOuter=0.6)),
-        tooltip=[
-            "panel:N",
-            "variant:N",
-            "metric:N",
-            "n_prompts:Q",
-            *[alt.Tooltip(f"{c}:Q", format="+.1f") for c in (change, low, high)],
-            "marks:N",
-        ],
+    return specification(
+        small_charts(alt.layer(*layers).properties(width=330, height=190), panels, 2), frame
     )
-    # each metric has a scale of its own, on which no interval reaches the edge
-    x: dict[str, Any] = {
-        "title": None,
-        "axis": alt.Axis(tickCount=4, labelExpr="format(datum.value, datum.value ? '+' : '') + '%'"),
-        "scale": alt.Scale(padding=14, nice=False, zero=True),
-    }
-    zero = alt.Chart().mark_rule(strokeDash=[3, 3]).encode(x=alt.datum(0))
-    interval = base.mark_rule(strokeWidth=3, opacity=0.45).encode(
-        x=alt.X(f"{low}:Q", **x),
-        x2=f"{high}:Q",
-        stroke=_variant(variants, alt.Stroke, values=treated),
-    )
-    # hollow where it must be read with something: rollouts cut, a subset
-    point = base.mark_point(size=80, opacity=1, strokeWidth=2.4).encode(
-        x=alt.X(f"{change}:Q", **x),
-        shape=_variant(variants, alt.Shape, values=treated),
-        fill=_variant(variants, alt.Fill, values=treated),
-        stroke=_variant(variants, alt.Stroke, values=treated),
-        fillOpacity=alt.condition("datum.marks === ''", alt.value(1), alt.value(0)),
-    )
-    step = _step(panels, max(1, len(treated)), 15)
-    layered = alt.layer(zero, interval, point).properties(
-        width=190, height=alt.Step(step, **{"for": "offset"})
-    )
-    return _spec(_facets(layered, metrics, 3, "metric").resolve_scale(x="independent"), frame)

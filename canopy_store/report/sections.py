@@ -11,6 +11,7 @@ from canopy_store.analysis.lines import fitted_lines
 from canopy_store.analysis.regression.reliability import ENOUGH
 from canopy_store.analysis.words import CUT, marks
 from canopy_store.report import charts as draw
+from canopy_store.report import forests
 from canopy_store.report.facts import Facts, few, place
 from canopy_store.report.tables import CORRECTS
 
@@ -128,7 +129,7 @@ def _rho(facts: Facts) -> Any:
     frame = frame.sort("panel", place(facts), "rho_pearson").with_columns(
         place=pl.int_range(pl.len()).over("panel")
     )
-    drawn = draw.rho(frame, facts.variants, _in(facts.panels, frame))
+    drawn = forests.rho(frame, facts.variants, _in(facts.panels, frame))
     return drawn, _left_out(facts, frame, "ρ needs four rollouts a prompt whose lengths differ")
 
 
@@ -222,7 +223,7 @@ def _changes(facts: Facts) -> Any:
     )
     if frame.is_empty():
         return "No change has an interval: too few prompts are in both variants."
-    drawn = draw.changes(frame, facts.variants, _in(facts.panels, frame))
+    drawn = forests.changes(frame, facts.variants, _in(facts.panels, frame))
     return drawn, _left_out(facts, frame, "too few prompts are in both variants", facts.treated)
 
 
