@@ -54,7 +54,6 @@ def config(dark: bool = False) -> dict[str, Any]:
             "titlePadding": 10,
             "labelLimit": 170,
         },
-        "axisX": {"labelOverlap": "greedy", "labelSeparation": 8},
         "legend": {
             **labels,
             "orient": "top",

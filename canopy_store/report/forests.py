@@ -87,7 +87,12 @@ def changes(frame: pl.DataFrame, variants: Sequence[str], panels: Sequence[str])
     # each metric has a scale of its own, on which no interval reaches the edge
     x: dict[str, Any] = {
         "title": None,
-        "axis": alt.Axis(tickCount=4, labelExpr="format(datum.value, datum.value ? '+' : '') + '%'"),
+        "axis": alt.Axis(
+            tickCount=3,
+            labelExpr="format(datum.value, datum.value ? '+' : '') + '%'",
+            labelOverlap="greedy",
+            labelSeparation=8,
+        ),
         "scale": alt.Scale(padding=14, nice=False, zero=True),
     }
     zero = alt.Chart().mark_rule(strokeDash=[3, 3]).encode(x=alt.datum(0))
