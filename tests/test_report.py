@@ -235,7 +235,7 @@ def test_the_first_screen_says_what_is_compared_with_key_figures(browse, page, r
     ends = [row[f"percent_delta{end}"] for end in ("", "_ci_low", "_ci_high")]
     change, low, high = (f"{x:+.1f}%".replace("-", "−") for x in ends)
     card = "#figures > :first-child "
-    assert all_text(driver, card + "dt") == ["Canopy entropy, CE* (first 20 tokens)"]
+    assert all_text(driver, card + "dt") == ["Canopy entropy,\u00a0CE* (first 20 tokens)"]
     assert all_text(driver, card + ".value") == [f"{row['baseline']:.3g} → {row['treated']:.3g} nats"]
     assert all_text(driver, card + ".change") == [f"{change} ({low} to {high})"]
     assert verdict(row).startswith(all_text(driver, card + ".verdict")[0])
@@ -862,6 +862,17 @@ def test_lengths_are_one_less_their_distribution_function(root):
     last = shares.filter(length=20).sort("run_id")["going_on"].to_list()
     rates = canopy_store.read(root, "model_metrics").sort("run_id")["truncation_rate"].to_list()
     assert last == pytest.approx(rates, abs=1e-12)
+
+
+def test_rollouts_whose_cap_is_not_recorded_are_drawn_to_the_longest(tmp_path):
+    frame = rollouts(tasks=["math"])
+    frame.write_parquet(tmp_path / "rollouts.parquet")
+    canopy_store.import_rollouts(tmp_path / "s", tmp_path / "rollouts.parquet")
+    data = data_of(write_report(tmp_path / "s", tmp_path / "report.html"))
+    rows = chart_of(data, "lengths")
+    assert max(row["length"] for row in rows) == frame["entropy"].list.len().max()
+    assert [row["cut"] for row in rows if row["cut"]] == ["cut: base unknown · sft unknown"]
+    assert data["figures"][0]["name"] == "Canopy entropy,\u00a0CE*"
 
 
 def test_lengths_are_thinned_and_the_last_is_kept(root):

@@ -16,8 +16,9 @@ def length_shares(
 
     ``going_on`` is the mean over prompts of the share of their rollouts that have not ended by
     themselves within ``length`` tokens: one less the empirical distribution function, from 1 at no
-    token down to the share cut, at the last length, which is the run's ``max_new_tokens``. A rollout
-    whose ``finish_reason`` is unknown counts as ended.
+    token down to the share cut, at the last length, which is the run's ``max_new_tokens``, or its
+    longest rollout where that is not recorded. A rollout whose ``finish_reason`` is unknown counts as
+    ended.
 
     Parameters
     ----------
@@ -37,16 +38,16 @@ def length_shares(
             from lengths
             group by all
         ),
-        steps as (
-            select run_id, max_new_tokens,
-                unnest(range(0, max_new_tokens, ceil(max_new_tokens / $points)::integer)) as length
-            from runs
-            where run_id in (select run_id from counted)
+        longest as (
+            select run_id, coalesce(any_value(r.max_new_tokens), max(c.n_tokens)) as last
+            from counted c
+            join runs r using (run_id)
+            group by run_id
         ),
         grid as (
-            select run_id, length from steps
+            select run_id, unnest(range(0, last, ceil(last / $points)::integer)) as length from longest
             union
-            select run_id, max_new_tokens from steps
+            select run_id, last from longest
         )
         select run_id, length::integer as length,
             coalesce(sum(weight) filter (cut or n_tokens > length), 0) / sum(weight) as going_on

@@ -39,7 +39,7 @@ def cards(facts: Facts) -> list[dict[str, Any]]:
         own = [row for row in rows if row["metric"] == metric]
         if own:
             entries = [_row(facts, row, lengths.get(row["variant"])) for row in own]
-            title = f"{name}, {_symbol(facts, own[0])}" if metric in _NAMED else name
+            title = f"{name},\u00a0{_symbol(facts, own[0])}" if metric in _NAMED else name
             out.append({"metric": metric, "name": title, "unit": unit, "rows": entries})
     return out
 

@@ -87,9 +87,9 @@ class Facts:
     @property
     def covers(self) -> str:
         """What a sum over rollouts covers, to stand behind its name: ' (first 96 tokens)'."""
-        if self.shown.is_empty():
-            return ""
         caps = self.shown["max_new_tokens"].to_list()
+        if not caps or None in caps:  # rollouts may be imported without their cap
+            return "" if self.selection == "all" else " (mean of a subset)"
         least, most = min(caps), max(caps)
         tokens = f"first {most} tokens" if least == most else f"first {least} to {most} tokens"
         return f" ({tokens}{'' if self.selection == 'all' else '; mean of a subset'})"
