@@ -129,6 +129,10 @@
       ? value.toPrecision(3) : value.toFixed(Math.abs(value) >= 100 ? 1 : 3)).replace("-", "−");
   }
 
+  // a long name breaks after a sign, where it must
+  const breakable = (name) =>
+    name.split(/(?<=[._-])/).flatMap((part, i) => (i ? [make("wbr"), part] : [part]));
+
   function table(label, columns, rows) {
     const body = make("tbody");
     let sorted = { column: -1, down: false };
@@ -148,14 +152,13 @@
           || (columns[i].below !== undefined && value !== null && value < columns[i].below);
         const name = [columns[i].number ? "number" : "", marked ? "no" : ""].join(" ").trim();
         const td = i ? make("td", name ? { class: name } : {}, cell(value))
-          : make("th", { scope: "row" }, make("span", {}, cell(value)));
+          : make("th", { scope: "row" }, make("span", {}, ...breakable(cell(value))));
         if (typeof value === "string" && value.length > 24) td.title = value;
         return td;
       }))));
     };
     const heads = columns.map((column, i) => {
-      const parts = column.name.split(/(?<=_)/).flatMap((part, j) => (j ? [make("wbr"), part] : [part]));
-      const button = make("button", { type: "button" }, ...parts); // long names break after a "_"
+      const button = make("button", { type: "button" }, ...breakable(column.name));
       const th = make("th", { scope: "col", "aria-sort": "none" }, button);
       if (column.doc) th.title = column.doc;
       if (column.number) th.className = "number";
