@@ -22,8 +22,8 @@ store says the same of itself: `select table_name, column_name, comment from duc
 Path columns are hive partitions (`family=…/`) and columns of the files, too.
 """
 
-CUT_VIEWS = """`NAME_at(horizon)`, a table macro, has the columns of NAME as if every rollout had been cut
-at its first `horizon` tokens ([measures.md](measures.md#a-common-cap)). There is one beside each of
+CUT_VIEWS = """`NAME_at(horizon)`, a table macro, has the columns of NAME as if every rollout had been
+cut at its first `horizon` tokens ([measures.md](measures.md#a-common-cap)). There is one beside each of
 {cut}.
 """
 

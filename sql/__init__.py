@@ -45,6 +45,8 @@ VIEWS = (
     "model_length_terciles",
     "panel",
     "logging_check",
+    "stop_check",
+    "truncation",
     "scored_rollouts",
     "cross_entropy",
     "kl_divergence",

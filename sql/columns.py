@@ -82,14 +82,18 @@ METRICS: tuple[Column, ...] = (
         "R_bar (divisor rows - 1); the same in each of them. NULL where there is one row, or where "
         "R_bar or its error is not defined.",
     ),
-    _c("mean_excess", "Mean over rollouts of surprisal_sum - entropy_sum.", "nats"),
-    _c("sd", "Standard deviation over rollouts of that excess.", "nats"),
-    _c("z", "mean_excess in standard errors; standard normal when logging is right."),
+    _c("z", "mean_excess in standard errors: Student's t, n_rollouts - 1 degrees of freedom."),
+    _c("p", "Two-sided p of z; NULL of one rollout, and where the excess is the same in all."),
     _c(
         "ok",
-        "Logged from the distribution that was sampled: |z| <= 5; an excess that is the same in all "
-        "rollouts must be 0.",
+        "p is at least 5.7e-7, five standard errors of a normal; where there is no p, the excess must "
+        "be 0.",
         type="BOOLEAN",
+    ),
+    _c(
+        "diversity_number",
+        "1 / squared_similarity: the order-2 number of distinct rollouts, the same in expectation "
+        "however many are sampled; NULL where no two resemble each other.",
     ),
     _c("same_policy", "Scored under the policy that the run was sampled with.", type="BOOLEAN"),
     _c(
@@ -121,6 +125,7 @@ _PASSED = {
     "rollout_metrics": "selected_rollouts",
     "scored_rollouts": "selected_rollouts",
     "panel": "prompt_metrics",
+    "truncation": "runs",
 }
 
 
@@ -142,7 +147,7 @@ def _completed(recorded: Column) -> Column:
 
 
 _SUBSET = "of a selection other than 'all' the mean of that subset, and no entropy"
-_NOISIER = "over 'all' a second, noisier estimate of what ce_star estimates"
+_SECOND = "over 'all' a second estimate of what ce_star estimates"
 _OVER = "{} of n_tokens and {} over the prompt's rollouts; NULL where one is constant."
 _COVARIANCE = "Sample covariance of n_tokens and {} over the prompt's rollouts; NULL of one."
 _FISHER = "The prompts' {} pooled: Fisher's z, weighted by n_rollouts - 3, transformed back."
@@ -179,7 +184,7 @@ VIEW_DOCS: dict[str, tuple[Column, ...]] = {
         ),
         _c(
             "surprisal_mean",
-            f"Mean surprisal_sum of the prompt's rollouts: {_NOISIER}; NULL where a rollout has none.",
+            f"Mean surprisal_sum of the prompt's rollouts: {_SECOND}; NULL where a rollout has none.",
             "nats",
         ),
         _c("mean_length", "Mean n_tokens of the prompt's rollouts.", "tokens"),
@@ -194,6 +199,12 @@ VIEW_DOCS: dict[str, tuple[Column, ...]] = {
             for kind, named, _ in _RHOS
         ),
         _c("cov_length_rate", _COVARIANCE.format("entropy rate"), "nats"),
+        _c("var_length", "Sample variance of n_tokens over the prompt's rollouts; NULL of one."),
+        _c("var_rate", "Sample variance of entropy rate over the prompt's rollouts; NULL of one."),
+        _c(
+            "squared_similarity",
+            "Mean squared cosine similarity over pairs of the prompt's rollouts; NULL of one.",
+        ),
         _c("cov_length_diversity", _COVARIANCE.format("semantic_distance"), "tokens"),
         _c(
             "truncation_rate",
@@ -219,7 +230,7 @@ VIEW_DOCS: dict[str, tuple[Column, ...]] = {
             f"CE*: mean over prompts of their ce_star, the estimate of H(N, Y | X); {_SUBSET}.",
             "nats",
         ),
-        _c("surprisal_mean", f"Mean over prompts of their surprisal_mean: {_NOISIER}.", "nats"),
+        _c("surprisal_mean", f"Mean over prompts of their surprisal_mean: {_SECOND}.", "nats"),
         _c("mean_length", "Mean over prompts of their mean_length.", "tokens"),
         _c(
             "entropy_rate",
@@ -231,7 +242,13 @@ VIEW_DOCS: dict[str, tuple[Column, ...]] = {
             for side, _ in _SIDES
             for kind, _, pooled in _RHOS
         ),
+        _c(
+            "rho_pooled",
+            "Sum over prompts of cov_length_rate / sqrt(sum of var_length * sum of var_rate): from few "
+            "rollouts a prompt much less biased than rho_pearson; prompts weigh by their variances.",
+        ),
         _c("cov_length_rate", _BY_FREEDOM.format("cov_length_rate"), "nats"),
+        _c("squared_similarity", "Mean over prompts of their squared_similarity."),
         _c("cov_length_diversity", _BY_FREEDOM.format("cov_length_diversity"), "tokens"),
         _c("truncation_rate", "Mean over prompts of their truncation_rate."),
         _c("semantic_diversity", "Mean over prompts of their semantic_diversity."),
@@ -299,6 +316,33 @@ VIEW_DOCS: dict[str, tuple[Column, ...]] = {
     ),
     "logging_check": (
         _count("n_rollouts", "Rollouts of the run in the selection with logprob and entropy."),
+        _c("mean_excess", "Mean over rollouts of surprisal_sum - entropy_sum.", "nats"),
+        _c("sd", "Standard deviation over rollouts of that excess.", "nats"),
+    ),
+    "stop_check": (
+        _count("n_rollouts", "Rollouts of the run in the selection with eos_logprob and finish_reason."),
+        _c(
+            "mean_excess",
+            "Mean over rollouts of 1 where it ended by itself, else 0, less the sum over its steps of "
+            "the probability of ending.",
+        ),
+        _c("sd", "Standard deviation over rollouts of that excess."),
+    ),
+    "truncation": (
+        _count("n_rollouts", "Rollouts of the prompt in the selection."),
+        _c(
+            "truncation_rate",
+            "Share of the prompt's rollouts cut at max_new_tokens; NULL where a finish_reason is "
+            "unknown.",
+        ),
+        _c("ce_star", "CE* of prompt_metrics: of the rollouts as cut.", "nats"),
+        _c(
+            "ce_star_extrapolated",
+            "A sensitivity, and no measure: ce_star + truncation_rate times the entropy over the "
+            "probability of ending, both summed over the steps of the window's last half, as if what "
+            "comes after the cap were like it.",
+            "nats",
+        ),
     ),
     "cross_entropy": (
         _count("n_rollouts", _SCORED.format("prompt")),

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 
 # Of these a file of SQL says what a cut makes of them; the others are their own texts over these.
-CUT = ("selected_rollouts", "embedding_spectra")
+CUT = ("selected_rollouts", "embedding_spectra", "runs")
 AT_HORIZON = (
     *CUT,
     "rollout_metrics",
@@ -19,6 +19,8 @@ AT_HORIZON = (
     "ce_star_decomposition",
     "panel",
     "logging_check",
+    "stop_check",
+    "truncation",
 )
 _READ = re.compile(rf"\b(from|join) ({'|'.join(AT_HORIZON)})\b")
 

@@ -15,7 +15,6 @@ summed as (
 )
 select *,
     mean_excess / nullif(sd, 0) * sqrt(n_rollouts) as z,
-    -- a constant excess has no standard error: it must be nothing (greedy) to be right
-    coalesce(abs(mean_excess / nullif(sd, 0) * sqrt(n_rollouts)) <= 5,
-        n_rollouts = 1 or abs(mean_excess) < 1e-6) as ok
+    student_p(z, n_rollouts) as p,
+    passes(p, mean_excess) as ok
 from summed

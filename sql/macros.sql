@@ -33,6 +33,35 @@ create or replace macro same_policy(policy_json, at_temperature, at_top_k, at_to
         and (policy_json ->> '$.top_k')::integer = at_top_k
         and (policy_json ->> '$.top_p')::double = at_top_p, false);
 
+-- Simpson's rule over an odd number of values, a step apart.
+create or replace macro simpson(vals, step) as
+    step / 3 * list_sum(list_transform(vals, lambda y, k: y * case
+        when k = 1 or k = len(vals) then 1 when k % 2 = 0 then 4 else 2 end));
+
+-- The integral of cos^(f - 1) over a quarter turn.
+create or replace macro student_whole(f) as
+    sqrt(pi()) / 2 * exp(lgamma(f / 2) - lgamma((f + 1) / 2));
+
+-- Two-sided p of Student's t with n - 1 degrees of freedom f; NULL of one. The tail is an integral over
+-- x = exp(-v^2) in place of cos^f; where t is small, 1 - the integral over the angle. Simpson's rule.
+create or replace macro student_p(t, n) as
+    case when n < 2 then null
+    when abs(t) < 1 then 1 - simpson(
+        list_transform(range(0, 401), lambda i: pow(cos(atan(abs(t) / sqrt(n - 1)) * i / 400), n - 2)),
+        atan(abs(t) / sqrt(n - 1)) / 400) / student_whole(n - 1.0)
+    else simpson(
+        list_transform(range(0, 1001), lambda i: 2 * (i * 0.007) * exp(-((i * 0.007) ** 2))
+            / sqrt(1 - exp(-2 * (i * 0.007) ** 2 / (n - 1)) / (1 + t * t / (n - 1)))), 0.007)
+        * exp(-(n - 1) / 2.0 * ln(1 + t * t / (n - 1))) / (n - 1) / student_whole(n - 1.0) end;
+
+-- The order-2 number of distinct rollouts; NULL where none resemble each other: it would be infinite.
+create or replace macro number_of(squared_similarity) as
+    case when squared_similarity > 1e-12 then 1 / squared_similarity end;
+
+-- Whether a mean that must be 0 may be 0, by its p: five standard errors of a normal. What has no p, as
+-- nothing varies or as there is one alone, passes only where it is 0 (greedy).
+create or replace macro passes(p, excess) as coalesce(p >= 5.7e-7, abs(excess) < 1e-6);
+
 -- 1 - the mean cosine similarity over the pairs of n unit vectors, from the squared norm of their sum.
 create or replace macro diversity_of_sum(squared_norm, n) as
     case when n > 1 then 1 - (squared_norm - n) / (n * (n - 1.0)) end;

@@ -31,6 +31,8 @@ select family, variant, task, run_id, embedder, selection,
     tanh(sum(w_pearson * fisher_z(rho_pearson)) / nullif(sum(w_pearson), 0)) as rho_pearson,
     tanh(sum(w_spearman * fisher_z(rho_spearman)) / nullif(sum(w_spearman), 0)) as rho_spearman,
     sum(w_kendall * rho_kendall) / nullif(sum(w_kendall), 0) as rho_kendall,
+    case when count(rho_pearson) > 0
+        then sum(cov_length_rate) / sqrt(sum(var_length) * sum(var_rate)) end as rho_pooled,
     sum(w_cov * cov_length_rate) / nullif(sum(w_cov), 0) as cov_length_rate,
     avg(truncation_rate) as truncation_rate,
     avg(semantic_diversity) as semantic_diversity,
@@ -41,6 +43,8 @@ select family, variant, task, run_id, embedder, selection,
     sum(w_kendall_d * rho_length_diversity_kendall) / nullif(sum(w_kendall_d), 0)
         as rho_length_diversity_kendall,
     sum(w_cov_d * cov_length_diversity) / nullif(sum(w_cov_d), 0) as cov_length_diversity,
-    exp(avg(ln(vendi_score))) as vendi_score
+    exp(avg(ln(vendi_score))) as vendi_score,
+    avg(squared_similarity) as squared_similarity,
+    number_of(avg(squared_similarity)) as diversity_number
 from weighted
 group by all

@@ -37,6 +37,8 @@ per_prompt as (
         corr(n, entropy_rate) as pearson_r,
         corr(rank_n, rank_r) as spearman_r,
         covar_samp(n, entropy_rate) as cov_length_rate,
+        var_samp(n) as var_length,
+        var_samp(entropy_rate) as var_rate,
         case when count(finish_reason) = count(*)
             then avg((finish_reason = 'length')::double) end as truncation_rate,
         corr(n, semantic_distance) as pearson_d,
@@ -70,13 +72,19 @@ select p.family, p.variant, p.task, p.run_id, p.prompt_id, p.embedder, p.selecti
     case when p.rate_varies then p.spearman_r end as rho_spearman,
     case when p.rate_varies then k.tau_r end as rho_kendall,
     p.cov_length_rate,
+    p.var_length,
+    p.var_rate,
     p.truncation_rate,
     diversity_of_sum(list_inner_product(s.embedding_sum, s.embedding_sum), s.n) as semantic_diversity,
     case when p.distance_varies then p.pearson_d end as rho_length_diversity_pearson,
     case when p.distance_varies then p.spearman_d end as rho_length_diversity_spearman,
     case when p.distance_varies then k.tau_d end as rho_length_diversity_kendall,
     p.cov_length_diversity,
-    vendi_score(s.eigenvalues, 1) as vendi_score
+    vendi_score(s.eigenvalues, 1) as vendi_score,
+    -- the kernel's squares sum to n^2 times those of its eigenvalues / n
+    1 - diversity_of_sum(s.n::double * s.n * list_inner_product(s.eigenvalues, s.eigenvalues), s.n)
+        as squared_similarity,
+    number_of(squared_similarity) as diversity_number
 from per_prompt p
 left join kendall k using (place)
 left join embedding_spectra s using (run_id, prompt_id, embedder, selection)

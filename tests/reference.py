@@ -108,6 +108,17 @@ def semantic_diversity(unit: np.ndarray) -> float | None:
     return 1 - math.fsum(pairs) / len(pairs)
 
 
+def squared_similarity(unit: np.ndarray) -> float | None:
+    """The mean squared cosine over pairs; None of a single rollout."""
+    cosine = similarities(unit)
+    return mean(cosine[i, j] ** 2 for i in range(len(unit)) for j in range(i))
+
+
+def diversity_number(squared: float | None) -> float | None:
+    """Its inverse; None where all pairs are orthogonal."""
+    return None if squared is None or squared <= 1e-12 else 1 / squared
+
+
 def eigenvalues(unit: np.ndarray) -> np.ndarray:
     """Eigenvalues above rounding of the cosine kernel / M, largest first."""
     values = np.linalg.eigvalsh(similarities(unit) / len(unit))[::-1]
@@ -171,6 +182,10 @@ def prompt_metrics(rollouts: Sequence[dict[str, Any]], unit: np.ndarray | None) 
         "branching_factor": exp(rate),
         "canopy_size_log10": ce_star / math.log(10),
         "cov_length_rate": covariance(lengths, rates, ddof=1),
+        "var_length": covariance(lengths, lengths, ddof=1),
+        "var_rate": covariance(rates, rates, ddof=1),
+        "squared_similarity": None,
+        "diversity_number": None,
         "truncation_rate": None if None in cut else mean(cut),
         "semantic_diversity": None,
         "cov_length_diversity": None,
@@ -182,6 +197,8 @@ def prompt_metrics(rollouts: Sequence[dict[str, Any]], unit: np.ndarray | None) 
     if unit is not None:
         result["vendi_score"] = vendi_score(unit)
         result["semantic_diversity"] = semantic_diversity(unit)
+        result["squared_similarity"] = squared_similarity(unit)
+        result["diversity_number"] = diversity_number(result["squared_similarity"])
         distances = semantic_distances(unit)
         if len(rows) > 1:
             result["cov_length_diversity"] = covariance(lengths, distances, ddof=1)
@@ -280,6 +297,16 @@ def pooled_metrics(prompts: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "semantic_diversity",
     ):
         result[name] = plain(name)
+    result["squared_similarity"] = plain("squared_similarity")
+    result["diversity_number"] = diversity_number(result["squared_similarity"])
+    result["rho_pooled"] = None
+    if any(p["rho_pearson"] is not None for p in prompts):
+        with_spread = [p for p in prompts if p["cov_length_rate"] is not None]
+        over, n, r = (
+            math.fsum(p[name] for p in with_spread)
+            for name in ("cov_length_rate", "var_length", "var_rate")
+        )
+        result["rho_pooled"] = over / math.sqrt(n * r)
     for stem, cov in (("rho", "cov_length_rate"), ("rho_length_diversity", "cov_length_diversity")):
         for kind in ("pearson", "spearman"):
             name = f"{stem}_{kind}"
@@ -375,15 +402,71 @@ def pooled_terciles(prompts: Sequence[dict[str, dict[str, Any]]]) -> dict[str, d
     return result
 
 
-def logging_check(rollouts: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Whether surprisal minus entropy averages 0, as it must for a faithful log."""
-    rows = [rollout_metrics(r) for r in rollouts]
-    excess = [r["surprisal_sum"] - r["entropy_sum"] for r in rows]
+def truncation(rollouts: Sequence[dict[str, Any]], cap: int | None) -> dict[str, Any]:
+    """CE* as cut, and as the last half of the window would go on after the cap."""
+    whole = prompt_metrics(rollouts, None)
+    row = {name: whole[name] for name in ("n_rollouts", "truncation_rate", "ce_star")}
+    row |= {"max_new_tokens": cap, "ce_star_extrapolated": None}
+    if row["truncation_rate"] == 0:
+        row["ce_star_extrapolated"] = row["ce_star"]
+    elif row["truncation_rate"] is not None and cap is not None and "eos_logprob" in rollouts[0]:
+        late = [t for t in range(1, cap + 1) if t > cap / 2]
+        steps = [(stored(r["entropy"]), np.exp(stored(r["eos_logprob"]))) for r in rollouts]
+        h, q = (math.fsum(s[k][t - 1] for s in steps for t in late if t <= len(s[k])) for k in (0, 1))
+        if q > 0:
+            row["ce_star_extrapolated"] = row["ce_star"] + row["truncation_rate"] * h / q
+    return row
+
+
+def ce_star_cv(rollouts: Sequence[dict[str, Any]], cap: int | None) -> tuple[float, float] | None:
+    """CE* with a control variate for stopping, and its jackknife se: the double loop, as defined."""
+    steps = [
+        (stored(r["entropy"]), np.exp(stored(r["eos_logprob"])), r["finish_reason"] == "stop")
+        for r in rollouts
+    ]
+
+    def estimate(members: Sequence[int]) -> float:
+        values = []
+        for i in members:
+            h, q, stopped = steps[i]
+            others = [steps[j][0] for j in members if j != i]
+            everywhere = mean(math.fsum(o[t:]) for o in others for t in range(1, len(o))) or 0.0
+            value = math.fsum(h)
+            for t in range(1, len(h) + 1):
+                after = [math.fsum(o[t:]) for o in others if len(o) > t]
+                forgone = 0.0 if t == cap else (math.fsum(after) + everywhere) / (len(after) + 1)
+                value += forgone * ((stopped and t == len(h)) - q[t - 1])
+            values.append(value)
+        return mean(values)
+
+    m = len(steps)
+    if m < 2:
+        return None
+    without = np.array([estimate([i for i in range(m) if i != k]) for k in range(m)])
+    return estimate(range(m)), math.sqrt((m - 1) / m * ((without - without.mean()) ** 2).sum())
+
+
+def check_of(excess: Sequence[float]) -> dict[str, Any]:
+    """Whether what must average 0 does, by Student's t."""
     n, middle = len(excess), mean(excess)
-    sd = z = None
+    sd = z = p = None
     if n > 1:
         sd = 0.0 if min(excess) == max(excess) else float(np.std(excess, ddof=1))
         z = middle / (sd / math.sqrt(n)) if sd else None
-    # an excess that never varies must be nothing; of a single rollout nothing can be said
-    ok = (n == 1 or abs(middle) < 1e-6) if z is None else abs(z) <= 5
-    return {"n_rollouts": n, "mean_excess": middle, "sd": sd, "z": z, "ok": ok}
+        p = None if z is None else float(2 * stats.t.sf(abs(z), n - 1))
+    # what never varies must be nothing; so must a single one
+    ok = abs(middle) < 1e-6 if p is None else p >= 5.7e-7
+    return {"n_rollouts": n, "mean_excess": middle, "sd": sd, "z": z, "p": p, "ok": ok}
+
+
+def logging_check(rollouts: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Whether surprisal minus entropy averages 0, as it must for a faithful log."""
+    rows = [rollout_metrics(r) for r in rollouts]
+    return check_of([r["surprisal_sum"] - r["entropy_sum"] for r in rows])
+
+
+def stop_check(rollouts: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Whether rollouts end as often as their probabilities of ending say."""
+    return check_of(
+        [(r["finish_reason"] == "stop") - math.fsum(np.exp(stored(r["eos_logprob"]))) for r in rollouts]
+    )

@@ -25,6 +25,8 @@ NAMES = {
 }
 PARTS = {"base": "baseline", "instruct": "treated", "delta": "delta", "percent_delta": "percent_delta"}
 
+VIEWED = [name for name in bootstrap.MEASURES if name not in bootstrap.ESTIMATED]
+
 
 @pytest.fixture(scope="module")
 def golden(tmp_path_factory):
@@ -52,7 +54,7 @@ def test_every_golden_value_of_the_bootstrap(golden):
 
 def test_pooled_values_are_those_of_the_view(golden):
     """Pooling stands in SQL and in matrix form: both must say the same."""
-    frame = compare(golden, metrics=list(bootstrap.MEASURES), by="task")
+    frame = compare(golden, metrics=VIEWED, by="task")
     pooled = canopy_store.read(golden, "model_metrics")
     for row in frame.iter_rows(named=True):
         for part, variant in (("baseline", "base"), ("treated", row["variant"])):
@@ -65,7 +67,7 @@ def test_pooled_values_are_those_of_the_view(golden):
 
 def test_replicates_are_what_a_slow_bootstrap_gives(golden):
     """Prompts repeated as drawn, pooled by the reference, one replicate at a time."""
-    names = [n for n in bootstrap.MEASURES if n != "surprisal_mean"]
+    names = [n for n in VIEWED if n != "surprisal_mean"]
     frame = compare(golden, metrics=names, replicates=40, by="task", seed=7, interval="percentile")
     rows = canopy_store.read(golden, "prompt_metrics").sort(
         pl.col("prompt_id").str.len_chars(), "prompt_id"
@@ -119,6 +121,8 @@ def test_the_second_level_is_that_of_drawn_rollouts():
             "mean_length",
             "entropy_rate",
             "cov_length_rate",
+            "var_length",
+            "var_rate",
             "truncation_rate",
             "rho_pearson",
             "rho_spearman",
@@ -130,12 +134,14 @@ def test_the_second_level_is_that_of_drawn_rollouts():
             1 - unit[draw[i]] @ unit[draw[j]] for i in range(m) for j in range(i) if draw[i] != draw[j]
         ]
         assert found["semantic_diversity"][s] == pytest.approx(np.mean(pairs), abs=1e-9)
+        squares = [(1 - pair) ** 2 for pair in pairs]
+        assert found["squared_similarity"][s] == pytest.approx(np.mean(squares), abs=1e-9)
 
 
 def test_a_metric_does_not_depend_on_which_others_are_compared(golden):
     """To the last bit, so that whatever prints a comparison prints the same numbers."""
     adjusted = ("p_holm", "p_bh")  # over all that is shown
-    together = compare(golden, metrics=list(bootstrap.MEASURES)).drop(adjusted)
+    together = compare(golden, metrics=VIEWED).drop(adjusted)
     for name in ("ce_star", "gen_ppl", "rho_pearson", "vendi_score"):
         alone = compare(golden, metrics=[name]).drop(adjusted)
         assert alone.equals(together.filter(metric=name)), name

@@ -33,6 +33,8 @@ KEYS = {
     "model_length_terciles": (*RUN, "embedder", "tercile"),
     "panel": (*RUN, "prompt_id", "embedder"),
     "logging_check": RUN,
+    "stop_check": RUN,
+    "truncation": (*RUN, "prompt_id"),
     "embedding_spectra": ("run_id", "prompt_id", "embedder", "selection"),
 }
 ORDERS = (0, 0.1, 0.5, 1, 1.5, 2, 3.7, 20, math.inf)
@@ -150,7 +152,7 @@ def imported(runs: list[Run], max_new_tokens: int | None = None) -> Iterator[Any
 # --- what the views must hold ----------------------------------------------------------------------
 
 
-def expected_rows(runs: list[Run]) -> dict[str, list[dict[str, Any]]]:
+def expected_rows(runs: list[Run], cap: int | None = None) -> dict[str, list[dict[str, Any]]]:
     """Every row of every view, from the reference; of a rollout that was cut nothing is embedded."""
     views: dict[str, list[dict[str, Any]]] = {view: [] for view in KEYS}
     for run in runs:
@@ -176,6 +178,8 @@ def expected_rows(runs: list[Run]) -> dict[str, list[dict[str, Any]]]:
                 )
             metrics = reference.prompt_metrics(chosen, unit)
             prompts.append(metrics)
+            cut_at = {**key, "prompt_id": prompt_id, **reference.truncation(chosen, cap)}
+            views["truncation"].append(cut_at)
             views["prompt_metrics"].append({**prompt, **metrics})
             views["panel"].append(
                 {
@@ -214,6 +218,9 @@ def expected_rows(runs: list[Run]) -> dict[str, list[dict[str, Any]]]:
                 views["eos_trajectory"].append({**key, **row})
         if "logprob" in rollouts[0]:
             views["logging_check"].append({**key, **reference.logging_check(rollouts)})
+        stopping = [r for r in rollouts if "eos_logprob" in r and "finish_reason" in r]
+        if stopping:
+            views["stop_check"].append({**key, **reference.stop_check(stopping)})
     reliabilities = reference.reliabilities(views["panel"])
     for row in views["panel"]:
         row["reliability"] = reliabilities[row["variant"], row["embedder"], row["selection"]]
@@ -246,7 +253,8 @@ def rows_of(con: Any, view: str, horizon: int | None = None) -> dict[tuple, dict
 def check_every_view(con: Any, runs: list[Run], horizon: int | None = None) -> None:
     """Every view; at a horizon those that have one, against runs that were cut there."""
     wrong = []
-    for view, rows in expected_rows(runs).items():
+    caps = {horizon, *(cap for (cap,) in con.sql("select max_new_tokens from runs").fetchall())} - {None}
+    for view, rows in expected_rows(runs, min(caps, default=None)).items():
         if horizon is not None and view not in AT_HORIZON:
             continue
         found = rows_of(con, view, horizon)

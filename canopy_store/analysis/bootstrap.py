@@ -1,9 +1,10 @@
 """Pooling over prompts and its paired bootstrap, as matrix products.
 
-Every pooled measure is ``out(sum w f(x) / sum w)`` over prompts, with x a column of prompt_metrics. A
-replicate that draws prompt p c_p times is the same with w c_p: all replicates are one product of the
-counts (B, P) with the weighted values (P, K). The view model_metrics pools the same way in SQL; a test
-holds the two together.
+Every pooled measure but one is ``out(sum w f(x) / sum w)`` over prompts, with x a column of
+prompt_metrics. A replicate that draws prompt p c_p times is the same with w c_p: all replicates are one
+product of the counts (B, P) with the weighted values (P, K). ``rho_pooled`` is a ratio of three sums,
+and needs a fourth to know whether any prompt varies: so there are SUMS sums of every measure. The view
+model_metrics pools the same way in SQL; a test holds the two together.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import numpy as np
 import polars as pl
 
 Array = np.ndarray
+SUMS = 5  # w f(x); w; of rho_pooled alone the variances of length and rate, and the prompts that vary
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,12 @@ class Measure:
     out: Callable[[Array], Array] = np.asarray
     weight: str = "one"  # one, length, fisher (n - 3), pairs (n (n - 1) / 2) or freedom (n - 1)
     positive: bool = True
+
+
+def _reciprocal(x: Array) -> Array:
+    """1 / x, the macro `number_of`: nothing where no two resemble each other."""
+    with np.errstate(divide="ignore"):
+        return np.where(x > 1e-12, 1 / x, np.nan)
 
 
 def _fisher_z(r: Array) -> Array:
@@ -45,6 +53,7 @@ MEASURES: dict[str, Measure] = {
     "rho_pearson": Measure("rho_pearson", _fisher_z, np.tanh, "fisher", False),
     "rho_spearman": Measure("rho_spearman", _fisher_z, np.tanh, "fisher", False),
     "rho_kendall": Measure("rho_kendall", weight="pairs", positive=False),
+    "rho_pooled": Measure("cov_length_rate", positive=False),
     "cov_length_rate": Measure("cov_length_rate", weight="freedom", positive=False),
     "truncation_rate": Measure("truncation_rate"),
     "semantic_diversity": Measure("semantic_diversity"),
@@ -59,11 +68,15 @@ MEASURES: dict[str, Measure] = {
     ),
     "cov_length_diversity": Measure("cov_length_diversity", weight="freedom", positive=False),
     "vendi_score": Measure("vendi_score", np.log, np.exp),
+    "diversity_number": Measure("squared_similarity", out=_reciprocal),
+    "ce_star_cv": Measure("ce_star_cv"),
 }
+# not in prompt_metrics: `control_variate.with_estimates` adds them
+ESTIMATED = ("ce_star_cv",)
 
 
-def weighted_values(values: Mapping[str, Array], names: Sequence[str]) -> tuple[Array, Array]:
-    """``w f(x)`` and ``w``, both (..., K), of prompts' columns (...); an undefined x weighs nothing.
+def weighted_values(values: Mapping[str, Array], names: Sequence[str]) -> Array:
+    """The summands (SUMS, ..., K) of prompts' columns (...); an undefined x weighs nothing.
 
     ``values`` has n_rollouts, mean_length and ce_star beside the columns of the measures named.
     """
@@ -75,23 +88,31 @@ def weighted_values(values: Mapping[str, Array], names: Sequence[str]) -> tuple[
         "pairs": n * (n - 1) / 2,
         "freedom": n - 1,
     }
-    tops, bottoms = [], []
-    for name in names:
+    sums = np.zeros((SUMS, *length.shape, len(names)))
+    for k, name in enumerate(names):
         measure = MEASURES[name]
         x = values["ce_star"] / length if name == "gen_ppl" else values[measure.column]
         with np.errstate(invalid="ignore", divide="ignore"):
             z = measure.into(x)
         known = np.isfinite(z)
         w = np.where(known, weights[measure.weight], 0.0)
-        tops.append(np.where(known, z, 0.0) * w)
-        bottoms.append(w)
-    return np.stack(tops, -1), np.stack(bottoms, -1)
+        sums[0, ..., k] = np.where(known, z, 0.0) * w
+        sums[1, ..., k] = w
+        if name == "rho_pooled":
+            sums[2, ..., k] = np.where(known, values["var_length"], 0.0)
+            sums[3, ..., k] = np.where(known, values["var_rate"], 0.0)
+            sums[4, ..., k] = known & np.isfinite(values["rho_pearson"])
+    return sums
 
 
-def pooled(top: Array, bottom: Array, names: Sequence[str]) -> Array:
-    """The measures (..., K) of sums (..., K) over prompts; NaN where no prompt has the value."""
+def pooled(sums: Array, names: Sequence[str]) -> Array:
+    """The measures (..., K) of sums (SUMS, ..., K) over prompts; NaN where no prompt has the value."""
     with np.errstate(invalid="ignore", divide="ignore"):
-        mean = top / bottom
+        mean = sums[0] / sums[1]
+        for k, name in enumerate(names):
+            if name == "rho_pooled":
+                rho = sums[0, ..., k] / np.sqrt(sums[2, ..., k] * sums[3, ..., k])
+                mean[..., k] = np.where(sums[4, ..., k] > 0, rho, np.nan)
     # each metric by itself in memory: the last bits of exp and tanh may depend on the layout
     one_by_one = [mean[..., k].copy() for k in range(len(names))]
     return np.stack([MEASURES[name].out(x) for name, x in zip(names, one_by_one, strict=True)], -1)
@@ -164,9 +185,11 @@ ROLLOUT_LEVEL = (
     "rho_pearson",
     "rho_spearman",
     "rho_kendall",
+    "rho_pooled",
     "cov_length_rate",
     "truncation_rate",
     "semantic_diversity",
+    "diversity_number",
 )
 
 
@@ -191,20 +214,24 @@ def redraw(rollouts: Rollouts, draws: int, rng: np.random.Generator) -> dict[str
     # rounded as in the view, so that the last bits of a sum make no rank
     signs_n, signs_r = (np.sign(v[:, None] - v[None, :]) for v in (n, np.round(r, 12)))
     both_vary = _drawn_vary(c, n) & _drawn_vary(c, r)
-    rho, covariance = _correlation(c, np.broadcast_to(n, c.shape), np.broadcast_to(r, c.shape))
+    rho, *moments = _correlation(c, np.broadcast_to(n, c.shape), np.broadcast_to(r, c.shape))
     values["rho_pearson"] = np.where(both_vary, rho, np.nan)
-    values["cov_length_rate"] = covariance * (m / (m - 1) if m > 1 else np.nan)
-    rho, _ = _correlation(c, c @ signs_n.T, c @ signs_r.T)
+    for name, moment in zip(("cov_length_rate", "var_length", "var_rate"), moments, strict=True):
+        values[name] = moment * (m / (m - 1) if m > 1 else np.nan)
+    rho, *_ = _correlation(c, c @ signs_n.T, c @ signs_r.T)
     values["rho_spearman"] = np.where(both_vary, rho, np.nan)
     agree, in_n, in_r = (
         ((c @ s) * c).sum(1) for s in (signs_n * signs_r, np.abs(signs_n), np.abs(signs_r))
     )
     with np.errstate(invalid="ignore", divide="ignore"):
         values["rho_kendall"] = np.where(both_vary, agree / np.sqrt(in_n * in_r), np.nan)
-    values["semantic_diversity"] = np.full(draws, np.nan)
+    values["semantic_diversity"] = values["squared_similarity"] = np.full(draws, np.nan)
     if rollouts.kernel is not None:
-        squared_norm = ((c @ rollouts.kernel) * c).sum(1)
-        values["semantic_diversity"] = diversity_of_sum(squared_norm, m, (c**2).sum(1))
+        over_pairs = [
+            diversity_of_sum(((c @ kernel) * c).sum(1), m, (c**2).sum(1))
+            for kernel in (rollouts.kernel, rollouts.kernel**2)
+        ]
+        values["semantic_diversity"], values["squared_similarity"] = over_pairs[0], 1 - over_pairs[1]
     return values
 
 
@@ -213,14 +240,14 @@ def _drawn_vary(c: Array, x: Array) -> Array:
     return varies(np.where(c > 0, x, np.inf).min(1), np.where(c > 0, x, -np.inf).max(1))
 
 
-def _correlation(c: Array, x: Array, y: Array) -> tuple[Array, Array]:
-    """Pearson's correlation and population covariance (S,) of x and y (S, M) with weights c (S, M)."""
+def _correlation(c: Array, x: Array, y: Array) -> tuple[Array, Array, Array, Array]:
+    """Pearson's correlation, population covariance and variances (S,) of x and y (S, M), weights c."""
     m = c.sum(1)
     dx = x - (c * x).sum(1, keepdims=True) / m[:, None]
     dy = y - (c * y).sum(1, keepdims=True) / m[:, None]
     covariance, vx, vy = ((c * a * b).sum(1) / m for a, b in ((dx, dy), (dx, dx), (dy, dy)))
     with np.errstate(invalid="ignore", divide="ignore"):
-        return covariance / np.sqrt(vx * vy), covariance
+        return covariance / np.sqrt(vx * vy), covariance, vx, vy
 
 
 def redraw_slots(

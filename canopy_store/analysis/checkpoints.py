@@ -74,12 +74,12 @@ def over_checkpoints(
     """
     sums, task_of = _tables(groups, len(names))  # (S, 2, X, P, K)
     used = sums[0, 0, 1] > 0
-    whole = _values(sums.sum(3), names)  # (S, 2, K)
-    less = _values(np.moveaxis(sums.sum(3, keepdims=True) - sums, 3, 0), names)  # (P, S, 2, K)
+    total = sums.sum(3, keepdims=True)
+    whole, less = (bootstrap.pooled(np.moveaxis(x, 2, 0), names) for x in (total, total - sums))
     rows = []
     for k, name in enumerate(names):
         at = used[:, k]
-        parts = _Parts(whole[..., k], np.moveaxis(less[at][..., k], 0, -1), task_of[at], confidence)
+        parts = _Parts(whole[..., 0, k], less[:, :, at, k], task_of[at], confidence)
         rows.append(_summary(name, parts, margins.get(name)))
     counts = np.array([used[task_of == task].sum(0) for task in np.unique(task_of)])
     return rows, counts
@@ -126,11 +126,6 @@ def _summary(name: str, parts: _Parts, margin: float | str | None) -> dict[str, 
     percent_se = scaled * abs(100 + percent)  # d (100 e^x) is 100 e^x dx
     row |= t_interval("percent_delta", percent, percent_se, scaled, of_ratio, RATIO)
     return row | tests(name, values, se if np.isfinite(se) else None, units, margin)
-
-
-def _values(sums: Array, names: Sequence[str]) -> Array:
-    """Pooled measures (..., 2, K) of sums (..., 2, X, K)."""
-    return bootstrap.pooled(sums[..., 0, :], sums[..., 1, :], names)
 
 
 def _tables(groups: Sequence[Cells], width: int) -> tuple[Array, Array]:

@@ -8,7 +8,8 @@ from pathlib import Path
 import polars as pl
 
 from canopy_store import sql
-from canopy_store.analysis.likeness import require_alike, run_settings
+from canopy_store.analysis.likeness import ADDED, require_alike, run_settings
+from canopy_store.analysis.rarefaction import at_common_m, rollouts_of
 from canopy_store.analysis.seeds import as_variants
 from canopy_store.analysis.selections import only_runs, require_one_run
 from canopy_store.errors import DataError, UsageError
@@ -19,6 +20,8 @@ NO_EMBEDDER = "none"  # what the views write for a run without embeddings
 _EMBEDDED = (
     "semantic_diversity",
     "vendi_score",
+    "squared_similarity",
+    "diversity_number",
     "rho_length_diversity_pearson",
     "rho_length_diversity_spearman",
     "rho_length_diversity_kendall",
@@ -145,6 +148,7 @@ def store_panel(
 ) -> pl.DataFrame:
     """The view ``panel`` of one selection and one embedder, one run a family, variant and task.
 
+    Vendi scores of a prompt are of the fewest rollouts that it has in any variant (`at_common_m`).
     Sorted by task, prompt, family and variant: a view has no order, and sums have last bits.
 
     Raises
@@ -153,16 +157,21 @@ def store_panel(
         As `comparable`.
     """
     with sql.connect(root) as con:
-        rows, settings = view_rows(con, "panel"), run_settings(con)
-    panel, _ = comparable(
-        rows,
-        root,
-        selection=selection,
-        embedder=embedder,
-        runs=runs,
-        baseline=baseline,
-        settings=settings,
-        allow=allow,
-    )
-    panel = panel.drop("cap", "allowed", "unrecorded")
+        panel, embedder = comparable(
+            view_rows(con, "panel"),
+            root,
+            selection=selection,
+            embedder=embedder,
+            runs=runs,
+            baseline=baseline,
+            settings=run_settings(con),
+            allow=allow,
+        )
+        columns = [name for name in panel.columns if name not in ADDED]
+        if "n_rollouts" not in columns:
+            rollouts = (pl.col("vendi_score") / pl.col("vendi_share")).round().cast(pl.Int64)
+            panel = panel.with_columns(n_rollouts=rollouts)
+        # a Vendi score grows with the number of rollouts
+        panel = at_common_m(panel, baseline, lambda part: rollouts_of(con, part, selection, embedder))
+    panel = panel.select(columns)
     return panel.sort("task", "prompt_id", "family", "variant")

@@ -12,6 +12,7 @@ from canopy_store import sql
 from canopy_store.analysis.bootstrap import MEASURES, ROLLOUT_LEVEL, Rollouts
 from canopy_store.analysis.checkpoints import over_checkpoints
 from canopy_store.analysis.comparable import view_rows
+from canopy_store.analysis.control_variate import with_estimates
 from canopy_store.analysis.intervals import INTERVALS, Units, adjusted, side, summary
 from canopy_store.analysis.pairing import (
     LEVELS,
@@ -25,7 +26,8 @@ from canopy_store.analysis.pairing import (
     without_repeats,
 )
 from canopy_store.analysis.prompt_changes import prompt_changes
-from canopy_store.analysis.prompt_rows import prompt_rows, rollouts_of
+from canopy_store.analysis.prompt_rows import prompt_rows
+from canopy_store.analysis.rarefaction import rollouts_of
 from canopy_store.analysis.row_facts import RowFacts
 from canopy_store.errors import UsageError
 
@@ -143,8 +145,6 @@ def compare(
         An unknown metric or setting, a horizon above a cap, or several embedders and none named.
     """
     _check(by, resample, replicates, confidence, interval)
-    if horizon is not None and resample != "prompts":
-        raise UsageError(f"--resample {resample}: not with --horizon")
     with sql.connect(root) as con:
         prompts, embedder = prompt_rows(
             con,
@@ -160,12 +160,18 @@ def compare(
             allow=allow,
             horizon=horizon,
         )
+        prompts = with_estimates(con, prompts, metrics, horizon)
         models = view_rows(con, "models")
         if by == LARGEST:
             texts = con.sql("select task, prompt_id, text from prompts").pl()
             names = _metrics(metrics, prompts, "prompts")
+            pooled = [name for name in names if name not in prompts.columns]
+            if pooled:
+                raise UsageError(f"--by prompt: {', '.join(pooled)} is of all prompts together")
             return prompt_changes(prompts, models, names, baseline=baseline, texts=texts)
-        kernels = rollouts_of(con, prompts, selection, embedder) if resample != "prompts" else {}
+        kernels = {}
+        if resample != "prompts":
+            kernels = rollouts_of(con, prompts, selection, embedder, horizon)
     return compare_prompts(
         prompts,
         models,

@@ -20,6 +20,7 @@ SETTINGS = {
     "rendering": "rendering",
     "template": "template",
 }
+ADDED = ("cap", "allowed", "unrecorded")  # columns that `require_alike` gives rows
 _OF_THE_TEMPLATE = ("template_sha256", "system", "examples")  # in the settings of a run
 _TOLD = 3  # cells that an error names
 
@@ -148,8 +149,6 @@ def require_alike(
 def _require_horizon(runs: pl.DataFrame, horizon: int | None) -> None:
     if horizon is None:
         return
-    if horizon < 1:
-        raise UsageError(f"--horizon {horizon}: needs 1 token or more")
     shorter = runs.filter(pl.col("max_new_tokens") < horizon)
     if len(shorter):
         run_id, cap = shorter.sort("max_new_tokens").select("run_id", "max_new_tokens").row(0)

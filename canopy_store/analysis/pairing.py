@@ -13,7 +13,7 @@ import numpy as np
 import polars as pl
 
 from canopy_store.analysis import bootstrap
-from canopy_store.analysis.bootstrap import Array, Rollouts
+from canopy_store.analysis.bootstrap import SUMS, Array, Rollouts
 from canopy_store.errors import DataError
 
 LEVELS = ("task", "family", "all")
@@ -24,7 +24,7 @@ Draw = Callable[[int, Any], tuple[Array, Array]]
 
 @dataclass(frozen=True)
 class Side:
-    """One variant's prompts of a cell, in order, and their sums (2, P, K): w f(x), then w.
+    """One variant's prompts of a cell, in order, and their summands (SUMS, P, K): w f(x), then w.
 
     ``n_rollouts`` (P,) counts each prompt's, ``cut`` (P,) is the share of them cut, NaN where unknown.
     """
@@ -62,12 +62,12 @@ def unpaired(rows: pl.DataFrame, baseline: str) -> str | None:
 
 
 class _Prompts:
-    """Rows of prompt_metrics by family, variant, task and prompt, with their sums (2, rows, K)."""
+    """Rows of prompt_metrics by family, variant, task and prompt; their summands (SUMS, rows, K)."""
 
     def __init__(self, rows: pl.DataFrame, names: Sequence[str]) -> None:
         # prompts numbered by an importer keep the order of their numbers
         rows = rows.sort(pl.col("prompt_id").str.len_chars(), "prompt_id")
-        self.sums = np.stack(bootstrap.weighted_values(bootstrap.columns_of(rows), names))
+        self.sums = bootstrap.weighted_values(bootstrap.columns_of(rows), names)
         self.n_rollouts = rows["n_rollouts"].to_numpy()
         self.cut = rows["truncation_rate"].cast(pl.Float64).fill_null(np.nan).to_numpy()
         self.run_ids = rows["run_id"].to_list()
@@ -219,8 +219,8 @@ def evaluate(
     Each metric is summed by itself, so that its last bits do not depend on which others there are.
     """
     width, sides = len(names), len(next(iter(group.values())))
-    point = np.zeros((2, sides, width))  # (top or bottom, side, K)
-    drawn_point = np.zeros((2, sides, replicates, width))
+    point = np.zeros((SUMS, sides, width))
+    drawn_point = np.zeros((SUMS, sides, replicates, width))
     used = []
     tasks = list(dict.fromkeys(task for _, _, task in group))
     for number, task in enumerate(tasks):
@@ -229,7 +229,7 @@ def evaluate(
         place = {p: i for i, p in enumerate(prompts)}
         # tasks are drawn independently; one task alone is drawn from the seed itself
         drawn, counts = draw(len(prompts), seed if len(tasks) == 1 else (seed, number))
-        sums = np.zeros((2, sides, width, len(prompts)))
+        sums = np.zeros((SUMS, sides, width, len(prompts)))
         for cell in cells:
             for which, side in enumerate(cell):
                 at = [place[p] for p in side.prompts]
@@ -245,11 +245,12 @@ def evaluate(
         point += sums.sum(-1)
         used.append((sums[1] > 0).any(0).sum(-1))
         if not kernels:
-            for top, which, k in np.ndindex(2, sides, width):
-                drawn_point[top, which, :, k] += counts @ sums[top, which, k]
+            for part, which, k in np.ndindex(SUMS, sides, width):
+                if sums[part, which, k].any():
+                    drawn_point[part, which, :, k] += counts @ sums[part, which, k]
     return (
-        bootstrap.pooled(point[0], point[1], names),
-        bootstrap.pooled(drawn_point[0], drawn_point[1], names),
+        bootstrap.pooled(point, names),
+        bootstrap.pooled(drawn_point, names),
         np.array(used),
     )
 
@@ -257,10 +258,10 @@ def evaluate(
 def _second_level(
     of_prompts: list[Rollouts | None], drawn: Array, names: Sequence[str], seed: list[int]
 ) -> Array:
-    """w f(x) and w (2, B, P, K) of every drawn slot, its rollouts drawn anew."""
+    """The summands (SUMS, B, P, K) of every drawn slot, its rollouts drawn anew."""
     present = [rollouts for rollouts in of_prompts if rollouts is not None]
     here = np.array([rollouts is not None for rollouts in of_prompts])
     place = np.cumsum(here) - 1
     slots = np.where(here[drawn], place[drawn], -1)
     columns = bootstrap.redraw_slots(present, slots, np.random.default_rng(seed))
-    return np.stack(bootstrap.weighted_values(columns, names))
+    return bootstrap.weighted_values(columns, names)

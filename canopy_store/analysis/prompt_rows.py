@@ -1,22 +1,17 @@
-"""What a comparison takes from a store: the rows of its prompts, like with like, and their rollouts."""
+"""What a comparison takes from a store: the rows of its prompts, like with like."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import numpy as np
 import polars as pl
 
 from canopy_store import store
-from canopy_store.analysis import bootstrap
-from canopy_store.analysis.bootstrap import Rollouts
 from canopy_store.analysis.comparable import comparable, view_rows
 from canopy_store.analysis.likeness import run_settings
-from canopy_store.analysis.rarefaction import at_common_m
+from canopy_store.analysis.rarefaction import at_common_m, at_horizon, rollouts_of
 from canopy_store.sql.connection import Connection
-
-_RUN_COLUMNS = ("n_tokens", "entropy_sum", "surprisal_sum", "entropy_rate", "cut")
 
 
 def prompt_rows(
@@ -52,9 +47,8 @@ def prompt_rows(
     ``rarefied_to`` and ``vendi_reason`` (`at_common_m`), ``selection_rule`` ('reward', 'lengths', NULL)
     and, with ``seeds``, ``checkpoint``.
     """
-    view = "prompt_metrics" if horizon is None else f"prompt_metrics_at({int(horizon)})"
     rows, embedder = comparable(
-        view_rows(con, view),
+        view_rows(con, at_horizon("prompt_metrics", horizon)),
         root,
         selection=selection,
         embedder=embedder,
@@ -78,37 +72,3 @@ def _selection_rule(root: str | Path, selection: str) -> str | None:
     if selection == "all" or not store.exists(path):
         return None
     return store.read_plan(path)["settings"].get("rule")
-
-
-def rollouts_of(
-    con: Connection, prompts: pl.DataFrame, selection: str, embedder: str
-) -> dict[tuple[str, str], Rollouts]:
-    """The rollouts of each run and prompt, with kernels where the run has embeddings by the embedder."""
-    runs = prompts.select("run_id", "embedder").unique().sort("run_id")
-    frame = con.sql(
-        "with chosen as (select unnest($runs) as run_id, unnest($embedders) as embedder) "
-        "select m.run_id, m.prompt_id, m.n_tokens, m.entropy_sum, m.surprisal_sum, m.entropy_rate, "
-        "(m.finish_reason = 'length')::double as cut, e.embedding "
-        "from rollout_metrics m join chosen using (run_id, embedder) "
-        "left join embeddings e on e.run_id = m.run_id and e.prompt_id = m.prompt_id "
-        "and e.sample = m.sample and e.embedder = m.embedder and e.embedder = $embedder "
-        "where m.selection = $selection order by m.sample",
-        params={
-            "runs": runs["run_id"].to_list(),
-            "embedders": runs["embedder"].to_list(),
-            "embedder": embedder,
-            "selection": selection,
-        },
-    ).pl()
-    rollouts = {}
-    for (run_id, prompt_id), group in frame.group_by(["run_id", "prompt_id"], maintain_order=True):
-        columns = bootstrap.columns_of(group)
-        kernel = None
-        if not group["embedding"].null_count():
-            unit = np.array(group["embedding"].to_list(), np.float64)
-            unit /= np.linalg.norm(unit, axis=1, keepdims=True)
-            kernel = unit @ unit.T
-        rollouts[str(run_id), str(prompt_id)] = Rollouts(
-            **{name: columns[name] for name in _RUN_COLUMNS}, kernel=kernel
-        )
-    return rollouts

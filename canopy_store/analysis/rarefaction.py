@@ -7,11 +7,15 @@ from collections.abc import Callable, Mapping
 import numpy as np
 import polars as pl
 
+from canopy_store.analysis import bootstrap
 from canopy_store.analysis.bootstrap import Array, Rollouts
+from canopy_store.errors import UsageError
+from canopy_store.sql.connection import Connection
 
 SUBSETS = 64
 _SEED = 0
 _PROMPT = ["family", "task", "prompt_id"]
+_RUN_COLUMNS = ("n_tokens", "entropy_sum", "surprisal_sum", "entropy_rate", "cut")
 Kernels = Callable[[pl.DataFrame], Mapping[tuple[str, str], Rollouts]]
 
 
@@ -45,7 +49,7 @@ def at_common_m(rows: pl.DataFrame, baseline: str, kernels: Kernels) -> pl.DataF
 
     Parameters
     ----------
-    rows : of ``prompt_metrics``
+    rows : of ``prompt_metrics``, or of ``panel`` with their n_rollouts
     kernels : gives the rollouts of rows, with kernels
 
     Returns
@@ -76,10 +80,62 @@ def at_common_m(rows: pl.DataFrame, baseline: str, kernels: Kernels) -> pl.DataF
     rows = rows.join(values, on=["run_id", "prompt_id"], how="left", maintain_order="left")
     drawn = pl.col("n_rollouts") > pl.col("rarefied_to")
     lacks = (drawn & pl.col("_fewer").is_null()).any().over(_PROMPT)
-    return rows.with_columns(
+    rows = rows.with_columns(
         vendi_score=pl.when(lacks).then(None).when(drawn).then("_fewer").otherwise("vendi_score"),
         rarefied_to=pl.when(~lacks).then("rarefied_to"),
         vendi_reason=pl.when(lacks).then(
             pl.lit("other numbers of rollouts, and no embeddings to draw fewer from")
         ),
     ).drop("_fewer")
+    if "vendi_share" in rows.columns:
+        m = pl.coalesce("rarefied_to", "n_rollouts")
+        rows = rows.with_columns(vendi_share=pl.col("vendi_score") / m)
+    return rows
+
+
+def at_horizon(view: str, horizon: int | None) -> str:
+    """The view, or its macro at a horizon in tokens."""
+    if horizon is None:
+        return view
+    if horizon < 1:
+        raise UsageError(f"--horizon {horizon}: needs 1 token or more")
+    return f"{view}_at({int(horizon)})"
+
+
+def rollouts_of(
+    con: Connection,
+    prompts: pl.DataFrame,
+    selection: str,
+    embedder: str,
+    horizon: int | None = None,
+) -> dict[tuple[str, str], Rollouts]:
+    """The rollouts of each run and prompt, with kernels where the run has embeddings by the embedder."""
+    runs = prompts.select("run_id", "embedder").unique().sort("run_id")
+    view = at_horizon("rollout_metrics", horizon)
+    frame = con.sql(
+        "with chosen as (select unnest($runs) as run_id, unnest($embedders) as embedder) "
+        "select m.run_id, m.prompt_id, m.n_tokens, m.entropy_sum, m.surprisal_sum, m.entropy_rate, "
+        "(m.finish_reason = 'length')::double as cut, e.embedding "
+        f"from {view} m join chosen using (run_id, embedder) "
+        "left join embeddings e on e.run_id = m.run_id and e.prompt_id = m.prompt_id "
+        "and e.sample = m.sample and e.embedder = m.embedder and e.embedder = $embedder "
+        "where m.selection = $selection order by m.sample",
+        params={
+            "runs": runs["run_id"].to_list(),
+            "embedders": runs["embedder"].to_list(),
+            "embedder": embedder,
+            "selection": selection,
+        },
+    ).pl()
+    rollouts = {}
+    for (run_id, prompt_id), group in frame.group_by(["run_id", "prompt_id"], maintain_order=True):
+        columns = bootstrap.columns_of(group)
+        kernel = None
+        if not group["embedding"].null_count():
+            unit = np.array(group["embedding"].to_list(), np.float64)
+            unit /= np.linalg.norm(unit, axis=1, keepdims=True)
+            kernel = unit @ unit.T
+        rollouts[str(run_id), str(prompt_id)] = Rollouts(
+            **{name: columns[name] for name in _RUN_COLUMNS}, kernel=kernel
+        )
+    return rollouts

@@ -22,11 +22,14 @@ _METRICS = (
     "n_rollouts",
     "max_new_tokens",
     "ce_star",
+    "ce_star_cv",
     "truncation_rate",
     "mean_length",
     "entropy_rate",
     "rho_pearson",
+    "rho_pooled",
     "semantic_diversity",
+    "diversity_number",
     "vendi_score",
     "gen_ppl",
     "branching_factor",
@@ -49,6 +52,7 @@ _LOGGING = (
     "mean_excess",
     "sd",
     "z",
+    "p",
     "ok",
 )
 _RUNS = (
@@ -113,8 +117,8 @@ def tables(facts: Facts) -> list[dict[str, Any]]:
             "Logging",
             "Were entropies and samples logged from one distribution?",
             "If the entropies came from another distribution than the one that was sampled, z would "
-            "not look standard normal; ok says that it does. Runs without log-probabilities are not "
-            "listed.",
+            "not look standard normal; ok means p ≥ 5.7e-7, which is |z| ≤ 5 over many rollouts. Runs "
+            "without log-probabilities are not listed.",
             _logging(facts),
             missing="No complete run stores log-probabilities, which the check needs.",
         ),
@@ -170,7 +174,7 @@ def _table(
 
 def _doc(table: str, name: str) -> str:
     """What a column means, with its unit: as the store documents it, if it is a column of the store."""
-    if name in _DOCS:
+    if table in ("runs", "reliability") and name in _DOCS:
         return _DOCS[name]
     relations = {"metrics": "model_metrics", "logging": "logging_check"}
     relation = "runs" if name == "max_new_tokens" else relations.get(table, table)
