@@ -601,7 +601,10 @@ def test_a_store_without_embeddings_says_so(browse, tmp_path):
     assert set(all_text(driver, ".rollout .lacking")) == {"No text is stored."}
     assert driver.execute_script("return document.querySelectorAll('.steps span').length") > 0
     reasons = all_text(driver, "section .missing")
-    assert reasons == ["No complete run stores log-probabilities, which the check needs."]
+    assert reasons == [
+        "No complete run stores log-probabilities, which the check needs.",
+        "No complete run stores both eos_logprob and how its rollouts ended.",
+    ]
     assert all_text(driver, "#pick-colour option:disabled") == ["surprisal of the token"]
 
 

@@ -48,7 +48,8 @@ class Facts:
     changes : what `compare` gives; no rows where nothing can be compared
     alone : what `estimate` gives of the models that no row of ``changes`` has
     unpaired : why nothing can be compared; None where something can
-    decomposition, trajectory, lengths, logging : rows of the views, of the runs shown
+    decomposition, trajectory, lengths : rows of the views, of the runs shown
+    logging, stopping : every row of ``logging_check`` and ``stop_check``
     reliability : a row a variant, over the prompts of the runs shown, as `reliability` gives them
     variants : the baseline first, the others by generation, step of training and name
     examples : rollouts to read
@@ -69,6 +70,7 @@ class Facts:
     trajectory: pl.DataFrame = field(default_factory=pl.DataFrame)
     lengths: pl.DataFrame = field(default_factory=pl.DataFrame)
     logging: pl.DataFrame = field(default_factory=pl.DataFrame)
+    stopping: pl.DataFrame = field(default_factory=pl.DataFrame)
     reliability: pl.DataFrame = field(default_factory=pl.DataFrame)
     variants: list[str] = field(default_factory=list)
     examples: pl.DataFrame = field(default_factory=pl.DataFrame)
@@ -187,6 +189,7 @@ def gather(
             trajectory=thin_trajectories(con, names, positions=MAX_POSITIONS, share=MIN_ACTIVE, **drawn),
             lengths=length_shares(con, names, **drawn),
             logging=view_rows(con, "logging_check"),
+            stopping=view_rows(con, "stop_check"),
             reliability=_reliability(comparable(view_rows(con, "panel"), root, **chosen)[0]),
             examples=example_rollouts(
                 con,

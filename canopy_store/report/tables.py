@@ -22,7 +22,6 @@ _METRICS = (
     "n_rollouts",
     "max_new_tokens",
     "ce_star",
-    "ce_star_cv",
     "truncation_rate",
     "mean_length",
     "entropy_rate",
@@ -119,8 +118,17 @@ def tables(facts: Facts) -> list[dict[str, Any]]:
             "If the entropies came from another distribution than the one that was sampled, z would "
             "not look standard normal; ok means p ≥ 5.7e-7, which is |z| ≤ 5 over many rollouts. Runs "
             "without log-probabilities are not listed.",
-            _logging(facts),
+            _logging(facts.logging),
             missing="No complete run stores log-probabilities, which the check needs.",
+        ),
+        _table(
+            "stopping",
+            "Stopping",
+            "Do rollouts end as often as their logged probabilities say?",
+            "Of each rollout, 1 if it ended by itself less the sum of its ending probabilities: mean 0 "
+            "where end tokens and eos_logprob are right. Wrong end tokens show here and nowhere else.",
+            _logging(facts.stopping),
+            missing="No complete run stores both eos_logprob and how its rollouts ended.",
         ),
         _table(
             "runs",
@@ -132,10 +140,10 @@ def tables(facts: Facts) -> list[dict[str, Any]]:
     ]
 
 
-def _logging(facts: Facts) -> pl.DataFrame:
-    if facts.logging.is_empty():
+def _logging(frame: pl.DataFrame) -> pl.DataFrame:
+    if frame.is_empty():
         return pl.DataFrame(schema=list(_LOGGING))
-    return facts.logging.sort("family", "task", "variant", "selection").select(_LOGGING)
+    return frame.sort("family", "task", "variant", "selection").select(_LOGGING)
 
 
 def _table(
@@ -176,7 +184,7 @@ def _doc(table: str, name: str) -> str:
     """What a column means, with its unit: as the store documents it, if it is a column of the store."""
     if table in ("runs", "reliability") and name in _DOCS:
         return _DOCS[name]
-    relations = {"metrics": "model_metrics", "logging": "logging_check"}
+    relations = {"metrics": "model_metrics", "logging": "logging_check", "stopping": "stop_check"}
     relation = "runs" if name == "max_new_tokens" else relations.get(table, table)
     column = column_of(relation, name)
     return f"{column.doc} {column.unit}".strip()
