@@ -7,6 +7,7 @@ import os
 import re
 import time
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +17,9 @@ from stores import GOLDEN_ROLLOUTS
 
 import canopy_store
 from canopy_store import DataError, StoreError, UsageError, compare
-from canopy_store.analysis.lengths import length_densities
-from canopy_store.report import facts, sections, write_figures, write_report
+from canopy_store.analysis.lengths import length_shares
+from canopy_store.analysis.words import verdict
+from canopy_store.report import cards, facts, sections, write_figures, write_report
 
 CHROMIUM = os.environ.get("CHROMIUM", "/usr/bin/chromium")
 CHROMEDRIVER = os.environ.get("CHROMEDRIVER", "/usr/bin/chromedriver")
@@ -229,12 +231,45 @@ def test_the_first_screen_says_what_is_compared_with_key_figures(browse, page, r
     assert all_text(driver, "h1") == ["sft against base"]
     bottom = "return document.querySelector('#figures').getBoundingClientRect().bottom"
     assert driver.execute_script(bottom) < 900
-    (row,) = compare(root, by="family").filter(metric="ce_star").to_dicts()
-    assert all_text(driver, ".figure .value")[0] == f"{row['treated']:.3g}nats"
+    (row,) = compare(root).filter(level="family", metric="ce_star").to_dicts()
     ends = [row[f"percent_delta{end}"] for end in ("", "_ci_low", "_ci_high")]
     change, low, high = (f"{x:+.1f}%".replace("-", "−") for x in ends)
-    words = f"from {row['baseline']:.3g} · {change} ({low} to {high})"
-    assert all_text(driver, ".figure .from")[0] == words
+    card = "#figures > :first-child "
+    assert all_text(driver, card + "dt") == ["Canopy entropy,\u00a0CE* (first 20 tokens)"]
+    assert all_text(driver, card + ".value") == [f"{row['baseline']:.3g} → {row['treated']:.3g} nats"]
+    assert all_text(driver, card + ".change") == [f"{change} ({low} to {high})"]
+    assert verdict(row).startswith(all_text(driver, card + ".verdict")[0])
+    assert all(all_text(driver, "#figures .interval"))
+    assert len(all_text(driver, "#figures .interval")) == len(all_text(driver, "#figures dt"))
+    assert len(all_text(driver, "#headline")[0]) > 40
+
+
+def test_a_card_says_how_much_its_nats_are(browse, page, root):
+    driver = browse(page)
+    changes = compare(root).filter(level="family")
+    (row,) = changes.filter(metric="ce_star").to_dicts()
+    (length,) = changes.filter(metric="mean_length").to_dicts()
+    base, treated, ratio = all_text(driver, ".answers li")
+    assert base.startswith("base: ")
+    for text, side in ((base, "baseline"), (treated, "treated")):
+        count = re.search(r": (.+) equally likely answers", text)[1]
+        assert number_of(count) == pytest.approx(np.exp(row[side]), rel=0.3)
+        rate = row[side] / length[side]
+        bits = rate / np.log(2)
+        assert f"per token {rate:.2f} nats ({bits:.2f} bits)" in text
+        assert number_of(re.search("a choice among (.+)[.]", text)[1]) == pytest.approx(
+            2**bits, rel=0.06
+        )
+    times = re.search("base has (.+) times as many answers as sft", ratio)[1]
+    assert number_of(times) == pytest.approx(np.exp(-row["delta"]), rel=0.06)
+
+
+def number_of(text: str) -> float:
+    """The number that '4,700', '5 × 10¹⁸' or '10²¹⁷' is."""
+    digits = str.maketrans("⁻⁰¹²³⁴⁵⁶⁷⁸⁹", "-0123456789")
+    factor, _, power = text.rpartition("10") if re.search("10[⁻⁰¹²³⁴⁵⁶⁷⁸⁹]", text) else (text, "", "")
+    factor = factor.removesuffix(" × ").replace(",", "") or "1"
+    return float(factor) * 10.0 ** int(power.translate(digits) or 0)
 
 
 def test_the_numbers_of_a_chart_can_be_read_as_a_table(browse, page):
@@ -248,8 +283,8 @@ def test_tables_sort_by_mouse_and_by_keyboard(browse, page):
     from selenium.webdriver.common.keys import Keys
 
     driver = browse(page)
-    heads = driver.find_elements("css selector", "#metrics th button")
-    place = [head.text for head in heads].index("ce_star")
+    heads = driver.find_elements("css selector", "#metrics thead button")
+    place = [head.get_attribute("textContent") for head in heads].index("ce_star")
     column = f"#metrics tbody td:nth-child({place + 1})"
 
     def values() -> list[float]:
@@ -259,7 +294,7 @@ def test_tables_sort_by_mouse_and_by_keyboard(browse, page):
     assert values() == sorted(values())
     heads[place].send_keys(Keys.ENTER)
     assert values() == sorted(values(), reverse=True)
-    head = driver.find_elements("css selector", "#metrics th")[place]
+    head = driver.find_elements("css selector", "#metrics thead th")[place]
     assert head.get_attribute("aria-sort") == "descending"
 
 
@@ -267,16 +302,22 @@ def test_the_explorer_works_by_mouse(browse, page):
     from selenium.webdriver.common.action_chains import ActionChains
 
     driver = browse(page)
-    lengths = [int(re.search(r"(\d+) tokens", t)[1]) for t in all_text(driver, ".rollout p")]
-    half = len(lengths) // 2  # base, then sft
-    assert lengths[:half] == sorted(lengths[:half])
+
+    def of_cards(pattern: str) -> tuple[list[float], list[float]]:
+        values = [float(re.search(pattern, text)[1]) for text in all_text(driver, ".rollout .facts")]
+        return values[::2], values[1::2]  # base and sft share a row
+
+    base, sft = of_cards(r"(\d+) tokens?")
+    assert (base, sft) == (sorted(base), sorted(sft))
     driver.find_element("id", "pick-order").click()
-    turned = [int(re.search(r"(\d+) tokens", t)[1]) for t in all_text(driver, ".rollout p")]
-    assert turned[:half] == sorted(lengths[:half], reverse=True)
+    turned = of_cards(r"(\d+) tokens?")
+    assert turned == (base[::-1], sft[::-1])
     choose(driver, "pick-sort", "distance")
-    far = [float(re.search(r"distance ([\d.]+)", t)[1]) for t in all_text(driver, ".rollout p")]
-    assert far[:half] == sorted(far[:half], reverse=True)
-    choose(driver, "pick-model", "=sft")
+    for far in of_cards(r"distance ([\d.]+)"):
+        assert far == sorted(far, reverse=True)
+    names = all_text(driver, "#pick-model option")
+    assert names == ["base and sft", "base", "sft"]
+    choose(driver, "pick-model", "2")
     assert all_text(driver, "#rollouts h3") == ["sft"]
     step = driver.find_element("css selector", ".steps span")
     tint = step.value_of_css_property("background-color")
@@ -289,7 +330,66 @@ def test_the_explorer_works_by_mouse(browse, page):
     choose(driver, "pick-prompt", "1")
     assert all_text(driver, "#prompt") != before
     assert "are on this page" in all_text(driver, "#explorer-shown")[0]
-    assert "no token texts" in all_text(driver, "#explorer-shown")[0]
+
+
+def boxes(driver, selector: str) -> list[dict[str, float]]:
+    """left, right, top and bottom of each element, in pixels."""
+    script = (
+        "return [...document.querySelectorAll(arguments[0])].map((e) => e.getBoundingClientRect())"
+        ".map((r) => ({left: r.left, right: r.right, top: r.top, bottom: r.bottom}))"
+    )
+    return driver.execute_script(script, selector)
+
+
+def test_base_and_child_share_a_row_and_are_stacked_on_a_phone(browse, page):
+    driver = browse(page)
+    wide = boxes(driver, ".rollout")
+    assert len(wide) == 12
+    for base, sft in zip(wide[::2], wide[1::2], strict=True):
+        assert (base["top"], base["bottom"]) == (sft["top"], sft["bottom"])
+        assert base["right"] < sft["left"]
+    who = [text.split(" · ")[0] for text in all_text(driver, ".rollout .facts")]
+    assert who == ["base", "sft"] * 6
+    assert all_text(driver, "#task") == ["Task: math"]
+    assert {text.split(": ")[0] for text in all_text(driver, "#pick-prompt option")} == {
+        "math",
+        "stories",
+    }
+    narrow = boxes(browse(page, width=390), ".rollout")
+    for above, below in pairwise(narrow):
+        assert above["left"] == below["left"]
+        assert above["bottom"] < below["top"]
+
+
+def test_a_prompt_that_one_model_lacks_says_so(browse, tmp_path):
+    frame = rollouts().filter((pl.col("variant") == "base") | (pl.col("prompt_id") != "math 0"))
+    few = (pl.col("variant") == "base") | (pl.col("prompt_id") != "math 1") | (pl.col("sample") < 2)
+    root = store_of(tmp_path, frame.filter(few))
+    driver = browse(write_report(root, tmp_path / "report.html"))
+    said = {}
+    options = all_text(driver, "#pick-prompt option")
+    for place, option in enumerate(options):
+        choose(driver, "pick-prompt", str(place))
+        said[option] = all_text(driver, "#rollouts .missing")
+    assert said["math: math 0"] == ["sft has no rollout of this prompt."]
+    assert said["math: math 1"] == ["sft has no further rollout of this prompt here."] * 4
+    assert not any(said[option] for option in options if option not in ("math: math 0", "math: math 1"))
+
+
+def test_no_token_is_coloured_in_a_place_that_is_not_known(browse, page, root):
+    """The store keeps no token strings: a box a token in order, and the text beside it uncoloured."""
+    driver = browse(page)
+    counted = [int(re.search(r"(\d+) tokens?", t)[1]) for t in all_text(driver, ".rollout .facts")]
+    strips = driver.execute_script(
+        "return [...document.querySelectorAll('.steps')].map((s) => s.childElementCount)"
+    )
+    assert strips == counted
+    placed = [f"0 of {n} token{'s' * (n != 1)} placed on the text" for n in counted]
+    assert all_text(driver, ".rollout .placed") == placed
+    assert all(text == "" for text in all_text(driver, ".steps"))
+    script = "return document.querySelectorAll('.rollout .text *').length"
+    assert driver.execute_script(script) == 0
+    assert "no strings of tokens" in all_text(driver, "#explorer-how")[0]
 
 
 def test_the_explorer_and_the_theme_work_by_keyboard(browse, page):
@@ -297,7 +397,7 @@ def test_the_explorer_and_the_theme_work_by_keyboard(browse, page):
 
     driver = browse(page)
     driver.find_element("id", "pick-colour").send_keys("s")
-    assert driver.find_element("id", "explorer-body").get_attribute("data-colour") == "surprisal"
+    assert "surprisal" in driver.find_element("id", "scale-end").text
     order = driver.find_element("id", "pick-order")
     order.send_keys(Keys.SPACE)
     assert order.text == "Largest first"
@@ -312,15 +412,11 @@ def test_the_explorer_and_the_theme_work_by_keyboard(browse, page):
     drawn(driver, "dark")
 
 
-def test_text_of_a_rollout_is_whole_however_it_is_split(browse, page, root):
+def test_text_of_a_rollout_is_whole(browse, page, root):
     driver = browse(page)
-    texts = set(canopy_store.read(root, "rollouts")["text"])
-    shown = driver.execute_script(
-        "return [...document.querySelectorAll('.steps')].map((s) => [...s.children]"
-        ".filter((c) => !c.classList.contains('end')).map((c) => c.textContent).join(''))"
-    )
+    shown = all_text(driver, ".rollout .text")
     assert shown
-    assert set(shown) <= texts
+    assert set(shown) <= set(canopy_store.read(root, "rollouts")["text"])
 
 
 @pytest.mark.parametrize("theme", ["light", "dark"])
@@ -356,6 +452,103 @@ def test_a_phone_needs_no_scrolling_sideways(browse, page):
     assert max(widths) <= 390
 
 
+LONG = ("a_very_long_name_of_a_variant_that_goes_on_and_on", "שלום_עולם")
+
+
+@pytest.fixture(scope="module")
+def long_page(tmp_path_factory) -> Path:
+    """Names that are longer than a phone is wide, words that read from the right."""
+    folder = tmp_path_factory.mktemp("long")
+    tasks = ["a task with a name that nobody would want to read twice", "עברית"]
+    frame = rollouts(["a-family-of-models-7b"], ["base", *LONG], tasks, text="שלום עולם ")
+    return write_report(store_of(folder, frame), folder / "report.html")
+
+
+@pytest.mark.parametrize("width", [390, 1400])
+@pytest.mark.parametrize("which", ["page", "long_page"])
+def test_labels_of_a_chart_do_not_overlap(browse, request, which, width):
+    driver = browse(request.getfixturevalue(which), width=width)
+    labels = driver.execute_script(
+        "return [...document.querySelectorAll('.drawing')].map((d) =>"
+        " [...d.querySelectorAll('svg text')]"
+        ".map((t) => { const r = t.getBoundingClientRect(); return {text: t.textContent, left: r.left,"
+        " right: r.right, top: r.top, bottom: r.bottom}; }).filter((t) => t.text && t.right > t.left))"
+    )
+    assert len(labels) == len(CHARTS)
+    for chart in labels:
+        assert chart
+        for label in chart:
+            assert label["left"] >= -1, label
+            assert label["right"] <= width + 1, label
+        for i, one in enumerate(chart):
+            for other in chart[i + 1 :]:
+                across = min(one["right"], other["right"]) - max(one["left"], other["left"])
+                down = min(one["bottom"], other["bottom"]) - max(one["top"], other["top"])
+                # boxes of lines of text reach a little into each other
+                assert across < 1 or down < 3, (one, other)
+
+
+@pytest.mark.parametrize("which", ["page", "long_page"])
+def test_text_wraps_on_a_phone(browse, request, which):
+    driver = browse(request.getfixturevalue(which), width=390)
+    assert driver.execute_script("return document.documentElement.scrollWidth") <= 390
+    places = boxes(driver, "h1, h2, p, li, dd, dt, blockquote, .text, .controls *, .missing")
+    assert max(box["right"] for box in places) <= 390
+
+
+@pytest.mark.parametrize("width", [390, 1400])
+def test_the_first_column_of_a_table_stays(browse, page, width):
+    driver = browse(page, width=width)
+    scrolled = driver.execute_script(
+        "const s = document.querySelector('#metrics .scroll'); s.scrollLeft = 300; return s.scrollLeft"
+    )
+    assert scrolled > 100
+    (around,) = boxes(driver, "#metrics .scroll")
+    for cell in boxes(driver, "#metrics th:first-child"):
+        assert cell["left"] == pytest.approx(around["left"], abs=2)
+    for cell in boxes(driver, "#metrics td:nth-child(2)"):
+        assert cell["left"] < around["left"]
+    assert all_text(driver, "#metrics tbody th")[0] == "f.base.math"
+    if width == 1400:
+        (text,) = boxes(driver, "#metrics h2")
+        assert around["right"] > text["right"]
+
+
+# ---- colours
+
+
+def test_a_colour_is_a_variant_in_every_chart_and_beside_its_name(browse, tmp_path):
+    variants = ["base", "dpo", "sft"]
+    root = store_of(tmp_path, rollouts(variants=variants))
+    driver = browse(write_report(root, tmp_path / "report.html"))
+    script = (
+        "return [...document.querySelectorAll(arguments[0])].map((d) => [d.parentElement.textContent,"
+        " getComputedStyle(d).backgroundColor])"
+    )
+    choose(driver, "pick-model", "2")
+    assert all_text(driver, "#pick-model option")[2] == "all"
+    beside = {name: colour for name, colour in driver.execute_script(script, "#rollouts h3 .dot")}
+    assert list(beside) == variants
+    assert len(set(beside.values())) == 3
+    for text, colour in driver.execute_script(script, "#figures .dot"):
+        assert colour == beside[text.split(" · ")[0]]
+    drawn = driver.execute_script(
+        "return [...document.querySelectorAll('.drawing')].map((d) => [...new Set("
+        "[...d.querySelectorAll('.mark-symbol.role-mark path, .mark-line.role-mark path,"
+        " .mark-rect.role-mark path, .mark-rule.role-mark line')]"
+        ".flatMap((m) => [m.getAttribute('fill'), m.getAttribute('stroke')])"
+        ".filter((c) => c && c !== 'none' && c !== 'transparent'))])"
+    )
+    hexes = {
+        "rgb({}, {}, {})".format(*(int(c[i : i + 2], 16) for i in (1, 3, 5))): c
+        for c in {c for colours in drawn for c in colours}
+    }
+    allowed = {hexes[colour] for colour in beside.values()}
+    ink = {"#22262b", "#5d646c"}  # the marks of totals and of zero
+    for colours in drawn:
+        assert set(colours) <= allowed | ink, colours
+
+
 # ---- strangers' text
 
 
@@ -377,7 +570,7 @@ def test_text_of_strangers_is_shown_as_text(browse, tmp_path):
     assert driver.execute_script("return document.querySelectorAll('b, img').length") == 0
     assert all_text(driver, "h1") == ["<b>sft</b> against base"]
     assert HOSTILE in all_text(driver, "#prompt")[0]
-    assert any("<img src=x onerror" in text for text in all_text(driver, ".steps"))
+    assert any("<img src=x onerror" in text for text in all_text(driver, ".rollout .text"))
     assert any("<b>sft</b>" in text for text in all_text(driver, "#rho svg text"))
     assert page.read_text(encoding="utf-8").count("</script>") == 3
     script = "document.querySelector('main').insertAdjacentHTML('beforeend', arguments[0])"
@@ -405,7 +598,13 @@ def test_a_store_without_embeddings_says_so(browse, tmp_path):
     assert_quiet(driver)
     assert len(all_text(driver, "figure .missing")) == 3
     assert any("Nothing is embedded" in note for note in all_text(driver, "#notes li"))
-    assert driver.execute_script("return document.querySelectorAll('.steps .blank').length") > 0
+    assert set(all_text(driver, ".rollout .lacking")) == {"No text is stored."}
+    assert driver.execute_script("return document.querySelectorAll('.steps span').length") > 0
+    reasons = all_text(driver, "section .missing")
+    assert reasons == [
+        "No complete run stores log-probabilities, which the check needs.",
+        "No complete run stores both eos_logprob and how its rollouts ended.",
+    ]
     assert all_text(driver, "#pick-colour option:disabled") == ["surprisal of the token"]
 
 
@@ -443,6 +642,90 @@ def test_a_model_that_is_compared_with_none_stands_beside_those_that_are(tmp_pat
     rho = [(row["panel"], row["variant"]) for row in chart_of(data, "rho")]
     assert rho == [("math", "base"), ("math", "sft"), ("stories", "base")]
     assert {row["panel"] for row in chart_of(data, "changes")} == {"math"}
+
+
+def test_what_a_chart_leaves_out_is_named_with_the_reason(tmp_path):
+    lacks = (pl.col("variant") == "sft") & (pl.col("task") == "stories")
+    frame = rollouts().with_columns(
+        pl.when(lacks).then(None).otherwise(pl.col(name)).alias(name)
+        for name in ("embedding", "eos_logprob")
+    )
+    for name, rows in (("a", frame.filter(~lacks)), ("b", frame.filter(lacks))):
+        (tmp_path / name).mkdir()
+        rows = rows if name == "a" else rows.drop("embedding", "eos_logprob")
+        rows.write_parquet(tmp_path / name / "rollouts.parquet")
+        canopy_store.import_rollouts(
+            tmp_path / "s", tmp_path / name / "rollouts.parquet", max_new_tokens=20
+        )
+    shown = {c["id"]: c.get("shown", "") for c in sections.charts(facts_of(tmp_path / "s"))}
+    assert "Not drawn: sft on stories: not compared, or not embedded for both." in shown["arrows"]
+    assert "Not drawn: sft on stories: not embedded" in shown["diversity"]
+    assert "Not drawn: sft on stories: no eos_logprob is stored." in shown["ce-star-stop"]
+    assert not shown["trajectory"]
+
+
+def test_the_share_cut_is_printed_and_marked(browse, tmp_path):
+    """base is cut at 12 tokens where sft mostly ends by itself."""
+    both = rollouts(prompts=8, samples=12)
+    base = both.filter(variant="base").with_columns(
+        pl.col(name).list.head(12) for name in ("entropy", "logprob", "eos_logprob")
+    )
+    sft = both.filter(pl.col("variant") == "sft", pl.col("entropy").list.len() <= 12)
+    root = store_of(tmp_path, pl.concat([base, sft]), longest=12)
+    driver = browse(write_report(root, tmp_path / "report.html"))
+    assert_quiet(driver)
+    metrics = canopy_store.read(root, "model_metrics")
+    shares = {(r["task"], r["variant"]): 100 * r["truncation_rate"] for r in metrics.to_dicts()}
+    words = [text for text in all_text(driver, "#lengths svg text") if text.startswith("cut: ")]
+    expected = [
+        f"cut: base {shares[task, 'base']:.3g}% · sft {shares[task, 'sft']:.3g}%"
+        for task in ("math", "stories")
+    ]
+    assert words == expected
+    assert min(shares.values()) < 15
+    assert max(shares.values()) > 30
+    assert any(text.startswith("cut shares differ: ") for text in all_text(driver, "#figures .marked"))
+    assert any("cut shares differ" in text for text in all_text(driver, "#notes li"))
+    bars = " ".join(all_text(driver, "#ce-star-length svg text"))
+    assert f"{round(shares['math', 'base'])}% cut" in bars
+    assert "CE* (first 12 tokens), nats" in bars
+    marked = all_text(driver, "#metrics td.no")
+    assert len(marked) == sum(share > 5 for share in shares.values())
+    hollow = driver.execute_script(
+        "return [...document.querySelectorAll('#changes .mark-symbol.role-mark path')]"
+        ".map((p) => p.getAttribute('fill-opacity'))"
+    )
+    assert set(hollow) == {"0"}
+
+
+def test_low_reliability_is_said_with_the_command_that_corrects(tmp_path):
+    """Every prompt alike: what differs between prompts is the chance of the rollouts."""
+    rng = np.random.default_rng(1)
+    frame = rollouts(samples=4).with_columns(
+        entropy=pl.Series([rng.gamma(1, 1, len(x)).tolist() for x in rollouts(samples=4)["entropy"]])
+    )
+    gathered = facts_of(store_of(tmp_path, frame))
+    assert gathered.reliability["reliability"].max() < 0.8
+    (shown,) = [c["shown"] for c in sections.charts(gathered) if c["id"] == "diversity"]
+    assert "canopy regress --store … --errors moments" in shown
+    for row in gathered.reliability.to_dicts():
+        assert f"{row['variant']} {row['reliability']:.2f}" in shown
+
+
+def test_a_selection_is_a_mean_of_a_subset(browse, tmp_path):
+    frame = rollouts()
+    rewards = pl.Series(np.random.default_rng(0).normal(size=len(frame)))
+    root = store_of(tmp_path, frame.with_columns(reward=rewards))
+    canopy_store.select_reward(root, 0.5)
+    page = write_report(root, tmp_path / "report.html", selection="reward_top_50")
+    driver = browse(page)
+    assert all_text(driver, ".answers li") == [
+        "Of the selection reward_top_50: a subset's mean, not an entropy of answers."
+    ]
+    assert "CE* (first 20 tokens; mean of a subset), nats" in all_text(
+        driver, "#ce-star-length svg text"
+    )
+    assert "subset mean, not an entropy" in all_text(driver, "#figures .marked")
 
 
 def test_runs_that_are_not_complete_are_named(browse, tmp_path):
@@ -499,7 +782,7 @@ def test_every_change_and_interval_is_that_of_compare(tmp_path):
     data = data_of(write_report(root, tmp_path / "report.html"))
     compared = compare(root)
     pooled = compared.filter(level="all")
-    assert [figure["metric"] for figure in data["figures"]] == [m for m, _, _ in sections._KEY_FIGURES]
+    assert [figure["metric"] for figure in data["figures"]] == list(cards.KEY_FIGURES)
     for figure in data["figures"]:
         assert [row["variant"] for row in figure["rows"]] == ["dpo", "sft"]
         for row in figure["rows"]:
@@ -513,7 +796,7 @@ def test_every_change_and_interval_is_that_of_compare(tmp_path):
     assert ce_star["rows"][1]["treated"] != pytest.approx(tasks, rel=1e-3)
 
     cells = compared.filter(level="task")
-    names = pl.col("metric").replace(sections._CHANGES)
+    names = pl.col("metric").replace({**sections._CHANGES, "ce_star": "CE* (first 20 tokens)"})
     panel = pl.format("{} · {}", "family", "task")
     key = ["panel", "variant", "metric"]
     ours = pl.DataFrame(chart_of(data, "changes")).sort(key)
@@ -539,7 +822,7 @@ def test_every_change_and_interval_is_that_of_compare(tmp_path):
     assert len(arrows) == 4 * 2
     for row in arrows:
         for metric, axis in (("entropy_rate", "rate"), ("semantic_diversity", "diversity")):
-            where = {key: row[key] for key in ("family", "task", "variant")}
+            where = {key: row[key] for key in ("panel", "variant")}
             (expected,) = cells.filter(metric=metric, **where).to_dicts()
             assert (row[f"{axis}_from"], row[f"{axis}_to"]) == (
                 expected["baseline"],
@@ -567,13 +850,39 @@ def test_the_report_holds_no_statistics_and_no_sql():
     assert not imported & {"numpy", "scipy", "statsmodels", "duckdb"}
 
 
-def test_a_density_has_mass_one(root):
+def test_lengths_are_one_less_their_distribution_function(root):
+    stored = canopy_store.read(root, "rollouts")
     with canopy_store.open(root) as con:
         runs = canopy_store.read(root, "runs")["run_id"].to_list()
-        densities = length_densities(con, runs, points=2000)
-    assert densities["run_id"].n_unique() == 4
-    for _, one in densities.group_by("run_id"):
-        assert np.trapezoid(one["density"], one["length"]) == pytest.approx(1, abs=0.06)
+        shares = length_shares(con, runs)
+    assert shares["run_id"].n_unique() == 4
+    for (run,), one in shares.group_by("run_id"):
+        own = stored.filter(run_id=run)
+        n, cut = own["n_tokens"].to_numpy(), (own["finish_reason"] == "length").to_numpy()
+        assert one["length"].to_list() == list(range(21))
+        for length, going_on in one.select("length", "going_on").iter_rows():
+            assert going_on == pytest.approx(np.mean((n > length) | cut), abs=1e-12)
+    last = shares.filter(length=20).sort("run_id")["going_on"].to_list()
+    rates = canopy_store.read(root, "model_metrics").sort("run_id")["truncation_rate"].to_list()
+    assert last == pytest.approx(rates, abs=1e-12)
+
+
+def test_rollouts_whose_cap_is_not_recorded_are_drawn_to_the_longest(tmp_path):
+    frame = rollouts(tasks=["math"])
+    frame.write_parquet(tmp_path / "rollouts.parquet")
+    canopy_store.import_rollouts(tmp_path / "s", tmp_path / "rollouts.parquet")
+    data = data_of(write_report(tmp_path / "s", tmp_path / "report.html"))
+    rows = chart_of(data, "lengths")
+    assert max(row["length"] for row in rows) == frame["entropy"].list.len().max()
+    assert [row["cut"] for row in rows if row["cut"]] == ["cut: base unknown · sft unknown"]
+    assert data["figures"][0]["name"] == "Canopy entropy,\u00a0CE*"
+
+
+def test_lengths_are_thinned_and_the_last_is_kept(root):
+    with canopy_store.open(root) as con:
+        runs = canopy_store.read(root, "runs")["run_id"].to_list()
+        shares = length_shares(con, runs[:1], points=6)
+    assert shares["length"].to_list() == [0, 4, 8, 12, 16, 20]
 
 
 def test_figures_are_the_same_charts_as_pdf_and_svg(root, tmp_path):

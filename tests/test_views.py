@@ -189,6 +189,7 @@ def expected_rows(runs: list[Run], caps: dict[str, int | None]) -> dict[str, lis
                     "N_bar": metrics["mean_length"],
                     "vendi_score": metrics["vendi_score"],
                     "vendi_share": metrics["vendi_score"] and metrics["vendi_score"] / len(chosen),
+                    **reference.error_covariances(chosen, unit),
                 }
             )
             terciles.append(reference.length_terciles(chosen, unit))
@@ -220,6 +221,9 @@ def expected_rows(runs: list[Run], caps: dict[str, int | None]) -> dict[str, lis
         stopping = [r for r in rollouts if "eos_logprob" in r and "finish_reason" in r]
         if stopping:
             views["stop_check"].append({**key, **reference.stop_check(stopping)})
+    reliabilities = reference.reliabilities(views["panel"])
+    for row in views["panel"]:
+        row["reliability"] = reliabilities[row["variant"], row["embedder"], row["selection"]]
     return views
 
 

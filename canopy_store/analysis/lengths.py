@@ -1,63 +1,60 @@
-"""Densities of rollout length."""
+"""How long rollouts are: the share that goes on after each length."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
-import numpy as np
 import polars as pl
 
-from canopy_store.analysis.bootstrap import Array
 from canopy_store.sql.connection import Connection
 
 
-def length_densities(
-    con: Connection, runs: Sequence[str], *, selection: str = "all", points: int = 90
+def length_shares(
+    con: Connection, runs: Sequence[str], *, selection: str = "all", points: int = 120
 ) -> pl.DataFrame:
-    """One row per run and grid point: run_id, length (tokens), density (share per token).
+    """One row per run and length: run_id, length (tokens), going_on.
 
-    A Gaussian kernel with Silverman's bandwidth (Density Estimation, 1986, equation 3.31; at least half
-    a token), reflected at one token and, where rollouts were cut, at the longest, so that no mass leaks
-    to lengths that cannot be. Runs of one family and task share a grid.
+    ``going_on`` is the mean over prompts of the share of their rollouts that have not ended by
+    themselves within ``length`` tokens: one less the empirical distribution function, from 1 at no
+    token down to the share cut, at the last length, which is the run's ``max_new_tokens``, or its
+    longest rollout where that is not recorded. A rollout whose ``finish_reason`` is unknown counts as
+    ended.
 
     Parameters
     ----------
     runs : run ids
-    points : of the grid, from one token to the longest rollout
+    points : the most lengths of a run, the last one apart; every k-th where ``max_new_tokens`` is more
     """
-    counted = con.sql(
+    return con.sql(
         """
-        select family, task, run_id, n_tokens::double as n, count(*)::double as w,
-            coalesce(bool_or(finish_reason = 'length'), false) as cut
-        from selected_rollouts
-        where selection = $selection and run_id in (select unnest($runs))
+        with lengths as (
+            select run_id, n_tokens, coalesce(finish_reason = 'length', false) as cut,
+                1.0 / count(*) over (partition by run_id, prompt_id) as weight
+            from selected_rollouts
+            where selection = $selection and run_id in (select unnest($runs))
+        ),
+        counted as (
+            select run_id, n_tokens, cut, sum(weight) as weight
+            from lengths
+            group by all
+        ),
+        longest as (
+            select run_id, coalesce(any_value(r.max_new_tokens), max(c.n_tokens)) as last
+            from counted c
+            join runs r using (run_id)
+            group by run_id
+        ),
+        grid as (
+            select run_id, unnest(range(0, last, ceil(last / $points)::integer)) as length from longest
+            union
+            select run_id, last from longest
+        )
+        select run_id, length::integer as length,
+            coalesce(sum(weight) filter (cut or n_tokens > length), 0) / sum(weight) as going_on
+        from grid
+        join counted using (run_id)
         group by all
-        order by all
+        order by run_id, length
         """,
-        params={"runs": list(runs), "selection": selection},
+        params={"runs": list(runs), "selection": selection, "points": points},
     ).pl()
-    rows: list[dict[str, Any]] = []
-    for _, group in counted.group_by(["family", "task"], maintain_order=True):
-        grid = np.linspace(1, max(float(group["n"].max()), 2.0), points)  # type: ignore[arg-type]
-        for (run_id,), one in group.group_by(["run_id"], maintain_order=True):
-            cut = float(one["n"].max()) if one["cut"].any() else None  # type: ignore[arg-type]
-            density = _density(one["n"].to_numpy(), one["w"].to_numpy(), grid, cut)
-            rows += [
-                {"run_id": run_id, "length": float(x), "density": float(y)}
-                for x, y in zip(grid, density, strict=True)
-            ]
-    return pl.DataFrame(rows, schema={"run_id": pl.String, "length": pl.Float64, "density": pl.Float64})
-
-
-def _density(n: Array, w: Array, grid: Array, cut: float | None) -> Array:
-    total = w.sum()
-    spread = np.sqrt(np.average((n - np.average(n, weights=w)) ** 2, weights=w))
-    width = max(0.9 * spread * total**-0.2, 0.5)
-    out = np.zeros(len(grid))
-    for image in (n, 1 - n, *([] if cut is None else [2 * cut + 1 - n])):
-        z = (grid[:, None] - image[None, :]) / width  # (grid, lengths)
-        out += (np.exp(-0.5 * z**2) * w).sum(axis=1)
-    if cut is not None:
-        out[grid > cut + 0.5] = 0
-    return out / (total * width * np.sqrt(2 * np.pi))

@@ -1,7 +1,8 @@
 """One Vega-Lite chart a function: the same specification draws the page and the PDF and SVG files.
 
 Data come in as rows; names out of the store are only ever data, never part of an expression. Widths
-are those of the files: the page fits them to the window.
+are those of the files: the page fits them to the window. A colour is a variant, the same in every chart
+and beside its name on the page: gray the baseline, a hue each of the others. Nothing else is coloured.
 """
 
 from __future__ import annotations
@@ -13,15 +14,24 @@ from typing import Any
 import altair as alt
 import polars as pl
 
-# Okabe and Ito's palette, which people with colour-blindness tell apart; the baseline takes the first.
-_LIGHT = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#777777"]
-_DARK = ["#56B4E9", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#F0E442", "#AAAAAA"]
-_LENGTH_PIECES = {"E[N] · E[r]": "#56B4E9", "covariance of N and r": "#E69F00"}
-_STOP_PIECES = {"content": "#009E73", "when to stop": "#CC79A7"}
-_FAMILIES = ["#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#D55E00", "#0072B2"]
+# Hues that people with colour-blindness tell apart, after Okabe and Ito; the baseline takes the gray.
+_LIGHT = ["#757d86", "#0072B2", "#D55E00", "#009E73", "#A4508F", "#8C5A2B", "#3F51B5", "#00838F"]
+_DARK = ["#a0a7af", "#56B4E9", "#FF8A3D", "#2CC594", "#DD95CF", "#C99A6A", "#97A3F0", "#4FC3CF"]
+_LENGTH_PIECES = ("E[N] · E[r]", "covariance of N and r")
+_STOP_PIECES = ("content", "when to stop")
 FONT = "Avenir Next, Segoe UI, Helvetica Neue, Arial, Liberation Sans, sans-serif"
 
-_ROWS = alt.NamedData("rows")
+# Labels in lines of at most so many characters, broken after a space or a sign where there is one: a
+# label that is cut off names nothing. The page gives narrow windows shorter lines.
+_LINES = (
+    "split(trim(replace(datum.label, regexp('(.{{1,' + {n} + '}}$|.{{1,' + {n} + '}}[ _·/.,-]"
+    "|.{{1,' + {n} + '}})', 'g'), '$1\\n')), '\\n')"
+)
+_WRAPPED, _HEADED = _LINES.format(n="label_line"), _LINES.format(n="header_line")
+_PARAMS = [{"name": "label_line", "value": 22}, {"name": "header_line", "value": 44}]
+_SHORTEST = 16  # characters of a label's line on a phone
+
+ROWS = alt.NamedData("rows")
 Spec = dict[str, Any]
 
 
@@ -42,7 +52,7 @@ def config(dark: bool = False) -> dict[str, Any]:
             "ticks": False,
             "labelPadding": 6,
             "titlePadding": 10,
-            "labelLimit": 150,
+            "labelLimit": 170,
         },
         "legend": {
             **labels,
@@ -53,7 +63,6 @@ def config(dark: bool = False) -> dict[str, Any]:
             "labelLimit": 180,
             "offset": 14,
             "columnPadding": 18,
-            "symbolOpacity": 1,
         },
         "header": {
             "labelColor": ink,
@@ -62,64 +71,103 @@ def config(dark: bool = False) -> dict[str, Any]:
             "labelAnchor": "start",
             "labelPadding": 8,
             "title": None,
-            "labelLimit": 300,
+            "labelLimit": 320,
         },
         "range": {"category": _DARK if dark else _LIGHT},
         "rule": {"color": soft},
         "text": {"color": ink, "fontSize": 12},
-        "style": {"soft": {"color": soft, "stroke": soft}},
+        "style": {"ink": {"color": ink, "stroke": ink}, "note": {"fill": soft}},
     }
 
 
-def _spec(chart: Any, frame: pl.DataFrame) -> Spec:
+def specification(chart: Any, frame: pl.DataFrame) -> Spec:
+    """The chart as Vega-Lite, over the rows of ``frame``."""
     # rows go in by hand: altair would check every one of them against its schema
     spec: Spec = chart.to_dict()
     del spec["$schema"]  # it names an address; nothing on the page should
     datasets = {**spec.get("datasets", {}), "rows": frame.to_dicts()}
-    return {**spec, "config": config(), "datasets": datasets}
+    return {**spec, "params": _PARAMS, "config": config(), "datasets": datasets}
 
 
-def _variant(variants: Sequence[str], **legend: Any) -> alt.Color:
-    return alt.Color(
-        "variant:N", scale=alt.Scale(domain=list(variants)), title=None, legend=alt.Legend(**legend)
+def by_variant(
+    variants: Sequence[str], channel: Any = alt.Color, field: str = "variant", **legend: Any
+) -> Any:
+    """The variant as a colour, or as another channel; the legend is one and the same."""
+    return channel(
+        f"{field}:N",
+        scale=alt.Scale(domain=list(variants)),
+        title=None,
+        legend=alt.Legend(symbolOpacity=1, **legend),
     )
 
 
-def _facets(chart: Any, panels: Sequence[str], columns: int, field: str = "panel") -> Any:
+def rows_axis(**more: Any) -> alt.Axis:
+    """An axis of names, each in as many lines as it needs."""
+    return alt.Axis(labelExpr=_WRAPPED, **more)
+
+
+def row_step(names: Sequence[str], rows: int, least: float) -> float:
+    """Pixels of each of ``rows`` rows of a name, so that the longest name's lines have room."""
+    lines = max((math.ceil(len(name) / _SHORTEST) for name in names), default=1)
+    return max(least, (15 * lines + 8) / rows)
+
+
+def small_charts(chart: Any, panels: Sequence[str], columns: int, field: str = "panel") -> Any:
+    """The chart once for each value of ``field``, in the order of ``panels``."""
     return chart.properties(data=alt.Undefined).facet(
-        facet=alt.Facet(f"{field}:N", title=None, sort=list(panels)),
+        facet=alt.Facet(
+            f"{field}:N", title=None, sort=list(panels), header=alt.Header(labelExpr=_HEADED)
+        ),
         columns=min(columns, max(1, len(panels))),
-        data=_ROWS,
+        data=ROWS,
         spacing={"row": 28, "column": 26},
     )
 
 
 def decomposition(
-    frame: pl.DataFrame, pieces: Mapping[str, str], variants: Sequence[str], panels: Sequence[str]
+    frame: pl.DataFrame,
+    pieces: Sequence[str],
+    variants: Sequence[str],
+    panels: Sequence[str],
+    unit: str,
 ) -> Spec:
-    """Stacked bars of CE*, one a variant: ``pieces`` gives each piece's name and colour."""
+    """Stacked bars of CE*, one a variant in its colour; the pieces are two strengths of it."""
     order = pl.DataFrame({"piece": list(pieces), "order": range(len(pieces))})
+    end = pl.sum_horizontal(pl.max_horizontal(piece, 0) for piece in pieces)
     long = (
-        frame.unpivot(
+        frame.with_columns(end=end)
+        .unpivot(
             on=list(pieces),
-            index=["panel", "variant", "ce_star"],
+            index=["panel", "variant", "ce_star", "end", "number"],
             variable_name="piece",
             value_name="nats",
         )
-        .with_columns(pl.col("nats", "ce_star").round(4))
-        .join(order, on="piece")
+        .with_columns(pl.col("nats", "ce_star", "end").round(4))
+        .join(order, on="piece", maintain_order="left")
     )
-    y = alt.Y("variant:N", scale=alt.Scale(domain=list(variants)), title=None)
+    least = min(0.0, *long["nats"])
+    # room for the number that stands behind the longest bar
+    room = 1.1 + 0.035 * max(len(number) for number in long["number"])
+    domain = [1.1 * least, room * max(*long["end"], *long["ce_star"], 1e-6)]
+    y = alt.Y("variant:N", scale=alt.Scale(domain=list(variants)), title=None, axis=rows_axis())
     bars = (
         alt.Chart()
         .mark_bar(height=18)
         .encode(
-            x=alt.X("nats:Q", title="CE* (nats)", axis=alt.Axis(tickCount=5)),
+            x=alt.X(
+                "nats:Q",
+                title=unit,
+                axis=alt.Axis(tickCount=5),
+                scale=alt.Scale(domain=domain, nice=False),
+            ),
             y=y,
-            color=alt.Color(
-                "piece:N",
+            color=alt.Color("variant:N", scale=alt.Scale(domain=list(variants)), legend=None),
+            opacity=alt.Opacity(
+                "piece:O",
                 title=None,
-                scale=alt.Scale(domain=list(pieces), range=list(pieces.values())),
+                sort=list(pieces),
+                scale=alt.Scale(domain=list(pieces), range=[0.95, 0.4]),
+                legend=alt.Legend(symbolType="square", symbolFillColor=_LIGHT[0], symbolStrokeWidth=0),
             ),
             order=alt.Order("order:Q"),
             tooltip=[
@@ -130,46 +178,52 @@ def decomposition(
             ],
         )
     )
-    total = (
-        alt.Chart()
-        .mark_tick(thickness=3, height=26, style="soft", tooltip=False)
-        .encode(x="ce_star:Q", y=y)
+    whole = alt.Chart().transform_filter("datum.order === 0")
+    total = whole.mark_tick(thickness=3, height=26, style="ink", tooltip=False).encode(
+        x="ce_star:Q", y=y
     )
-    layered = alt.layer(bars, total).properties(width=330, height=alt.Step(32))
-    return _spec(_facets(layered, panels, 2), long)
+    number = whole.mark_text(align="left", dx=7, style="text").encode(x="end:Q", y=y, text="number:N")
+    layered = alt.layer(bars, total, number).properties(
+        width=330, height=alt.Step(row_step(variants, 1, 32))
+    )
+    return specification(small_charts(layered, panels, 2), long)
 
 
-def length_pieces(frame: pl.DataFrame, variants: Sequence[str], panels: Sequence[str]) -> Spec:
+def length_pieces(
+    frame: pl.DataFrame, variants: Sequence[str], panels: Sequence[str], unit: str
+) -> Spec:
     """CE* = E[N]·E[r] + covariance, within and between prompts in one piece, as the paper plots it."""
     product, covariance = _LENGTH_PIECES
     ready = frame.select(
         "panel",
         "variant",
         "ce_star",
+        "number",
         pl.col("length_rate_product").alias(product),
         (pl.col("cov_within") + pl.col("cov_between")).alias(covariance),
     )
-    return decomposition(ready, _LENGTH_PIECES, variants, panels)
+    return decomposition(ready, _LENGTH_PIECES, variants, panels, unit)
 
 
-def stop_pieces(frame: pl.DataFrame, variants: Sequence[str], panels: Sequence[str]) -> Spec:
+def stop_pieces(frame: pl.DataFrame, variants: Sequence[str], panels: Sequence[str], unit: str) -> Spec:
     """CE* = content, the next token when the rollout goes on, + when to stop."""
     content, stop = _STOP_PIECES
     ready = frame.select(
         "panel",
         "variant",
         "ce_star",
+        "number",
         pl.col("content_entropy").alias(content),
         pl.col("stop_entropy").alias(stop),
     )
-    return decomposition(ready, _STOP_PIECES, variants, panels)
+    return decomposition(ready, _STOP_PIECES, variants, panels, unit)
 
 
 def trajectory(frame: pl.DataFrame, variants: Sequence[str], panels: Sequence[str]) -> Spec:
     """Entropy rate so far along position, over the step's own entropy in a fainter line."""
     base = alt.Chart().encode(
         x=alt.X("position:Q", title="position (tokens)", axis=alt.Axis(tickCount=5, grid=False)),
-        color=_variant(variants, symbolType="stroke", symbolStrokeWidth=3),
+        color=by_variant(variants, symbolType="stroke", symbolStrokeWidth=3),
     )
     y: dict[str, Any] = {
         "title": "nats per token",
@@ -189,89 +243,63 @@ def trajectory(frame: pl.DataFrame, variants: Sequence[str], panels: Sequence[st
         ],
     )
     layered = alt.layer(steps, rate, points).properties(width=330, height=170)
-    chart = _facets(layered, panels, 2).resolve_scale(x="independent", y="independent")
-    return _spec(chart, frame)
+    chart = small_charts(layered, panels, 2).resolve_scale(x="independent", y="independent")
+    return specification(chart, frame)
 
 
 def lengths(frame: pl.DataFrame, variants: Sequence[str], panels: Sequence[str]) -> Spec:
-    """Densities of rollout length."""
-    chart = (
-        alt.Chart()
-        .mark_area(opacity=0.22, line={"strokeWidth": 2}, clip=True)
-        .encode(
-            x=alt.X(
-                "length:Q",
-                title="length (tokens)",
-                scale=alt.Scale(nice=False),
-                axis=alt.Axis(tickCount=5, grid=False),
-            ),
-            y=alt.Y("density:Q", title="share per token", stack=None, axis=alt.Axis(tickCount=3)),
-            color=_variant(variants),
-            tooltip=[
-                "variant:N",
-                alt.Tooltip("length:Q", format=".0f"),
-                alt.Tooltip("density:Q", format=".4f"),
-            ],
-        )
-        .properties(width=330, height=130)
-    )
-    faceted = _facets(chart, panels, 2).resolve_scale(x="independent", y="independent")
-    return _spec(faceted, frame)
+    """Share of rollouts that go on after each length; what stands at the right end was cut.
 
-
-def rho(frame: pl.DataFrame, variants: Sequence[str], panels: Sequence[str]) -> Spec:
-    """ρ of each model with its interval."""
-    base = alt.Chart(_ROWS).encode(
-        y=alt.Y("panel:N", title=None, scale=alt.Scale(domain=list(panels)), axis=alt.Axis(grid=True)),
-        yOffset=alt.YOffset("place:O", scale=alt.Scale(paddingOuter=0.6)),
-        color=_variant(variants),
+    ``cut`` names a panel's shares cut, and stands above it; ``last`` marks a run's last length.
+    """
+    base = alt.Chart().encode(
+        x=alt.X(
+            "length:Q",
+            title="length (tokens)",
+            scale=alt.Scale(nice=False, zero=True),
+            axis=alt.Axis(tickCount=5, grid=False),
+        ),
+        y=alt.Y(
+            "going_on:Q",
+            title="share that goes on",
+            scale=alt.Scale(domain=[0, 1]),
+            axis=alt.Axis(tickCount=3, format="%"),
+        ),
+        color=by_variant(variants, symbolType="stroke", symbolStrokeWidth=3),
         tooltip=[
-            "panel:N",
             "variant:N",
-            "n_prompts:Q",
-            *[alt.Tooltip(f"{c}:Q", format=".3f") for c in ("rho_pearson", "ci_low", "ci_high")],
+            alt.Tooltip("length:Q", title="after (tokens)"),
+            alt.Tooltip("going_on:Q", title="goes on", format=".1%"),
         ],
     )
-    ends = [*frame["rho_pearson"], *frame["ci_low"], *frame["ci_high"]]
-    farthest = max(abs(end) for end in ends if end is not None)
-    edge = min(1.0, max(0.2, math.ceil(farthest * 10.5) / 10))  # zero stays in the middle
-    x: dict[str, Any] = {
-        "title": "ρ (Pearson) of length and entropy rate",
-        "scale": alt.Scale(domain=[-edge, edge]),
-        "axis": alt.Axis(tickCount=5),
-    }
-    zero = alt.Chart(alt.InlineData([{"zero": 0}])).mark_rule(strokeDash=[3, 3]).encode(x="zero:Q")
-    interval = base.mark_rule(strokeWidth=3, opacity=0.45).encode(
-        x=alt.X("ci_low:Q", **x), x2="ci_high:Q"
+    line = base.mark_line(interpolate="step-after", strokeWidth=2.2)
+    # nothing is left at the last length of a run of which nothing was cut
+    end = (
+        base.transform_filter("datum.last")
+        .mark_point(filled=True, size=70)
+        .encode(opacity=alt.condition("datum.going_on > 0", alt.value(1), alt.value(0)))
     )
-    point = base.mark_point(filled=True, size=90, opacity=1).encode(
-        x=alt.X("rho_pearson:Q", **x),
-        shape=alt.Shape("variant:N", scale=alt.Scale(domain=list(variants))),
+    lines = max(words.count("\n") for words in frame["cut"].drop_nulls())
+    words = (
+        alt.Chart()
+        .transform_filter("datum.cut !== null")
+        .mark_text(align="left", baseline="bottom", lineBreak="\n", fontSize=11, style="note")
+        .encode(x=alt.value(0), y=alt.value(-5 - 14 * lines), text="cut:N")
     )
-    layered = alt.layer(interval, point, zero)
-    return _spec(layered.properties(width=640, height=alt.Step(15, **{"for": "offset"})), frame)
+    layered = alt.layer(line, end, words).properties(width=330, height=130)
+    faceted = small_charts(layered, panels, 2).resolve_scale(x="independent", y="independent")
+    return specification(faceted, frame)
 
 
 def diversity(frame: pl.DataFrame, variants: Sequence[str], panels: Sequence[str]) -> Spec:
     """Semantic diversity against entropy rate: a point a prompt, a fitted line a variant."""
-    scale = alt.Scale(zero=False)
-    base = alt.Chart().encode(
-        x=alt.X(
-            "entropy_rate:Q",
-            title="entropy rate (nats per token)",
-            scale=scale,
-            axis=alt.Axis(tickCount=5),
-        ),
-        y=alt.Y(
-            "semantic_diversity:Q", title="semantic diversity", scale=scale, axis=alt.Axis(tickCount=4)
-        ),
-        color=_variant(variants),
-    )
+    x, y = _rate_and_diversity("entropy_rate", "semantic_diversity")
+    base = alt.Chart().encode(x=x, y=y, color=by_variant(variants))
     points = (
         base.transform_filter("datum.kind === 'prompt'")
         .mark_point(filled=True, size=38, opacity=0.55)
         .encode(
-            shape=alt.Shape("variant:N", scale=alt.Scale(domain=list(variants))),
+            shape=by_variant(variants, alt.Shape),
             tooltip=[
                 "variant:N",
                 "prompt_id:N",
@@ -282,16 +310,42 @@ def diversity(frame: pl.DataFrame, variants: Sequence[str], panels: Sequence[str
     )
     lines = base.transform_filter("datum.kind === 'line'").mark_line(strokeWidth=2.6)
     layered = alt.layer(points, lines).properties(width=330, height=210)
-    return _spec(_facets(layered, panels, 2), frame)
+    return specification(small_charts(layered, panels, 2), frame)
 
 
-def arrows(frame: pl.DataFrame, families: Sequence[str]) -> Spec:
-    """One arrow per family, task and treated variant, from the baseline's place to its own."""
+def _rate_and_diversity(
+    rate: str, diversity: str, spans: Mapping[str, list[float]] | None = None
+) -> tuple[alt.X, alt.Y]:
+    """The two axes, over ``spans`` if they are given."""
+    # padding: a mark of some size stands at each end
+    scales = {
+        axis: alt.Scale(domain=spans[axis], nice=False)
+        if spans
+        else alt.Scale(zero=False, padding=14, nice=False)
+        for axis in ("rate", "diversity")
+    }
+    x = alt.X(
+        f"{rate}:Q",
+        title="entropy rate (nats per token)",
+        scale=scales["rate"],
+        axis=alt.Axis(tickCount=5),
+    )
+    y = alt.Y(
+        f"{diversity}:Q",
+        title="semantic diversity",
+        scale=scales["diversity"],
+        axis=alt.Axis(tickCount=4),
+    )
+    return x, y
+
+
+def arrows(frame: pl.DataFrame, baseline: str, variants: Sequence[str], panels: Sequence[str]) -> Spec:
+    """One small chart a panel: an arrow per treated variant, from the baseline's place to its own."""
     spans = {}
     for axis in ("rate", "diversity"):
         both = pl.concat([frame[f"{axis}_from"], frame[f"{axis}_to"]])
         low, high = float(both.min()), float(both.max())  # type: ignore[arg-type]
-        room = max((high - low) * 0.16, 0.002)
+        room = max((high - low) * 0.12, 0.002)
         spans[axis] = [low - room, high + room]
     wide, high = (spans[a][1] - spans[a][0] for a in ("rate", "diversity"))
     # the head points along the arrow as it is drawn: in pixels, not in units of the axes
@@ -299,78 +353,32 @@ def arrows(frame: pl.DataFrame, families: Sequence[str]) -> Spec:
         f"atan2((datum.rate_to - datum.rate_from) * width / {wide!r},"
         f" (datum.diversity_to - datum.diversity_from) * height / {high!r}) * 180 / PI"
     )
-    colours = (_FAMILIES * (len(families) // len(_FAMILIES) + 1))[: len(families)]
-    data = alt.Chart(_ROWS).transform_calculate(angle=angle)
-    base = data.encode(
-        color=alt.Color(
-            "family:N",
-            title=None,
-            scale=alt.Scale(domain=list(families), range=colours),
-            legend=alt.Legend() if len(families) > 1 else None,
-        ),
-        tooltip=[
-            "family:N",
-            "task:N",
-            "variant:N",
-            *[
-                alt.Tooltip(f"{c}:Q", format=".3f")
-                for c in ("rate_from", "rate_to", "diversity_from", "diversity_to")
+    frame = frame.with_columns(start=pl.lit(baseline))
+    base = (
+        alt.Chart()
+        .transform_calculate(angle=angle)
+        .encode(
+            color=by_variant(variants),
+            tooltip=[
+                "panel:N",
+                "variant:N",
+                *[
+                    alt.Tooltip(f"{c}:Q", format=".3f")
+                    for c in ("rate_from", "rate_to", "diversity_from", "diversity_to")
+                ],
             ],
-        ],
+        )
     )
-    x: dict[str, Any] = {
-        "title": "entropy rate (nats per token)",
-        "axis": alt.Axis(tickCount=6),
-        "scale": alt.Scale(domain=spans["rate"], nice=False),
-    }
-    y: dict[str, Any] = {
-        "title": "semantic diversity",
-        "axis": alt.Axis(tickCount=6),
-        "scale": alt.Scale(domain=spans["diversity"], nice=False),
-    }
-    start: dict[str, Any] = {"x": alt.X("rate_from:Q", **x), "y": alt.Y("diversity_from:Q", **y)}
-    end: dict[str, Any] = {"x": alt.X("rate_to:Q", **x), "y": alt.Y("diversity_to:Q", **y)}
+    x, y = _rate_and_diversity("rate_from", "diversity_from", spans)
     layers = [
-        base.mark_rule(strokeWidth=2.4).encode(**start, x2="rate_to:Q", y2="diversity_to:Q"),
-        base.mark_point(size=64, strokeWidth=2, filled=False).encode(**start),
-        base.mark_point(shape="triangle", size=190, filled=True, opacity=1).encode(
-            **end, angle=alt.Angle("angle:Q", scale=None)
+        base.mark_rule(strokeWidth=2.4).encode(x=x, y=y, x2="rate_to:Q", y2="diversity_to:Q"),
+        base.mark_point(size=64, strokeWidth=2.4, filled=False, opacity=1).encode(
+            x=x, y=y, color=by_variant(variants, field="start")
+        ),
+        base.mark_point(shape="triangle", size=170, filled=True, opacity=1).encode(
+            x="rate_to:Q", y="diversity_to:Q", angle=alt.Angle("angle:Q", scale=None)
         ),
     ]
-    # the label stands beyond the head, on the side it points to
-    for test, beyond in (
-        ("datum.rate_to >= datum.rate_from", {"align": "left", "dx": 12}),
-        ("datum.rate_to < datum.rate_from", {"align": "right", "dx": -12}),
-    ):
-        labels = data.transform_filter(test).mark_text(style="text", **beyond)  # type: ignore[arg-type]
-        layers.append(labels.encode(**end, text="label:N"))
-    return _spec(alt.layer(*layers).properties(width=640, height=400), frame)
-
-
-def changes(frame: pl.DataFrame, variants: Sequence[str], panels: Sequence[str]) -> Spec:
-    """Percent change from the baseline, the first of ``variants``, of each metric, with its interval."""
-    metrics = frame["metric"].unique(maintain_order=True).to_list()
-    treated = list(variants)[1:]
-    change, low, high = "percent_delta", "percent_delta_ci_low", "percent_delta_ci_high"
-    base = alt.Chart().encode(
-        y=alt.Y("panel:N", title=None, scale=alt.Scale(domain=list(panels)), axis=alt.Axis(grid=True)),
-        yOffset=alt.YOffset("variant:N", scale=alt.Scale(domain=treated, paddingOuter=0.6)),
-        color=_variant(variants, values=treated),
-        tooltip=[
-            "panel:N",
-            "variant:N",
-            "metric:N",
-            "n_prompts:Q",
-            *[alt.Tooltip(f"{c}:Q", format="+.1f") for c in (change, low, high)],
-        ],
+    return specification(
+        small_charts(alt.layer(*layers).properties(width=330, height=190), panels, 2), frame
     )
-    x: dict[str, Any] = {"title": "change (%)", "axis": alt.Axis(tickCount=4)}
-    zero = alt.Chart().mark_rule(strokeDash=[3, 3]).encode(x=alt.datum(0))
-    interval = base.mark_rule(strokeWidth=3, opacity=0.45).encode(
-        x=alt.X(f"{low}:Q", **x), x2=f"{high}:Q"
-    )
-    point = base.mark_point(filled=True, size=80, opacity=1).encode(x=alt.X(f"{change}:Q", **x))
-    layered = alt.layer(interval, point, zero).properties(
-        width=190, height=alt.Step(15, **{"for": "offset"})
-    )
-    return _spec(_facets(layered, metrics, 3, "metric"), frame)

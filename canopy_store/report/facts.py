@@ -13,10 +13,12 @@ from canopy_store import sql, store
 from canopy_store.analysis.comparable import NO_EMBEDDER, comparable, view_rows
 from canopy_store.analysis.comparison import compare_prompts, estimate
 from canopy_store.analysis.examples import example_rollouts
-from canopy_store.analysis.lengths import length_densities
-from canopy_store.analysis.pairing import unpaired
+from canopy_store.analysis.lengths import length_shares
+from canopy_store.analysis.pairing import unpaired, variant_order
 from canopy_store.analysis.prompt_rows import prompt_rows
+from canopy_store.analysis.regression.reliability import ENOUGH, reliability, samples_for
 from canopy_store.analysis.trajectories import thin_trajectories
+from canopy_store.analysis.words import marks
 from canopy_store.errors import StoreError
 from canopy_store.upkeep.status import status
 
@@ -40,13 +42,16 @@ class Facts:
     embedder : None where nothing is embedded
     runs : rows of `status`
     metrics : every row of ``model_metrics``
-    shown : one row per family, variant and task: its run, with pooled metrics and its ``panel``, the
-        name of its small chart
+    shown : one row per family, variant and task: its run, with pooled metrics, ``max_new_tokens`` and
+        its ``panel``, the name of its small chart
     prompts : one row per prompt of those runs
     changes : what `compare` gives; no rows where nothing can be compared
     alone : what `estimate` gives of the models that no row of ``changes`` has
     unpaired : why nothing can be compared; None where something can
-    decomposition, trajectory, lengths, logging : rows of the views, of the runs shown
+    decomposition, trajectory, lengths : rows of the views, of the runs shown
+    logging, stopping : every row of ``logging_check`` and ``stop_check``
+    reliability : a row a variant, over the prompts of the runs shown, as `reliability` gives them
+    variants : the baseline first, the others by generation, step of training and name
     examples : rollouts to read
     """
 
@@ -65,13 +70,10 @@ class Facts:
     trajectory: pl.DataFrame = field(default_factory=pl.DataFrame)
     lengths: pl.DataFrame = field(default_factory=pl.DataFrame)
     logging: pl.DataFrame = field(default_factory=pl.DataFrame)
+    stopping: pl.DataFrame = field(default_factory=pl.DataFrame)
+    reliability: pl.DataFrame = field(default_factory=pl.DataFrame)
+    variants: list[str] = field(default_factory=list)
     examples: pl.DataFrame = field(default_factory=pl.DataFrame)
-
-    @property
-    def variants(self) -> list[str]:
-        """The baseline first, the others in alphabetical order."""
-        names = self.shown["variant"].unique().to_list()
-        return sorted(names, key=lambda name: (name != self.baseline, name))
 
     @property
     def families(self) -> list[str]:
@@ -81,7 +83,18 @@ class Facts:
     @property
     def treated(self) -> list[str]:
         """The variants that are compared with the baseline."""
-        return [] if self.changes.is_empty() else sorted(self.changes["variant"].unique().to_list())
+        compared = [] if self.changes.is_empty() else self.changes["variant"].to_list()
+        return [name for name in self.variants if name in compared]
+
+    @property
+    def covers(self) -> str:
+        """What a sum over rollouts covers, to stand behind its name: ' (first 96 tokens)'."""
+        caps = self.shown["max_new_tokens"].to_list()
+        if not caps or None in caps:  # rollouts may be imported without their cap
+            return "" if self.selection == "all" else " (mean of a subset)"
+        least, most = min(caps), max(caps)
+        tokens = f"first {most} tokens" if least == most else f"first {least} to {most} tokens"
+        return f" ({tokens}{'' if self.selection == 'all' else '; mean of a subset'})"
 
     @property
     def panels(self) -> list[str]:
@@ -134,6 +147,8 @@ def gather(
     chosen: dict[str, Any] = {"selection": selection, "embedder": embedder, "runs": runs}
     with sql.connect(root) as con:
         metrics = view_rows(con, "model_metrics")
+        caps = view_rows(con, "runs").select("run_id", "max_new_tokens")
+        metrics = metrics.join(caps, on="run_id", how="left", maintain_order="left")
         if metrics.is_empty():
             return Facts(
                 baseline=baseline,
@@ -150,10 +165,10 @@ def gather(
         prompts = prompts.sort(*order, "prompt_id")
         names = shown["run_id"].to_list()
         of_runs = pl.col("run_id").is_in(names), pl.col("selection") == selection
+        models = view_rows(con, "models")
         reason = unpaired(prompts, baseline)
         changes = pl.DataFrame()
         if reason is None:
-            models = view_rows(con, "models")
             changes = compare_prompts(prompts, models, baseline=baseline, seed=seed)
         drawn: dict[str, Any] = {"selection": selection}
         per_prompt = max(1, min(ROLLOUTS_PER_PROMPT, rollouts // len(shown)))
@@ -169,10 +184,13 @@ def gather(
             changes=changes,
             alone=_alone(prompts, changes, baseline, seed),
             unpaired=reason,
+            variants=variant_order(models, shown, baseline),
             decomposition=view_rows(con, "ce_star_decomposition").filter(*of_runs),
             trajectory=thin_trajectories(con, names, positions=MAX_POSITIONS, share=MIN_ACTIVE, **drawn),
-            lengths=length_densities(con, names, **drawn),
+            lengths=length_shares(con, names, **drawn),
             logging=view_rows(con, "logging_check"),
+            stopping=view_rows(con, "stop_check"),
+            reliability=_reliability(comparable(view_rows(con, "panel"), root, **chosen)[0]),
             examples=example_rollouts(
                 con,
                 shown,
@@ -185,6 +203,15 @@ def gather(
                 **drawn,
             ),
         )
+
+
+def _reliability(panel: pl.DataFrame) -> pl.DataFrame:
+    """What `reliability` gives, of the variants that have one, and the rollouts that would be enough."""
+    frame = reliability(panel).drop_nulls("reliability")
+    needed = [
+        samples_for(row["reliability"], row["n_samples"], ENOUGH) for row in frame.iter_rows(named=True)
+    ]
+    return frame.with_columns(rollouts_needed=pl.Series(needed, dtype=pl.Int64))
 
 
 def _alone(prompts: pl.DataFrame, changes: pl.DataFrame, baseline: str, seed: int) -> pl.DataFrame:
@@ -202,7 +229,7 @@ def notes(facts: Facts) -> list[str]:
     out = []
     unfinished = facts.runs.filter(~pl.col("complete"))["run_id"].to_list()
     if unfinished:
-        out.append(f"Not complete, and left out until the same ingest is run again: {_few(unfinished)}.")
+        out.append(f"Not complete, and left out until the same ingest is run again: {few(unfinished)}.")
     if facts.shown.is_empty():
         return ["No run is complete yet, so there is nothing to measure.", *out]
     if facts.unpaired is not None:
@@ -212,15 +239,36 @@ def notes(facts: Facts) -> list[str]:
     else:
         without = facts.shown.filter(pl.col("embedder") != facts.embedder)["run_id"].to_list()
         if without:
-            out.append(f"Without embeddings by {facts.embedder}: {_few(without)}.")
+            out.append(f"Without embeddings by {facts.embedder}: {few(without)}.")
     others = facts.runs.filter("complete", ~pl.col("run_id").is_in(facts.shown["run_id"].to_list()))
     if len(others):
-        out.append(f"Not shown in the charts: {_few(others['run_id'].to_list())}. The tables list all.")
+        out.append(f"Not shown in the charts: {few(others['run_id'].to_list())}. The tables list all.")
+    out += _cut(facts)
     panels = facts.shown["panel"].n_unique()
     if panels > MAX_PANELS:
         out.append(f"Charts with one panel a task show the first {MAX_PANELS} of {panels}.")
     return out
 
 
-def _few(names: Sequence[str]) -> str:
+def _cut(facts: Facts) -> list[str]:
+    """Which comparisons of CE* must be read with care, and what helps."""
+    if facts.changes.is_empty():
+        return []
+    rows = facts.placed(facts.changes.filter(level="task", metric="ce_star"), on=("family", "task"))
+    marked = [
+        f"{row['variant']} on {row['panel']} ({'; '.join(marks(row))})"
+        for row in rows.sort("panel", place(facts)).iter_rows(named=True)
+        if marks(row)
+    ]
+    return [f"To be read with care: {few(marked)}."] if marked else []
+
+
+def place(facts: Facts) -> pl.Expr:
+    """The place of a row's variant among the variants."""
+    names = facts.variants
+    return pl.col("variant").replace_strict(names, range(len(names)), return_dtype=pl.Int64)
+
+
+def few(names: Sequence[str]) -> str:
+    """The names, or the first six of more."""
     return ", ".join(names[:6]) + (" and more" if len(names) > 6 else "")

@@ -12,12 +12,25 @@
   }
 
   const whole = (x) => x.toLocaleString("en");
+  const of = (n, one) => `${whole(n)} ${one}${n === 1 ? "" : "s"}`;
   function shown(x) {
     const size = Math.abs(x);
     const digits = size >= 100 ? 0 : size >= 10 ? 1 : 2;
     return x.toFixed(digits).replace(/^-(0(\.0+)?)$/, "$1").replace("-", "−");
   }
   const listed = (names) => (names.length > 5 ? `${names.length} of them` : names.join(", "));
+
+  // the colour that a variant has in every chart, light and dark
+  function dot(variant) {
+    const { light, dark } = page.themes;
+    const colour = (theme) => {
+      const range = theme.range.category;
+      return range[Math.max(0, page.variants.indexOf(variant)) % range.length];
+    };
+    const node = make("i", { class: "dot", "aria-hidden": "true" });
+    node.style.backgroundColor = `light-dark(${colour(light)}, ${colour(dark)})`;
+    return node;
+  }
 
   // ---- the first screen
 
@@ -28,7 +41,7 @@
       : variants.length ? `${listed(families)}: ${listed(variants)}` : "Nothing to measure yet";
     at("title").textContent = title;
     document.title = `${title} · Canopy report`;
-    const of = (n, one) => `${whole(n)} ${one}${n === 1 ? "" : "s"}`;
+    at("headline").textContent = page.headline;
     at("compared").textContent = variants.length
       ? `${families.length > 1 ? "Families" : "Family"} ${listed(families)}, on ${listed(tasks)}: ` +
         `${of(counts.rollouts, "rollout")} and ${of(counts.tokens, "token")} ` +
@@ -43,10 +56,11 @@
     at("pooled").textContent = !page.figures.length ? ""
       : treated.length
         ? `Pooled over ${families.length > 1 ? "families and " : ""}tasks, over the prompts that ${baseline} ` +
-          `and the other variant share, as canopy compare pools them; in brackets the ${level} interval of the change.`
+          `and the other variant share, as canopy compare pools them; in brackets the ${level} interval.`
         : `Pooled over ${families.length > 1 ? "families and " : ""}tasks; in brackets the ${level} interval.`;
+    at("pooled").append(...page.fine_print.map((line) => ` ${line}`));
     at("made").textContent = `Made by canopy_store ${page.version}. Selection of rollouts: ${page.selection}. ` +
-      `Embedder: ${page.embedder ?? "none"}. Intervals: ${level}, percentile bootstrap over prompts, ` +
+      `Embedder: ${page.embedder ?? "none"}. Intervals: ${level}, by Student's t with the standard error of a bootstrap over prompts, ` +
       `${whole(replicates)} replicates, seed ${seed}.`;
   }
 
@@ -66,20 +80,42 @@
 
   function keyFigures() {
     for (const figure of page.figures) {
-      const card = make("div", { class: "figure" }, make("dt", {}, figure.name));
-      for (const row of figure.rows.slice(0, 4)) {
-        const compared = row.treated !== undefined;
-        const value = make("div", { class: "value" }, shown(compared ? row.treated : row.value));
-        if (figure.unit) value.append(make("span", { class: "unit" }, figure.unit));
-        const from = make("div", { class: "from" });
-        if (compared) {
-          const who = page.treated.length > 1 ? `${row.variant}: ` : "";
-          from.append(`${who}from ${shown(row.baseline)} · `, ...change(row));
-        } else from.append(row.variant, ...between(row.value_ci_low, row.value_ci_high, shown));
-        card.append(make("dd", {}, value, from));
+      const rows = figure.rows.slice(0, 6).map((row) => keyFigure(figure, row));
+      if (figure.rows.length > rows.length) {
+        rows.push(make("dd", { class: "who" }, `and ${figure.rows.length - rows.length} more, in the charts below`));
       }
-      at("figures").append(card);
+      const wide = figure.rows.some((row) => row.answers) ? "figure first-figure" : "figure";
+      at("figures").append(make("div", { class: wide }, make("dt", {}, figure.name),
+        make("div", { class: "rows" }, ...rows)));
     }
+  }
+
+  // rollouts a prompt, of both sides where they differ
+  function samples({ baseline_n_samples: base, treated_n_samples: own }) {
+    if (!base || !own) return "";
+    return base === own ? ` × ${of(own, "rollout")}` : ` × ${base} and ${own} rollouts`;
+  }
+
+  function keyFigure(figure, row) {
+    const compared = row.treated !== undefined;
+    const value = make("div", { class: "value" });
+    if (compared) value.append(make("span", { class: "before" }, `${shown(row.baseline)} →`), " ");
+    value.append(make("strong", {}, shown(compared ? row.treated : row.value)));
+    if (figure.unit) value.append(" ", make("span", { class: "unit" }, figure.unit));
+    const told = make("div", {},
+      make("div", { class: "who" }, dot(row.variant), make("bdi", {}, row.variant), ` · ${of(row.n_prompts, "prompt")}${samples(row)}`), value);
+    if (compared) {
+      told.append(make("div", { class: "change" }, ...change(row)), make("div", { class: "verdict" }, row.verdict));
+      row.marks.forEach((mark) => told.append(make("div", { class: "marked" }, mark)));
+    } else {
+      told.append(make("div", { class: "change" }, ...between(row.value_ci_low, row.value_ci_high, shown)));
+    }
+    const entry = make("dd", {}, told);
+    if (row.answers) {
+      entry.append(make("div", { class: "answers" }, make("p", {}, "How much is that?"),
+        make("ul", {}, ...row.answers.map((one) => make("li", {}, one)))));
+    }
+    return entry;
   }
 
   // ---- tables
@@ -92,6 +128,10 @@
     return (Math.abs(value) >= 1000 || Math.abs(value) < 1e-3
       ? value.toPrecision(3) : value.toFixed(Math.abs(value) >= 100 ? 1 : 3)).replace("-", "−");
   }
+
+  // a long name breaks after a sign, where it must
+  const breakable = (name) =>
+    name.split(/(?<=[._-])/).flatMap((part, i) => (i ? [make("wbr"), part] : [part]));
 
   function table(label, columns, rows) {
     const body = make("tbody");
@@ -108,14 +148,17 @@
         });
       }
       body.replaceChildren(...order.map((row) => make("tr", {}, ...row.map((value, i) => {
-        const name = [columns[i].number ? "number" : "", value === false ? "no" : ""].join(" ").trim();
-        const td = make("td", name ? { class: name } : {}, cell(value));
+        const marked = value === false || (columns[i].above !== undefined && value > columns[i].above)
+          || (columns[i].below !== undefined && value !== null && value < columns[i].below);
+        const name = [columns[i].number ? "number" : "", marked ? "no" : ""].join(" ").trim();
+        const td = i ? make("td", name ? { class: name } : {}, cell(value))
+          : make("th", { scope: "row" }, make("span", {}, ...breakable(cell(value))));
         if (typeof value === "string" && value.length > 24) td.title = value;
         return td;
       }))));
     };
     const heads = columns.map((column, i) => {
-      const button = make("button", { type: "button" }, column.name);
+      const button = make("button", { type: "button" }, ...breakable(column.name));
       const th = make("th", { scope: "col", "aria-sort": "none" }, button);
       if (column.doc) th.title = column.doc;
       if (column.number) th.className = "number";
@@ -135,10 +178,11 @@
   function tables() {
     for (const one of page.tables) {
       const id = `${one.id}-title`;
-      const section = make("section", { class: "wide", id: one.id, "aria-labelledby": id },
+      const section = make("section", { class: "wide tables", id: one.id, "aria-labelledby": id },
         make("h2", { id }, one.title), make("p", { class: "how" }, one.how));
       section.append(one.rows.length ? table(one.title, one.columns, one.rows)
-        : make("p", { class: "missing" }, "Nothing to list."));
+        : make("p", { class: "missing" }, one.missing));
+      if (one.rows.length && one.shown) section.append(make("p", { class: "small" }, one.shown));
       at("tables").append(section);
     }
   }
@@ -156,7 +200,8 @@
     details.addEventListener("toggle", () => {
       if (details.childElementCount > 1) return;
       const rows = rowsOf(chart.spec).slice(0, 1000);
-      const names = Object.keys(rows[0] ?? {}).filter((name) => !["order", "kind", "place"].includes(name));
+      const names = Object.keys(rows[0] ?? {})
+        .filter((name) => !["order", "kind", "place", "number", "end", "start", "cut", "last"].includes(name));
       const columns = names.map((name) => ({ name, number: typeof rows[0][name] === "number" }));
       details.append(table(`${chart.title}: numbers`, columns,
         rows.map((row) => names.map((name) => row[name] ?? null))));
@@ -203,10 +248,17 @@
     delete spec.title;
     spec.background = "transparent";
     spec.config = structuredClone(page.themes[theme]);
-    spec.config.legend.columns = width < 520 ? 2 : 6;
-    spec.config.axis.labelLimit = width < 520 ? 96 : 150;
+    const longest = Math.max(...page.variants.map((name) => name.length));
+    spec.config.legend.columns = width >= 520 ? Math.max(1, Math.min(6, Math.floor(width / (longest * 7 + 40))))
+      : longest > 14 ? 1 : 2;
+    spec.config.legend.labelLimit = Math.min(width - 170, 420);
+    if (width < 520) {
+      for (const param of spec.params) param.value = param.name === "label_line" ? 16 : Math.floor((width - 110) / 8);
+    }
     spec.description = `${chart.title}. ${chart.how}`;
     const { inner, columns } = sized(spec, width);
+    // one below the other, each chart has its own axis: the last one's may be screens away
+    if (spec.facet && columns === 1) spec.resolve = { ...spec.resolve, axis: { x: "independent" } };
     inner.width = Math.max(120, Math.floor((width - 50) / columns) - 46);
     for (let turn = 0; turn < 3; turn += 1) {
       drawing.view?.finalize();
@@ -253,32 +305,8 @@
 
   // ---- the explorer
 
-  const { prompts, models, rollouts, of } = page.explorer;
+  const { prompts, models, rollouts, of: stored } = page.explorer;
   let falling = false;
-
-  // Token texts are not stored. Words, numbers and signs, each with the space before it, are the best
-  // guess; where steps are more the longest piece is halved, where they are fewer the two neighbours
-  // that are shortest together are joined.
-  function pieces(text, count) {
-    if (text === null) return null;
-    const parts = text.match(/ ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+/gu) ?? [];
-    while (parts.length < count) {
-      let longest = 0;
-      parts.forEach((part, i) => { if (part.length > parts[longest].length) longest = i; });
-      const letters = Array.from(parts[longest] ?? "");
-      if (letters.length < 2) { parts.push(""); continue; } // fewer letters than steps
-      const half = Math.ceil(letters.length / 2);
-      parts.splice(longest, 1, letters.slice(0, half).join(""), letters.slice(half).join(""));
-    }
-    while (parts.length > count) {
-      let best = 0;
-      for (let i = 1; i < parts.length - 1; i += 1) {
-        if (parts[i].length + parts[i + 1].length < parts[best].length + parts[best + 1].length) best = i;
-      }
-      parts.splice(best, 2, parts[best] + parts[best + 1]);
-    }
-    return parts;
-  }
 
   function ceiling(colour) {
     const values = rollouts.flatMap((r) => r[colour] ?? []).sort((a, b) => a - b);
@@ -292,52 +320,55 @@
   }
 
   function rolloutCard(rollout, colour) {
+    const model = models[rollout.m];
     const values = rollout[colour] ?? rollout.entropy;
     const ended = rollout.end === "stop";
-    const parts = pieces(rollout.text, Math.max(1, values.length - (ended ? 1 : 0)));
-    const text = make("div", {
+    const strip = make("div", {
       class: "steps", tabindex: "0", role: "group",
-      "aria-label": `Rollout ${rollout.sample}: arrow keys go through its steps`,
+      "aria-label": `Rollout ${rollout.sample} of ${modelName(model)}: arrow keys go through its tokens`,
     });
     values.forEach((value, i) => {
-      const last = ended && i === values.length - 1;
-      const span = make("span", {}, last && parts ? "end" : parts?.[i] ?? "");
-      if (last && parts) span.className = "end";
-      else if (!parts) span.className = "blank";
+      const box = make("span");
+      if (ended && i === values.length - 1) box.className = "end";
       const share = Math.min(1, value / tops[colour]);
-      span.style.backgroundColor = `color-mix(in srgb, var(--step) ${(60 * share).toFixed(1)}%, transparent)`;
-      span.dataset.step = i;
-      text.append(span);
+      box.style.backgroundColor = `color-mix(in srgb, var(--nats) ${(6 + 94 * share).toFixed(1)}%, transparent)`;
+      box.dataset.step = i;
+      strip.append(box);
     });
     let here = -1;
     const go = (i) => {
-      if (i < 0 || i >= text.children.length) return;
-      text.children[here]?.classList.remove("here");
+      if (i < 0 || i >= strip.children.length) return;
+      strip.children[here]?.classList.remove("here");
       here = i;
-      text.children[i].classList.add("here");
+      strip.children[i].classList.add("here");
       at("readout").textContent = stepText(rollout, i);
     };
-    text.addEventListener("mouseover", (event) => {
+    strip.addEventListener("mouseover", (event) => {
       if (!event.target.dataset.step) return;
       go(Number(event.target.dataset.step));
       event.target.title = stepText(rollout, here);
     });
-    text.addEventListener("click", (event) => {
+    strip.addEventListener("click", (event) => {
       if (event.target.dataset.step) go(Number(event.target.dataset.step));
     });
-    text.addEventListener("keydown", (event) => {
+    strip.addEventListener("keydown", (event) => {
       const way = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
       if (way) { go(here + way); event.preventDefault(); }
     });
     const facts = [
-      `sample ${rollout.sample}`, `${rollout.n} tokens`, `${rollout.rate.toFixed(3)} nats per token`,
+      `sample ${rollout.sample}`, of(rollout.n, "token"), `${rollout.rate.toFixed(3)} nats per token`,
       rollout.distance === null ? "" : `semantic distance ${rollout.distance.toFixed(3)}`,
       rollout.end === "length" ? "cut at the longest length" : "",
     ].filter(Boolean).join(" · ");
-    const card = make("article", { class: "rollout" }, make("p", {}, facts));
-    if (rollout.text === null) card.append(make("p", {}, "No text is stored: each box is one step."));
-    card.append(text);
-    return card;
+    const text = rollout.text === null
+      ? make("p", { class: "lacking" }, "No text is stored.")
+      : rollout.text === "" ? make("p", { class: "lacking" }, "The text is empty.")
+        : make("div", { class: "text", dir: "auto" }, rollout.text);
+    // the strings of tokens are not stored, so that none of them has a place in the text
+    const placed = rollout.text ? [make("p", { class: "placed" }, `0 of ${of(rollout.n, "token")} placed on the text`)] : [];
+    return make("article", { class: "rollout" },
+      make("p", { class: "facts" }, dot(model.variant), make("strong", {}, make("bdi", {}, modelName(model))), ` · ${facts}`),
+      text, strip, ...placed);
   }
 
   function modelName(model) {
@@ -345,66 +376,73 @@
   }
 
   // families in order, and in each the baseline first
-  const places = new Map(models.map((m) =>
-    [modelName(m), page.families.indexOf(m.family) * 1000 + page.variants.indexOf(m.variant)]));
-  const inOrder = (a, b) => places.get(a) - places.get(b);
+  const rank = (m) => page.families.indexOf(m.family) * 1000 + page.variants.indexOf(m.variant);
 
+  // What can stand in a row: each variant beside the baseline of its family, all, one alone.
+  function rowChoices(task) {
+    const present = models.map((model, i) => ({ ...model, i })).filter((m) => m.task === task)
+      .sort((a, b) => rank(a) - rank(b));
+    const choices = [];
+    for (const base of present.filter((m) => m.variant === page.baseline)) {
+      for (const child of present.filter((m) => m.family === base.family && m !== base)) {
+        choices.push({ label: `${modelName(base)} and ${modelName(child)}`, of: [base, child] });
+      }
+    }
+    if (present.length > 1 && (present.length > 2 || !choices.length)) choices.push({ label: "all", of: present });
+    return [...choices, ...present.map((m) => ({ label: modelName(m), of: [m] }))];
+  }
+
+  let choices = [];
   function fillModels() {
-    const task = prompts[at("pick-prompt").value].task;
-    const before = at("pick-model").value;
-    const names = [...new Set(models.filter((m) => m.task === task).map(modelName))].sort(inOrder);
-    const options = names.map((name) => make("option", { value: `=${name}` }, name));
-    if (names.length > 1) options.unshift(make("option", { value: "" }, "all, side by side"));
-    at("pick-model").replaceChildren(...options);
-    if (options.some((option) => option.value === before)) at("pick-model").value = before;
+    const before = at("pick-model").selectedOptions[0]?.textContent;
+    choices = rowChoices(prompts[at("pick-prompt").value].task);
+    at("pick-model").replaceChildren(...choices.map((choice, i) => make("option", { value: i }, choice.label)));
+    at("pick-model").value = Math.max(0, choices.findIndex((choice) => choice.label === before));
   }
 
   function explore() {
     const place = Number(at("pick-prompt").value);
     const colour = at("pick-colour").value;
     const key = at("pick-sort").value;
-    const wanted = at("pick-model").value;
+    at("task").textContent = `Task: ${prompts[place].task}`;
     at("prompt").textContent = prompts[place].text;
-    at("readout").textContent = "Point at a step, or tab to a rollout and use the arrow keys.";
-    at("explorer-body").dataset.colour = colour;
+    at("readout").textContent = "Point at a box, or tab to a strip and use the arrow keys.";
     at("scale-end").textContent = `${(tops[colour] / 100).toFixed(1)} nats or more, ${at("pick-colour").selectedOptions[0].text}`;
-    const groups = new Map();
-    for (const rollout of rollouts) {
-      const name = modelName(models[rollout.m]);
-      if (rollout.p !== place || (wanted && wanted !== `=${name}`)) continue;
-      groups.set(name, [...(groups.get(name) ?? []), rollout]);
+    const shownModels = choices[at("pick-model").value].of;
+    const columns = shownModels.map((model) => rollouts.filter((r) => r.p === place && r.m === model.i)
+      .sort((a, b) => (falling ? -1 : 1) * ((a[key] ?? 0) - (b[key] ?? 0)) || a.sample - b.sample));
+    const cells = shownModels.map((model) => make("h3", {}, dot(model.variant), make("bdi", {}, modelName(model))));
+    const longest = Math.max(1, ...columns.map((column) => column.length));
+    for (let i = 0; i < longest; i += 1) {
+      columns.forEach((column, j) => {
+        if (column[i]) cells.push(rolloutCard(column[i], colour));
+        else {
+          const why = column.length ? `${modelName(shownModels[j])} has no further rollout of this prompt here.`
+            : `${modelName(shownModels[j])} has no rollout of this prompt.`;
+          cells.push(make("p", { class: i && !column.length ? "empty" : "missing" }, i && !column.length ? "" : why));
+        }
+      });
     }
-    const order = [...groups].sort(([a], [b]) => inOrder(a, b));
-    at("rollouts").replaceChildren(...order.map(([name, members]) => {
-      members.sort((a, b) => (falling ? -1 : 1) * ((a[key] ?? 0) - (b[key] ?? 0)) || a.sample - b.sample);
-      return make("section", { "aria-label": name }, make("h3", {}, name),
-        ...members.map((rollout) => rolloutCard(rollout, colour)));
-    }));
+    at("rollouts").style.setProperty("--columns", shownModels.length);
+    at("rollouts").replaceChildren(...cells);
   }
 
   function explorer() {
-    at("explorer-how").textContent = "A stronger colour means more nats: a step's entropy is how open the choice was, " +
-      "its surprisal how unlikely the chosen token was.";
+    at("explorer-how").textContent = "Each box of a strip is one token, in order; a stronger shade means more nats: " +
+      "a step's entropy is how open the choice was, its surprisal how unlikely the chosen token was. The store keeps " +
+      "no strings of tokens, so no token can be placed on the text: the strip stands beneath it. Each row pairs " +
+      "rollouts by their rank in the order chosen.";
     if (!rollouts.length) {
       at("explorer-body").replaceWith(make("p", { class: "missing" }, "No rollouts to read: no run is complete, or the report was made with --explorer-rollouts 0."));
       return;
     }
-    const tasks = new Map();
     prompts.forEach((prompt, i) => {
-      const label = prompt.text.trim().replace(/\s+/g, " ");
-      const option = make("option", { value: i }, label.length > 70 ? `${label.slice(0, 70)}…` : label);
-      tasks.set(prompt.task, [...(tasks.get(prompt.task) ?? []), option]);
+      const label = `${prompt.task}: ${prompt.text.trim().replace(/\s+/g, " ")}`;
+      at("pick-prompt").append(make("option", { value: i }, label.length > 80 ? `${label.slice(0, 80)}…` : label));
     });
-    for (const [task, options] of tasks) {
-      at("pick-prompt").append(make("optgroup", { label: task }, ...options));
-    }
     if (!rollouts.some((r) => r.surprisal)) at("pick-colour").options[1].disabled = true;
     if (!rollouts.some((r) => r.distance !== null)) at("pick-sort").options[2].disabled = true;
-    const texts = rollouts.some((r) => r.text !== null);
-    at("explorer-shown").textContent =
-      `${whole(rollouts.length)} of ${whole(of)} rollouts are on this page. ` + (texts ? "The store keeps no token " +
-      "texts: steps are laid over the text by word, split or joined until the number fits, so a colour may " +
-      "stand a little beside its token." : "");
+    at("explorer-shown").textContent = `${whole(rollouts.length)} of ${whole(stored)} rollouts are on this page.`;
     at("pick-prompt").addEventListener("change", () => { fillModels(); explore(); });
     for (const id of ["pick-model", "pick-colour", "pick-sort"]) at(id).addEventListener("change", explore);
     at("pick-order").addEventListener("click", () => {

@@ -132,7 +132,9 @@ def write_figures(
 def _page(facts: Facts, explorer_rollouts: int) -> dict[str, Any]:
     """Everything the page shows, ready for JSON."""
     from canopy_store.report import sections
+    from canopy_store.report.cards import cards, counts, fine_print, first_line
     from canopy_store.report.charts import config
+    from canopy_store.report.tables import tables
 
     shown = facts.shown
     return {
@@ -145,10 +147,12 @@ def _page(facts: Facts, explorer_rollouts: int) -> dict[str, Any]:
         "selection": facts.selection,
         "embedder": facts.embedder,
         "notes": notes(facts),
-        "counts": sections.counts(facts),
-        "figures": sections.key_figures(facts),
+        "counts": counts(facts),
+        "headline": first_line(facts),
+        "fine_print": fine_print(facts),
+        "figures": cards(facts),
         "charts": sections.charts(facts),
-        "tables": sections.tables(facts),
+        "tables": tables(facts),
         "explorer": explorer(facts, explorer_rollouts),
         "bootstrap": {"replicates": REPLICATES, "confidence": CONFIDENCE, "seed": facts.seed},
         "themes": {"light": config(), "dark": config(dark=True)},

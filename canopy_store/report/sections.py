@@ -1,4 +1,4 @@
-"""The report's sections: key figures, charts with the sentence that explains each, tables."""
+"""The report's charts: what each draws, with the sentence that explains it or why it is empty."""
 
 from __future__ import annotations
 
@@ -8,21 +8,15 @@ from typing import Any
 import polars as pl
 
 from canopy_store.analysis.lines import fitted_lines
-from canopy_store.analysis.pairing import widest
+from canopy_store.analysis.regression.reliability import ENOUGH
+from canopy_store.analysis.words import CUT, marks
 from canopy_store.report import charts as draw
-from canopy_store.report.facts import Facts
-from canopy_store.sql.columns import column_of
+from canopy_store.report import forests
+from canopy_store.report.facts import Facts, few, place
+from canopy_store.report.tables import CORRECTS
 
 _EMBED = "Nothing is embedded yet. Run: canopy ingest embed --store … --embedder …"
-_NAMED_ARROWS = 16
 MAX_POINTS = 2400  # prompts in the scatter
-_KEY_FIGURES = (
-    ("ce_star", "Canopy entropy CE*", "nats"),
-    ("entropy_rate", "Entropy rate", "nats per token"),
-    ("mean_length", "Mean length", "tokens"),
-    ("rho_pearson", "Length–rate correlation ρ", ""),
-    ("semantic_diversity", "Semantic diversity", ""),
-)
 # What the chart of changes shows, and its name there.
 _CHANGES = {
     "ce_star": "CE*",
@@ -32,92 +26,6 @@ _CHANGES = {
     "vendi_score": "Vendi score",
 }
 _SHORT = pl.col(pl.Float64).round(7).round_sig_figs(6)
-_METRICS = (
-    "family",
-    "variant",
-    "task",
-    "n_prompts",
-    "n_rollouts",
-    "ce_star",
-    "mean_length",
-    "entropy_rate",
-    "rho_pearson",
-    "semantic_diversity",
-    "vendi_score",
-    "gen_ppl",
-    "branching_factor",
-    "canopy_size_log10",
-    "rho_spearman",
-    "rho_kendall",
-    "cov_length_rate",
-    "truncation_rate",
-    "surprisal_mean",
-    "rho_length_diversity_pearson",
-    "embedder",
-    "selection",
-    "run_id",
-)
-_LOGGING = (
-    "family",
-    "variant",
-    "task",
-    "selection",
-    "n_rollouts",
-    "mean_excess",
-    "sd",
-    "z",
-    "ok",
-    "run_id",
-)
-_RUNS = (
-    "family",
-    "variant",
-    "task",
-    "complete",
-    "shards",
-    "rollouts",
-    "tokens",
-    "bytes",
-    "embedders",
-    "run_id",
-)
-_DOCS = {  # columns of canopy status, which are no columns of the store
-    "complete": "Whether every planned rollout is stored.",
-    "shards": "Parquet files of the run's rollouts.",
-    "rollouts": "Rollouts stored.",
-    "tokens": "Tokens stored.",
-    "bytes": "Size of the run's rollouts.",
-    "embedders": "Embedders, with the share done where not all is.",
-}
-
-
-def key_figures(facts: Facts) -> list[dict[str, Any]]:
-    """One entry a measure: the rows of `compare` that pool the most, one a variant.
-
-    Where nothing can be compared, the rows of `estimate`: ``value`` in place of ``baseline``,
-    ``treated`` and their changes.
-    """
-    frame = facts.alone if facts.changes.is_empty() else facts.changes
-    if frame.is_empty():
-        return []
-    value = "value" if facts.changes.is_empty() else "delta"
-    rows = widest(frame).drop_nulls(value).sort("variant")
-    figures = [
-        {"metric": metric, "name": name, "unit": unit, "rows": rows.filter(metric=metric).to_dicts()}
-        for metric, name, unit in _KEY_FIGURES
-    ]
-    return [figure for figure in figures if figure["rows"]]
-
-
-def counts(facts: Facts) -> dict[str, int]:
-    """Models, prompts, rollouts and tokens of the runs that are shown."""
-    shown = facts.shown
-    return {
-        "models": shown.select("family", "variant").n_unique() if len(shown) else 0,
-        "prompts": facts.prompts.select("task", "prompt_id").n_unique() if len(shown) else 0,
-        "rollouts": int(shown["n_rollouts"].sum()),
-        "tokens": int(shown["n_tokens"].sum()),
-    }
 
 
 def charts(facts: Facts) -> list[dict[str, Any]]:
@@ -137,30 +45,74 @@ def _entry(entry: dict[str, Any], make: Callable[[Facts], Any], facts: Facts) ->
 
 
 def _pieces(facts: Facts) -> pl.DataFrame:
-    return facts.placed(facts.decomposition).with_columns(_SHORT).sort("panel", "variant")
+    number = pl.format("{}", pl.col("ce_star").round_sig_figs(3))
+    frame = facts.placed(facts.decomposition).join(
+        facts.shown.select("run_id", "truncation_rate"), on="run_id", maintain_order="left"
+    )
+    cut = pl.when(pl.col("truncation_rate") > CUT)
+    share = pl.format(" · {}% cut", (100 * pl.col("truncation_rate")).round(0).cast(pl.Int64))
+    return (
+        frame.with_columns(number=pl.concat_str(number, cut.then(share).otherwise(pl.lit(""))))
+        .with_columns(_SHORT)
+        .sort("panel", "variant")
+    )
 
 
 def _length_pieces(facts: Facts) -> Any:
-    return draw.length_pieces(_pieces(facts), facts.variants, facts.panels)
+    return draw.length_pieces(_pieces(facts), facts.variants, facts.panels, f"CE*{facts.covers}, nats")
 
 
 def _stop_pieces(facts: Facts) -> Any:
-    frame = _pieces(facts).drop_nulls("stop_entropy")
+    every = _pieces(facts)
+    frame = every.drop_nulls("stop_entropy")
+    lacks = "The runs hold no eos_logprob: the chance of ending at each step was not logged."
     if frame.is_empty():
-        return "The runs hold no eos_logprob: the chance of ending at each step was not logged."
-    return draw.stop_pieces(frame, facts.variants, _in(facts.panels, frame))
+        return lacks
+    panels = _in(facts.panels, frame)
+    drawn = draw.stop_pieces(frame, facts.variants, panels, f"CE*{facts.covers}, nats")
+    return drawn, _left_out(facts, frame, "no eos_logprob is stored")
 
 
 def _trajectory(facts: Facts) -> Any:
     frame = facts.placed(facts.trajectory).with_columns(_SHORT).drop("run_id")
     if frame.is_empty():
         return f"No rollout of the selection {facts.selection} has entropies."
-    return draw.trajectory(frame, facts.variants, _in(facts.panels, frame))
+    drawn = draw.trajectory(frame, facts.variants, _in(facts.panels, frame))
+    return drawn, _left_out(facts, frame, f"no rollout of the selection {facts.selection} has entropies")
 
 
 def _lengths(facts: Facts) -> Any:
-    frame = facts.placed(facts.lengths).with_columns(_SHORT).drop("run_id")
-    return draw.lengths(frame, facts.variants, facts.panels)
+    frame = facts.placed(facts.lengths).join(
+        facts.shown.select("run_id", "truncation_rate"), on="run_id", maintain_order="left"
+    )
+    cut = facts.placed(facts.shown.select("run_id", "truncation_rate"))
+    words = {panel: _cut(facts, rows) for (panel,), rows in cut.group_by("panel")}
+    last = pl.col("length") == pl.col("length").max().over("run_id")
+    first = pl.int_range(pl.len()).over("panel") == 0  # the words are drawn once a panel
+    frame = frame.with_columns(last=last, cut=pl.when(first).then(pl.col("panel").replace_strict(words)))
+    return draw.lengths(
+        frame.with_columns(_SHORT).drop("run_id", "truncation_rate"), facts.variants, facts.panels
+    )
+
+
+def _cut(facts: Facts, rows: pl.DataFrame) -> str:
+    """The share cut of each variant of a panel, two a line."""
+    shares = dict(rows["variant", "truncation_rate"].iter_rows())
+    said = [
+        f"{_short(variant)} {_percent(shares[variant])}"
+        for variant in facts.variants
+        if variant in shares
+    ]
+    lines = [" · ".join(said[i : i + 2]) for i in range(0, len(said), 2)]
+    return "\n".join(["cut: " + lines[0], *lines[1:]])
+
+
+def _percent(share: float | None) -> str:
+    return "unknown" if share is None else f"{100 * share:.3g}%"
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= 16 else f"{name[:15]}…"
 
 
 def _rho(facts: Facts) -> Any:
@@ -174,13 +126,11 @@ def _rho(facts: Facts) -> Any:
     if frame.is_empty():
         return "ρ needs at least four rollouts a prompt whose lengths differ."
     frame = facts.placed(frame, on=("family", "task")).drop("family", "task").unique()
-    order = pl.col("variant").replace_strict(
-        facts.variants, range(len(facts.variants)), return_dtype=pl.Int64
-    )
-    frame = frame.sort("panel", order, "rho_pearson").with_columns(
+    frame = frame.sort("panel", place(facts), "rho_pearson").with_columns(
         place=pl.int_range(pl.len()).over("panel")
     )
-    return draw.rho(frame, facts.variants, _in(facts.panels, frame))
+    drawn = forests.rho(frame, facts.variants, _in(facts.panels, frame))
+    return drawn, _left_out(facts, frame, "ρ needs four rollouts a prompt whose lengths differ")
 
 
 def _side(frame: pl.DataFrame, part: str, **more: pl.Expr) -> pl.DataFrame:
@@ -219,7 +169,23 @@ def _diversity(facts: Facts) -> Any:
     ).with_columns(_SHORT)
     shown = f"{len(points):,} of {len(every):,} prompts are drawn; lines are fitted to all."
     drawn = draw.diversity(both, facts.variants, _in(facts.panels, both))
-    return drawn, shown * (len(points) < len(every))
+    left_out = _left_out(facts, every, "not embedded, or one rollout a prompt")
+    said = [shown * (len(points) < len(every)), left_out, _reliable(facts)]
+    return drawn, " ".join(filter(None, said))
+
+
+def _reliable(facts: Facts) -> str:
+    """Beside the lines, which take the rates as exact: how reliable the rates are."""
+    rows = dict(facts.reliability["variant", "reliability"].iter_rows())
+    if not rows:
+        return ""
+    said = ", ".join(f"{name} {rows[name]:.2f}" for name in facts.variants if name in rows)
+    low = min(rows.values()) < ENOUGH
+    warning = (
+        f" Below {ENOUGH:g} the lines are too flat: they take the rates as exact; {CORRECTS} corrects "
+        "the slopes."
+    )
+    return f"Reliability of the entropy rates: {said}.{warning * low}"
 
 
 def _arrows(facts: Facts) -> Any:
@@ -236,33 +202,50 @@ def _arrows(facts: Facts) -> Any:
     frame = rate.join(diversity, on=keys).sort(keys)
     if frame.is_empty():
         return _EMBED if facts.embedder is None else "No task is embedded for both variants."
-    label = pl.col("task") if len(facts.treated) == 1 else pl.format("{} → {}", "task", "variant")
-    named = len(frame) <= _NAMED_ARROWS
-    frame = frame.with_columns(label=label if named else pl.lit(""))
-    shown = "" if named else "Too many arrows to name: point at one, or see the numbers."
-    return draw.arrows(frame, facts.families), shown
+    frame = facts.placed(frame, on=("family", "task")).drop("family", "task")
+    drawn = draw.arrows(frame, facts.baseline, facts.variants, _in(facts.panels, frame))
+    return drawn, _left_out(facts, frame, "not compared, or not embedded for both", facts.treated)
 
 
 def _changes(facts: Facts) -> Any:
     if facts.unpaired is not None:
         return f"Nothing is compared: {facts.unpaired}."
+    names = {**_CHANGES, "ce_star": f"CE*{facts.covers}"}
     order = pl.col("metric").replace_strict(list(_CHANGES), range(len(_CHANGES)), default=None)
-    frame = facts.placed(facts.changes.filter(level="task"), on=("family", "task"))
+    rows = facts.changes.filter(pl.col("metric").is_in(list(_CHANGES)), level="task")
+    said = pl.Series("marks", ["; ".join(marks(row)) for row in rows.to_dicts()], dtype=pl.String)
+    frame = facts.placed(rows.with_columns(said), on=("family", "task"))
     percent = ["percent_delta", "percent_delta_ci_low", "percent_delta_ci_high"]
     frame = (
-        frame.filter(pl.col("metric").is_in(list(_CHANGES)))
-        .drop_nulls(percent)
+        frame.drop_nulls(percent)
         .sort(order, "panel", "variant")
-        .select("panel", "variant", pl.col("metric").replace(_CHANGES), "n_prompts", *percent)
+        .select("panel", "variant", pl.col("metric").replace(names), "n_prompts", *percent, "marks")
     )
     if frame.is_empty():
         return "No change has an interval: too few prompts are in both variants."
-    return draw.changes(frame, facts.variants, _in(facts.panels, frame))
+    drawn = forests.changes(frame, facts.variants, _in(facts.panels, frame))
+    return drawn, _left_out(facts, frame, "too few prompts are in both variants", facts.treated)
 
 
 def _in(panels: Sequence[str], frame: pl.DataFrame) -> list[str]:
     drawn = set(frame["panel"])
     return [name for name in panels if name in drawn]
+
+
+def _left_out(
+    facts: Facts, frame: pl.DataFrame, reason: str, variants: Sequence[str] | None = None
+) -> str:
+    """Which models of which panels a chart does not draw, and why; '' where it draws all."""
+    drawn = set(frame["panel", "variant"].iter_rows())
+    every = facts.shown.select("panel", "variant").unique().sort("panel", "variant").iter_rows()
+    lacking = [
+        f"{variant} on {panel}"
+        for panel, variant in every
+        if panel in facts.panels
+        and variant in (variants or facts.variants)
+        and (panel, variant) not in drawn
+    ]
+    return f"Not drawn: {few(lacking)}: {reason}." if lacking else ""
 
 
 # id, name in the contents, title, how to read it, what makes it
@@ -272,25 +255,28 @@ _CHARTS: tuple[tuple[str, str, str, str, Callable[[Facts], Any]], ...] = (
         "Changes",
         "What fine-tuning changed",
         "Each dot is the change from the baseline, in percent, over the prompts that both variants "
-        "have; the bar is its 95% bootstrap interval over prompts. A bar that does not reach the dashed "
-        "line is a change larger than the spread between prompts explains.",
+        "have; the bar is its 95% interval over prompts. A bar that does not reach the dashed line is a "
+        "change larger than the spread between prompts explains. A hollow dot must be read with "
+        "something, such as the shares of rollouts that were cut: point at it. Each measure has its own "
+        "scale.",
         _changes,
     ),
     (
         "arrows",
         "Arrows",
         "From baseline to fine-tuned",
-        "Each arrow is one task of one family: its ring is the baseline, its head the fine-tuned model. "
-        "To the left means fewer nats per token; down means rollouts that are more alike in meaning.",
+        "Each small chart is a task of a family, all on one scale: the ring is the baseline, the "
+        "arrow's head the fine-tuned model. To the left means fewer nats per token; down means rollouts "
+        "that are more alike in meaning.",
         _arrows,
     ),
     (
         "ce-star-length",
         "Length and rate",
         "CE*, by length and rate",
-        "CE* is the entropy of a whole rollout, in nats. One piece is mean length times mean entropy "
-        "rate; the other, their covariance, is negative where longer rollouts are more certain per "
-        "token. The upright mark is CE*, the sum of both.",
+        "CE* is the entropy of a rollout, up to the most tokens allowed, in nats. The strong piece is "
+        "mean length times mean entropy rate; the faint one, their covariance, is negative where "
+        "longer rollouts are more certain per token. The upright mark is CE*, the sum of both.",
         _length_pieces,
     ),
     (
@@ -298,7 +284,7 @@ _CHARTS: tuple[tuple[str, str, str, str, Callable[[Facts], Any]], ...] = (
         "Content and stop",
         "CE*, by content and when to stop",
         "The same CE*, in nats, split another way: uncertainty about the next token when the rollout "
-        "goes on, and uncertainty about whether it ends at each step.",
+        "goes on (strong), and uncertainty about whether it ends at each step (faint).",
         _stop_pieces,
     ),
     (
@@ -314,8 +300,9 @@ _CHARTS: tuple[tuple[str, str, str, str, Callable[[Facts], Any]], ...] = (
         "lengths",
         "Lengths",
         "How long rollouts are",
-        "Share of rollouts by length in tokens, the end token included. A line that drops at the right "
-        "edge is where rollouts were cut. Each task has its own scale.",
+        "The share of rollouts that have not ended by themselves after so many tokens, the end token "
+        "included: steep where many end. It is drawn to the most tokens allowed; a mark there is the "
+        "share that was cut, which stands above in numbers. Each task has its own scale.",
         _lengths,
     ),
     (
@@ -337,64 +324,3 @@ _CHARTS: tuple[tuple[str, str, str, str, Callable[[Facts], Any]], ...] = (
         _diversity,
     ),
 )
-
-
-def tables(facts: Facts) -> list[dict[str, Any]]:
-    """One entry a table: id, title, a sentence, columns with their meaning, rows."""
-    keys = ["family", "task", "variant", "run_id"]
-    return [
-        _table(
-            "metrics",
-            "Measures",
-            "Every measure",
-            "One row per run, embedder and selection, pooled over prompts.",
-            "model_metrics",
-            facts.metrics.select(_METRICS).sort([*keys, "embedder", "selection"]),
-        ),
-        _table(
-            "logging",
-            "Logging",
-            "Were entropies and samples logged from one distribution?",
-            "If the entropies came from another distribution than the one that was sampled, z would "
-            "not look standard normal; ok means p ≥ 5.7e-7, which is |z| ≤ 5 over many rollouts. Runs "
-            "without log-probabilities are not listed.",
-            "logging_check",
-            _logging(facts),
-        ),
-        _table(
-            "runs",
-            "Runs",
-            "Runs",
-            "Every run that was started; one that is not complete is left out of all measures.",
-            "runs",
-            facts.runs.sort(keys).select(_RUNS),
-        ),
-    ]
-
-
-def _logging(facts: Facts) -> pl.DataFrame:
-    if facts.logging.is_empty():
-        return pl.DataFrame(schema=list(_LOGGING))
-    return facts.logging.sort("family", "task", "variant", "selection").select(_LOGGING)
-
-
-def _table(
-    identity: str, short: str, title: str, how: str, relation: str, frame: pl.DataFrame
-) -> dict[str, Any]:
-    columns = []
-    for name, kind in frame.schema.items():
-        if name in _DOCS:
-            doc = _DOCS[name]
-        else:
-            column = column_of(relation, name)
-            doc = f"{column.doc} {column.unit}".strip()
-        columns.append({"name": name, "doc": doc, "number": kind.is_numeric()})
-    rounded = frame.with_columns(_SHORT)
-    return {
-        "id": identity,
-        "short": short,
-        "title": title,
-        "how": how,
-        "columns": columns,
-        "rows": [list(row) for row in rounded.iter_rows()],
-    }
