@@ -9,7 +9,7 @@ import reference
 from stores import EXPECTED, import_golden, rollout_rows, write_parquet
 
 import canopy_store
-from canopy_store import DataError, UsageError, compare, sql
+from canopy_store import compare, sql
 from canopy_store.analysis import bootstrap
 from canopy_store.analysis.comparable import comparable, view_rows
 from canopy_store.analysis.comparison import estimate

@@ -229,7 +229,7 @@ def power_of_regression(
     DataError, UsageError
         No such selection, embedder or run; a reliability that none can be.
     """
-    from canopy_store.analysis.regression import reliability as of_panel
+    from canopy_store.analysis.regression import reliability as of_panel  # slow to import
 
     if not 0 < reliability < 1:
         raise UsageError(f"--reliability {reliability:g}: needs more than 0 and less than 1")
@@ -336,8 +336,9 @@ def _noncentrality(freedom: int, power: float, alpha: float) -> float:
 
 
 def best_samples(pilot: Pilot, aim: Aim, ratio: float) -> int:
-    """M*, the rollouts a prompt with which a plan costs least; ``ratio`` is a prompt's cost to a rollout's.
+    """M*, the rollouts a prompt at which a plan costs least.
 
+    ``ratio`` is the cost of a prompt, with a rollout's as its unit.
     √(σ² / τ² · ratio); for a correlation 3 + √(σ² / τ² · (ratio + 3)), whose first three rollouts of
     a prompt tell nothing. Where so many would leave fewer prompts than a study needs, as many as the
     fewest prompts take.
