@@ -125,8 +125,9 @@ def until_se(simulations: int) -> None:
     for name, make in (("lognormal", lognormal), ("Markov chains", markov)):
         for prompts in (1, 10):
             draw, truth = make(prompts)
-            probe = draw(np.random.default_rng(7))[0]
-            se = float(np.sqrt(probe.var(1).mean() / 50 / prompts))  # some 50 rollouts a prompt
+            probe = np.random.default_rng(7)
+            spread = np.mean([draw(probe)[0].var(1, ddof=1).mean() for _ in range(100)])
+            se = float(np.sqrt(spread / 50 / prompts))  # what 50 rollouts a prompt give
             rng = np.random.default_rng(prompts)
             found: dict[str, list[tuple[float, float, int]]] = {}
             for _ in range(simulations):
@@ -137,12 +138,11 @@ def until_se(simulations: int) -> None:
                 parts = [
                     (v[: r.stop], v[r.start : r.stop]) for v, r in zip(values, counted, strict=True)
                 ]
-                every = sum(r.stop for r in counted) / prompts
                 found.setdefault("naive", []).append(naive(values, se))
                 found.setdefault("all, pilot too", []).append(estimate([a for a, _ in parts]))
                 found.setdefault("after the pilot", []).append(estimate([b for _, b in parts]))
-                fixed = list(values[:, ::-1][:, : round(every)])  # as many, by no rule
-                found.setdefault("a fixed number", []).append(estimate([v[:50] for v in fixed]))
+                fixed = values[:, -50:]  # by no rule
+                found.setdefault("50 of each", []).append(estimate(list(fixed)))
             for rule, rows in found.items():
                 value, own, used = np.array(rows).T
                 if rule == "after the pilot":

@@ -67,7 +67,7 @@ def test_rounds_follow_from_the_rollouts_before_them():
         assert starts == ([samples.stop for samples in whole[at - 1].samples] if at else [0, 0, 0])
         cut = [d.first(samples.start) for d, samples in zip(drawn, each.samples, strict=True)]
         assert rounds(cut, target) == whole[: at + 1]
-        half = [d.first(s.start + (p == 0) * len(s)) for p, (d, s) in enumerate(zip(cut, each.samples))]
+        half = [drawn[0].first(each.samples[0].stop), *cut[1:]]  # the round's first prompt is stored
         assert rounds(half, target) == whole[: at + 1]
 
 
@@ -100,7 +100,7 @@ def test_constant_values_and_the_most_that_is_allowed():
 
 
 def test_stopping_biases_the_mean_of_all_and_not_of_what_is_counted():
-    """Skewed rollouts of known mean: as few as eight in the pilot, and it is right; naively it is not."""
+    """Skewed rollouts of known mean: from a pilot of eight it is right, naively it is not."""
     rng = np.random.default_rng(4)
     truth, target = np.exp(0.7**2 / 2), Target("ce_star", 0.15, 8, 200)
     counted, naive = [], []
