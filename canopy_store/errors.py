@@ -4,7 +4,7 @@
     ├── UsageError         exit code 2: a wrong call
     ├── StoreError         the store's folder or a file in it cannot be read or written
     ├── DataError          data that fails: names the file, row or column
-    ├── ConflictError      the same name with other settings: names each that differs
+    ├── ConflictError      settings that must be alike and are not: names each that differs
     └── FitError           a model that cannot be fitted to this panel: names the term or the level
 
 Only the command line catches them.
@@ -37,7 +37,7 @@ class DataError(CanopyError):
 
 
 class ConflictError(CanopyError):
-    """Something of this name is stored with other settings."""
+    """Settings that must be alike and are not: of one name, or of runs that are compared."""
 
 
 class FitError(CanopyError):

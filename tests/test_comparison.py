@@ -34,7 +34,7 @@ def golden(tmp_path_factory):
 
 
 def test_every_golden_value_of_the_bootstrap(golden):
-    frame = compare(golden, metrics=list(NAMES.values()), by="task")
+    frame = compare(golden, metrics=list(NAMES.values()), by="task", interval="percentile")
     assert len(frame) == len(EXPECTED["bootstrap"]) * len(NAMES)
     checked = 0
     for group in EXPECTED["bootstrap"]:
@@ -66,7 +66,7 @@ def test_pooled_values_are_those_of_the_view(golden):
 def test_replicates_are_what_a_slow_bootstrap_gives(golden):
     """Prompts repeated as drawn, pooled by the reference, one replicate at a time."""
     names = [n for n in bootstrap.MEASURES if n != "surprisal_mean"]
-    frame = compare(golden, metrics=names, replicates=40, by="task", seed=7)
+    frame = compare(golden, metrics=names, replicates=40, by="task", seed=7, interval="percentile")
     rows = canopy_store.read(golden, "prompt_metrics").sort(
         pl.col("prompt_id").str.len_chars(), "prompt_id"
     )
@@ -277,7 +277,7 @@ def test_prompts_of_one_variant_only_are_left_out_and_counted(tmp_path, canopy):
     assert frame.select("n_prompts", "n_left_out").rows() == [(3, 2)]
     code, out, _ = canopy("compare", "--store", root)
     assert code == 0
-    assert "left out: up to 2 prompts a row" in out
+    assert "no value of them: CE* 2 prompts (25% of the rollouts)" in out
 
 
 def test_what_is_refused(golden, tmp_path, canopy):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import polars as pl
 
 from canopy_store import sql
+from canopy_store.analysis.likeness import require_alike, run_settings
+from canopy_store.analysis.seeds import as_variants
 from canopy_store.analysis.selections import only_runs, require_one_run
 from canopy_store.errors import DataError, UsageError
 from canopy_store.sql.connection import Connection
@@ -40,6 +42,14 @@ def comparable(
     selection: str = "all",
     embedder: str | None = None,
     runs: Sequence[str] = (),
+    families: Sequence[str] = (),
+    tasks: Sequence[str] = (),
+    variants: Sequence[str] = (),
+    seeds: Mapping[str, str] | None = None,
+    baseline: str = "base",
+    settings: pl.DataFrame | None = None,
+    allow: Sequence[str] = (),
+    horizon: int | None = None,
 ) -> tuple[pl.DataFrame, str]:
     """The rows of one selection and embedder, one run a family, variant and task; and the embedder.
 
@@ -51,12 +61,22 @@ def comparable(
     root : path of the store, for messages
     selection : named subset of the rollouts
     embedder : needed where the store has several
-    runs : only these runs
+    runs, families, tasks : only these
+    variants : only these, and the baseline
+    seeds : pattern of the checkpoints by the name of their variant, as `as_variants` takes it
+    baseline : the variant that the others are held against
+    settings : what `run_settings` gives; runs that differ from their baseline's are then refused, and
+        the rows get the columns of `require_alike`
+    allow : settings that may differ: cap, temperature, top_k, top_p, rendering, template
+    horizon : the common cap, in tokens, that the rows are at
 
     Raises
     ------
     DataError
-        No complete run, no such selection, embedder or run, several runs of one model and task.
+        No complete run, no such selection, embedder, run, family, task or variant, several runs of one
+        model and task.
+    ConflictError
+        Runs that were not sampled alike.
     UsageError
         Several embedders and none named.
     """
@@ -67,13 +87,40 @@ def comparable(
         raise DataError(f"--selection {selection}: not in the store; it has {names}")
     embedder = _one_embedder(rows["embedder"], embedder)
     rows = only_runs(rows.filter(selection=selection), runs)
-    require_one_run(rows)
+    if seeds:
+        rows = as_variants(rows, seeds, baseline=baseline)
+    rows = _only(rows, families=families, tasks=tasks, variants=variants, baseline=baseline)
+    require_one_run(rows.with_columns(variant="checkpoint") if seeds else rows)
     own_first = (pl.col("embedder") != embedder, "embedder")
     of_run = rows.group_by("run_id").agg(pl.col("embedder").sort_by(*own_first).first())
     rows = rows.join(of_run, on=["run_id", "embedder"], how="semi", maintain_order="left")
     own = pl.when(pl.col("embedder") == embedder)
     rows = rows.with_columns(own.then(pl.col(c)).alias(c) for c in _EMBEDDED if c in rows.columns)
+    if settings is not None:
+        rows = require_alike(rows, settings, baseline, allow=allow, horizon=horizon)
     return rows, embedder
+
+
+def _only(
+    rows: pl.DataFrame,
+    *,
+    families: Sequence[str],
+    tasks: Sequence[str],
+    variants: Sequence[str],
+    baseline: str,
+) -> pl.DataFrame:
+    """The rows of these families, tasks and variants, all where none is named; the baseline's too."""
+    for column, names in (("family", families), ("task", tasks), ("variant", variants)):
+        for name in names:
+            if name not in rows[column]:
+                there = ", ".join(sorted(rows[column].unique()))
+                raise DataError(f"--{column} {name}: not in the store; it has {there}")
+        if names:
+            wanted = [*names, baseline] if column == "variant" else names
+            rows = rows.filter(pl.col(column).is_in(wanted))
+    if rows.is_empty():
+        raise DataError("--family, --task, --variant: no run is of all that they name")
+    return rows
 
 
 def _one_embedder(stored: pl.Series, wanted: str | None) -> str:
@@ -88,7 +135,13 @@ def _one_embedder(stored: pl.Series, wanted: str | None) -> str:
 
 
 def store_panel(
-    root: str | Path, *, selection: str = "all", embedder: str | None = None, runs: Sequence[str] = ()
+    root: str | Path,
+    *,
+    selection: str = "all",
+    embedder: str | None = None,
+    runs: Sequence[str] = (),
+    baseline: str = "base",
+    allow: Sequence[str] = (),
 ) -> pl.DataFrame:
     """The view ``panel`` of one selection and one embedder, one run a family, variant and task.
 
@@ -96,10 +149,20 @@ def store_panel(
 
     Raises
     ------
-    DataError, UsageError
+    DataError, ConflictError, UsageError
         As `comparable`.
     """
     with sql.connect(root) as con:
-        rows = view_rows(con, "panel")
-    panel, _ = comparable(rows, root, selection=selection, embedder=embedder, runs=runs)
+        rows, settings = view_rows(con, "panel"), run_settings(con)
+    panel, _ = comparable(
+        rows,
+        root,
+        selection=selection,
+        embedder=embedder,
+        runs=runs,
+        baseline=baseline,
+        settings=settings,
+        allow=allow,
+    )
+    panel = panel.drop("cap", "allowed", "unrecorded")
     return panel.sort("task", "prompt_id", "family", "variant")

@@ -4,33 +4,39 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import polars as pl
 
 from canopy_store import sql
-from canopy_store.analysis import bootstrap
-from canopy_store.analysis.bootstrap import MEASURES, ROLLOUT_LEVEL, Array, Rollouts
-from canopy_store.analysis.comparable import comparable, view_rows
+from canopy_store.analysis.bootstrap import MEASURES, ROLLOUT_LEVEL, Rollouts
+from canopy_store.analysis.checkpoints import over_checkpoints
+from canopy_store.analysis.comparable import view_rows
+from canopy_store.analysis.intervals import INTERVALS, Units, adjusted, side, summary
 from canopy_store.analysis.pairing import (
     LEVELS,
+    Cells,
     drawing,
     evaluate,
     grouped,
     paired_cells,
     single_cells,
+    variant_order,
     without_repeats,
 )
+from canopy_store.analysis.prompt_changes import prompt_changes
+from canopy_store.analysis.prompt_rows import prompt_rows, rollouts_of
+from canopy_store.analysis.row_facts import RowFacts
 from canopy_store.errors import UsageError
 
 REPLICATES = 2000
 CONFIDENCE = 0.95
 SEED = 42
+# branching_factor is entropy_rate on another scale: one test, not two
 DEFAULT_METRICS = (
     "ce_star",
     "entropy_rate",
     "mean_length",
-    "branching_factor",
     "rho_pearson",
     "rho_spearman",
     "rho_kendall",
@@ -38,7 +44,8 @@ DEFAULT_METRICS = (
     "vendi_score",
     "truncation_rate",
 )
-_PARTS = ("baseline", "treated", "delta", "percent_delta")
+_TEXTS = ("treatment", "selection_rule", "allowed", "unrecorded", "reason")
+LARGEST = "prompt"  # --by prompt: the changes of single prompts
 
 
 def compare(
@@ -50,59 +57,115 @@ def compare(
     selection: str = "all",
     embedder: str | None = None,
     runs: Sequence[str] = (),
+    families: Sequence[str] = (),
+    tasks: Sequence[str] = (),
+    variants: Sequence[str] = (),
+    seeds: Mapping[str, str] | None = None,
+    allow: Sequence[str] = (),
+    horizon: int | None = None,
     resample: str = "prompts",
     replicates: int = REPLICATES,
     confidence: float = CONFIDENCE,
+    interval: str = "t",
     margins: Mapping[str, float | str] | None = None,
     seed: int = SEED,
 ) -> pl.DataFrame:
     """One row per family, task, variant and metric: baseline, treated, delta and percent delta.
 
-    Each with its standard error and percentile interval from the paired bootstrap: prompts are drawn
-    with replacement, the same draw for both variants, with all their rollouts. Task ``(all)`` pools
+    Each with its standard error, from the paired bootstrap: prompts are drawn with replacement, the
+    same draw for both variants, with all their rollouts; and with its interval. Task ``(all)`` pools
     over tasks, drawing within each; family ``(all)`` over families too, which share the draw of a
     prompt. A prompt that one variant lacks, or of which one has no value of the metric (ρ where every
-    rollout was cut at the same length), is left out for both and counted in ``n_left_out``.
+    rollout was cut at the same length), is left out for both and counted.
+
+    Runs that were not sampled alike are refused, and a Vendi score, which grows with the number of
+    rollouts, is taken at the fewest that a prompt has in any variant.
 
     Parameters
     ----------
     root : path of the store
     baseline : the variant every other is compared with, within its family
     metrics : columns of model_metrics; by default the main ones the store has
-    by : 'task' (each family and task), 'family' (pooled over tasks), 'all'; by default all three
+    by : 'task' (each family and task), 'family' (pooled over tasks), 'all'; by default all three; or
+        'prompt', the changes of single prompts (`prompt_changes`)
     selection : the subset of rollouts compared
     embedder : needed where the store has several
-    runs : only these runs
+    runs, families, tasks, variants : only these
+    seeds : variants that are checkpoints of one, trained with several seeds: {"sft": "sft-*"}. The
+        change is their mean; its variance has a part of seeds and one of prompts
+    allow : settings that may differ: cap, temperature, top_k, top_p, rendering, template
+    horizon : every measure of the first so many tokens, at most the smallest cap
     resample : what is drawn. 'prompts'; 'both': rollouts within each drawn prompt too, for designs
         with few prompts (their noise then counts twice: conservative); 'rollouts': within the prompts
         there are, for statements about these prompts alone
     replicates : bootstrap replicates, B
     confidence : of the intervals
+    interval : 't', by the same Student's t as p: they agree; or 'percentile', of the replicates
     margins : per metric the largest |delta| that counts as none, in its unit or as '5%' of the
         baseline; adds a test of equivalence (two one-sided tests)
     seed : of the bootstrap
 
     Returns
     -------
-    ``p`` is of delta = 0 by Student's t. Its degrees of freedom are the prompts less one a task (the
-    rollouts less two a prompt, where prompts are fixed), and its standard error is the bootstrap's,
-    made unbiased: times sqrt(n / degrees of freedom). ``p_holm`` and ``p_bh`` are adjusted over all
-    rows of the frame.
+    level : 'task', 'family' or 'all', what the row pools; 'seed' for a single checkpoint of several
+    family, task, baseline_variant, variant, treatment, selection, metric : what is compared; variants
+        in the order of generation, training step and name
+    checkpoint : of a row of level 'seed' the checkpoint's name
+    n_checkpoints : of the variant, in this row
+    selection_rule : 'reward' or 'lengths', the rule of the selection; NULL of 'all'
+    n_prompts, n_tasks : that the row pools
+    n_samples : rollouts a prompt, of the side that has fewer; ``baseline_n_samples`` and
+        ``treated_n_samples`` of each, the median over prompts
+    n_left_out, left_out_share : prompts left out, and their share of the rollouts of both sides
+    baseline_cut, treated_cut : share of rollouts cut, over the prompts compared; NULL unknown
+    horizon : tokens that the measures cover, the cap of both sides or that asked for; NULL where it is
+        not known, or not one
+    rarefied_to : rollouts a prompt (median) that Vendi scores were brought to; NULL where all have one M
+    reason : why a value is NULL, where there is something to say
+    allowed : the differences that ``allow`` let pass, in words
+    unrecorded : settings that one side does not record
+    baseline, treated, delta, percent_delta : values, each with ``_se``, ``_ci_low`` and ``_ci_high``
+    interval, confidence : as given
+    p : of delta = 0, by Student's t. Degrees of freedom are the prompts less one a task (the rollouts
+        less two a prompt, where prompts are fixed), the standard error the bootstrap's, made unbiased:
+        times sqrt(n / degrees of freedom); of a correlation on Fisher's z
+    margin, p_equivalence, equivalent : the test of equivalence, at 0.05
+    p_holm, p_bh : p adjusted over all rows of the frame but single seeds'; a measure that is another on
+        another scale (branching_factor, canopy_size_log10) counts once with it
 
     Raises
     ------
     DataError
         No such baseline, no other variant, no prompt in common, several runs of one model and task.
+    ConflictError
+        Runs that were not sampled alike: names every difference, and what to add.
     UsageError
-        An unknown metric, or several embedders and none named.
+        An unknown metric or setting, a horizon above a cap, or several embedders and none named.
     """
-    _check(by, resample, replicates, confidence)
+    _check(by, resample, replicates, confidence, interval)
+    if horizon is not None and resample != "prompts":
+        raise UsageError(f"--resample {resample}: not with --horizon")
     with sql.connect(root) as con:
-        prompts, embedder = comparable(
-            view_rows(con, "prompt_metrics"), root, selection=selection, embedder=embedder, runs=runs
+        prompts, embedder = prompt_rows(
+            con,
+            root,
+            baseline=baseline,
+            selection=selection,
+            embedder=embedder,
+            runs=runs,
+            families=families,
+            tasks=tasks,
+            variants=variants,
+            seeds=seeds,
+            allow=allow,
+            horizon=horizon,
         )
         models = view_rows(con, "models")
-        kernels = _rollouts(con, prompts, selection, embedder) if resample != "prompts" else {}
+        if by == LARGEST:
+            texts = con.sql("select task, prompt_id, text from prompts").pl()
+            names = _metrics(metrics, prompts, "prompts")
+            return prompt_changes(prompts, models, names, baseline=baseline, texts=texts)
+        kernels = rollouts_of(con, prompts, selection, embedder) if resample != "prompts" else {}
     return compare_prompts(
         prompts,
         models,
@@ -112,6 +175,7 @@ def compare(
         resample=resample,
         replicates=replicates,
         confidence=confidence,
+        interval=interval,
         margins=margins,
         seed=seed,
         kernels=kernels,
@@ -128,6 +192,7 @@ def compare_prompts(
     resample: str = "prompts",
     replicates: int = REPLICATES,
     confidence: float = CONFIDENCE,
+    interval: str = "t",
     margins: Mapping[str, float | str] | None = None,
     seed: int = SEED,
     kernels: Mapping[tuple[str, str], Rollouts] | None = None,
@@ -136,7 +201,7 @@ def compare_prompts(
 
     Parameters
     ----------
-    prompts : rows of ``prompt_metrics``, as `comparable` gives them
+    prompts : rows of ``prompt_metrics``, as `prompt_rows` gives them
     models : rows of ``models``, for the treatments
     kernels : rollouts by run and prompt, needed unless ``resample`` is 'prompts'
 
@@ -147,46 +212,86 @@ def compare_prompts(
     for name in margins:
         if name not in names:
             raise UsageError(f"--margin {name}: not among what is compared: {', '.join(names)}")
-    cells, left_out = paired_cells(prompts, baseline, names)
-    treatments = {(row["family"], row["variant"]): row["treatment"] for row in models.to_dicts()}
-    selection = prompts["selection"][0]
+    prompts, shared_names = _by_checkpoint(prompts, baseline)
+    if len(shared_names) > len(set(shared_names.values())) and interval != "t":
+        raise UsageError(f"--interval {interval}: several checkpoints of a variant have t alone")
+    order = variant_order(models, prompts, baseline)
+    cells, left_out = paired_cells(prompts, baseline, names, order)
+    facts = RowFacts(prompts, models, names, baseline, left_out)
     draw = drawing(replicates, resample)
-    out = []
+    out: list[dict[str, Any]] = []
     for level in LEVELS if by is None else (by,):
-        for (family, variant, task), group in grouped(cells, level).items():
-            values, replicate_values, used = evaluate(
-                group, names, draw, replicates, seed, kernels or {}
-            )
-            sides = [side for cell in group.values() for side in cell]
-            rollouts = sum(side.n_rollouts for side in sides)
-            samples = round(rollouts / sum(len(side.prompts) for side in sides))
-            for k, name in enumerate(names):
-                units, tasks = int(used[:, k].sum()), int((used[:, k] > 0).sum())
-                counted = {
-                    "n_prompts": units,
-                    "n_samples": samples,
-                    "n_left_out": sum(left_out[key][k] for key in group),
-                }
-                fixed = resample == "rollouts"
-                drawn_from = 2 * units * samples if fixed else units
-                freedom = 2 * units * (samples - 1) if fixed else units - tasks
-                summary = _summary(name, values[:, k], replicate_values[..., k], confidence)
-                out.append(
-                    {
-                        "level": level,
-                        "family": family,
-                        "task": task,
-                        "baseline_variant": baseline,
-                        "variant": variant,
-                        "treatment": treatments.get((family, variant)),
-                        "selection": selection,
-                        "metric": name,
-                        **counted,
-                        **summary,
-                        **_tests(summary, drawn_from, freedom, margins.get(name)),
-                    }
-                )
-    return _adjusted(without_repeats(pl.DataFrame(out, infer_schema_length=None)))
+        for (family, variant, task), groups in _checkpoints(cells, level, shared_names).items():
+            where = {"level": level, "family": family, "task": task, "variant": variant}
+            for checkpoint, group in groups.items():
+                values, drawn, used = evaluate(group, names, draw, replicates, seed, kernels or {})
+                single = len(groups) == 1
+                for k, name in enumerate(names):
+                    counted = facts.of([group], k, used[:, k])
+                    drawn_from, lost = counted["n_prompts"], counted["n_tasks"]
+                    if resample == "rollouts":  # within prompts, two sides each
+                        drawn_from, lost = facts.rollouts(group, k), 2 * drawn_from
+                    units = Units(drawn_from, drawn_from - lost, confidence, interval)
+                    out.append(
+                        {
+                            **where,
+                            "metric": name,
+                            "checkpoint": "" if single else checkpoint,
+                            "n_checkpoints": 1,
+                            **counted,
+                            **summary(name, values[:, k], drawn[..., k], units, margins.get(name)),
+                        }
+                    )
+            if len(groups) > 1:
+                several = list(groups.values())
+                rows, used = over_checkpoints(several, names, confidence, margins)
+                for k, (name, row) in enumerate(zip(names, rows, strict=True)):
+                    counted = facts.of(several, k, used[:, k])
+                    pooled = {"metric": name, "checkpoint": "", "n_checkpoints": len(several)}
+                    out.append({**where, **pooled, **counted, **row})
+    said = {"interval": interval, "confidence": confidence}
+    return _framed(pl.DataFrame([{**row, **said} for row in out], infer_schema_length=None))
+
+
+def _framed(frame: pl.DataFrame) -> pl.DataFrame:
+    """The rows without repeats, single seeds named as such, p adjusted; columns in their order."""
+    frame = without_repeats(frame)
+    untold = [name for name, kind in frame.schema.items() if kind == pl.Null]
+    frame = frame.with_columns(
+        pl.col(name).cast(pl.String if name in _TEXTS else pl.Float64) for name in untold
+    ).with_columns(pl.col("horizon", "rarefied_to").cast(pl.Int64))
+    one_seed = pl.col("checkpoint") != ""
+    frame = frame.with_columns(
+        level=pl.when(one_seed).then(pl.lit("seed")).otherwise("level"),
+        checkpoint=pl.when(one_seed).then("checkpoint"),
+    )
+    first = ("level", "family", "task", "baseline_variant", "variant", "checkpoint", "treatment")
+    return adjusted(frame).select(*first, pl.exclude(first))
+
+
+def _by_checkpoint(prompts: pl.DataFrame, baseline: str) -> tuple[pl.DataFrame, dict[str, str]]:
+    """The rows with each checkpoint as a variant; and the variant that each is one of."""
+    if "checkpoint" not in prompts.columns:
+        return prompts, {}
+    own = pl.when(pl.col("variant") == baseline).then("variant").otherwise("checkpoint")
+    bases = prompts.filter(variant=baseline)["checkpoint"].unique().sort()
+    if len(bases) > 1:
+        raise UsageError(
+            f"--seeds: {baseline} has {len(bases)} checkpoints, {', '.join(bases)}; a baseline has one"
+        )
+    names = dict(prompts.select(own.alias("checkpoint"), "variant").unique().iter_rows())
+    return prompts.with_columns(variant=own), names
+
+
+def _checkpoints(
+    cells: Cells, level: str, names: Mapping[str, str]
+) -> dict[tuple[str, str, str], dict[str, Cells]]:
+    """The cells that each row pools, by checkpoint, under the family, variant and task of the row."""
+    out: dict[tuple[str, str, str], dict[str, Cells]] = {}
+    for (family, checkpoint, task), group in grouped(cells, level).items():
+        variant = names.get(checkpoint, checkpoint)
+        out.setdefault((family, variant, task), {})[checkpoint] = group
+    return out
 
 
 def estimate(
@@ -196,6 +301,7 @@ def estimate(
     by: str | None = None,
     replicates: int = REPLICATES,
     confidence: float = CONFIDENCE,
+    interval: str = "t",
     seed: int = SEED,
 ) -> pl.DataFrame:
     """One row per family, task, variant and metric: value, se and interval of each model by itself.
@@ -205,11 +311,11 @@ def estimate(
 
     Parameters
     ----------
-    prompts : rows of ``prompt_metrics``, as `comparable` gives them
+    prompts : rows of ``prompt_metrics``, as `prompt_rows` gives them
 
     The others are those of `compare`.
     """
-    _check(by, "prompts", replicates, confidence)
+    _check(by, "prompts", replicates, confidence, interval)
     names = _metrics(metrics, prompts, "prompts")
     cells, draw = single_cells(prompts, names), drawing(replicates)
     out = []
@@ -217,59 +323,25 @@ def estimate(
         for (family, variant, task), group in grouped(cells, level).items():
             values, drawn, used = evaluate(group, names, draw, replicates, seed, {})
             for k, name in enumerate(names):
+                units = int(used[:, k].sum())
+                free = Units(units, units - int((used[:, k] > 0).sum()), confidence, interval)
                 where = {"level": level, "family": family, "task": task, "variant": variant}
-                spread = _spread("value", values[0, k], drawn[0, :, k], confidence)
-                out.append({**where, "metric": name, "n_prompts": int(used[:, k].sum()), **spread})
+                own = side("value", name, values[0, k], drawn[0, :, k], free)
+                out.append({**where, "metric": name, "n_prompts": units, **own})
     return without_repeats(pl.DataFrame(out, infer_schema_length=None))
 
 
-def _check(by: str | None, resample: str, replicates: int, confidence: float) -> None:
-    if by is not None and by not in LEVELS:
-        raise UsageError(f"--by {by}: one of {', '.join(LEVELS)}")
+def _check(by: str | None, resample: str, replicates: int, confidence: float, interval: str) -> None:
+    if by is not None and by not in (*LEVELS, LARGEST):
+        raise UsageError(f"--by {by}: one of {', '.join((*LEVELS, LARGEST))}")
     if resample not in ("prompts", "both", "rollouts"):
         raise UsageError(f"--resample {resample}: prompts, both or rollouts")
     if replicates < 2:
         raise UsageError(f"--replicates {replicates}: needs at least 2")
     if not 0 < confidence < 1:
         raise UsageError(f"--confidence {confidence}: needs more than 0 and less than 1")
-
-
-def _rollouts(
-    con: sql.Connection, prompts: pl.DataFrame, selection: str, embedder: str
-) -> dict[tuple[str, str], Rollouts]:
-    """The rollouts of each run and prompt, with kernels where the run has embeddings by the embedder."""
-    runs = prompts.select("run_id", "embedder").unique().sort("run_id")
-    frame = con.sql(
-        "with chosen as (select unnest($runs) as run_id, unnest($embedders) as embedder) "
-        "select m.run_id, m.prompt_id, m.n_tokens, m.entropy_sum, m.surprisal_sum, m.entropy_rate, "
-        "(m.finish_reason = 'length')::double as cut, e.embedding "
-        "from rollout_metrics m join chosen using (run_id, embedder) "
-        "left join embeddings e on e.run_id = m.run_id and e.prompt_id = m.prompt_id "
-        "and e.sample = m.sample and e.embedder = m.embedder and e.embedder = $embedder "
-        "where m.selection = $selection order by m.sample",
-        params={
-            "runs": runs["run_id"].to_list(),
-            "embedders": runs["embedder"].to_list(),
-            "embedder": embedder,
-            "selection": selection,
-        },
-    ).pl()
-    rollouts = {}
-    for (run_id, prompt_id), group in frame.group_by(["run_id", "prompt_id"], maintain_order=True):
-        columns = bootstrap.columns_of(group)
-        kernel = None
-        if not group["embedding"].null_count():
-            unit = np.array(group["embedding"].to_list(), np.float64)
-            unit /= np.linalg.norm(unit, axis=1, keepdims=True)
-            kernel = unit @ unit.T
-        rollouts[str(run_id), str(prompt_id)] = Rollouts(
-            **{
-                k: columns[k]
-                for k in ("n_tokens", "entropy_sum", "surprisal_sum", "entropy_rate", "cut")
-            },
-            kernel=kernel,
-        )
-    return rollouts
+    if interval not in INTERVALS:
+        raise UsageError(f"--interval {interval}: {' or '.join(INTERVALS)}")
 
 
 def _metrics(metrics: Sequence[str], rows: pl.DataFrame, resample: str) -> list[str]:
@@ -286,84 +358,3 @@ def _metrics(metrics: Sequence[str], rows: pl.DataFrame, resample: str) -> list[
             raise UsageError(f"--resample {resample}: not for {', '.join(cannot)}")
         names = [name for name in names if name in ROLLOUT_LEVEL]
     return names
-
-
-def _summary(name: str, values: Array, replicates: Array, confidence: float) -> dict[str, float | None]:
-    """Value, se and interval of baseline, treated, delta and percent delta; None where undefined."""
-
-    def four(base: Array, treated: Array) -> list[Array]:
-        with np.errstate(invalid="ignore", divide="ignore"):
-            return [base, treated, treated - base, 100 * (treated - base) / base]
-
-    row: dict[str, float | None] = {}
-    for part, value, drawn in zip(_PARTS, four(*values), four(*replicates), strict=True):
-        if part == "percent_delta" and not MEASURES[name].positive:
-            value = np.asarray(np.nan)
-        row |= _spread(part, value, drawn, confidence)
-    return row
-
-
-def _spread(part: str, value: Array, drawn: Array, confidence: float) -> dict[str, float | None]:
-    """A value, the se of its replicates (B,) and their percentile interval, as columns of ``part``."""
-    tail = 50 * (1 - confidence)
-    known = drawn[np.isfinite(drawn)]
-    low = high = se = np.nan
-    # a spread over the few replicates that happen to be defined would be a wrong one
-    if np.isfinite(value) and len(known) >= 0.9 * len(drawn):
-        low, high = np.percentile(known, [tail, 100 - tail])
-        se = known.std(ddof=1)
-    columns = (("", value), ("_se", se), ("_ci_low", low), ("_ci_high", high))
-    return {part + suffix: float(x) if np.isfinite(x) else None for suffix, x in columns}
-
-
-def _tests(
-    summary: Mapping[str, float | None], n: int, freedom: int, margin: float | str | None
-) -> dict[str, float | bool | None]:
-    """p of no difference, and of a difference beyond the margin."""
-    from scipy import stats  # slow to import
-
-    delta, se = summary["delta"], summary["delta_se"]
-    tests: dict[str, float | bool | None] = {"p": None, "margin": None, "p_equivalence": None}
-    known = delta is not None and se is not None and freedom > 0
-
-    def tail(excess: float) -> float:
-        """One-sided p of an excess over the null."""
-        if se == 0:
-            return 0.0 if excess > 0 else 1.0
-        unbiased = se * (n / freedom) ** 0.5  # type: ignore[operator]
-        return float(stats.t.sf(excess / unbiased, freedom))
-
-    if known:
-        tests["p"] = min(1.0, 2 * tail(abs(delta)))  # type: ignore[arg-type]
-    if margin is not None:
-        size = _margin(margin, summary["baseline"])
-        tests["margin"] = size
-        if known and size is not None:
-            tests["p_equivalence"] = tail(size - abs(delta))  # type: ignore[arg-type]
-    return tests
-
-
-def _margin(margin: float | str, baseline: float | None) -> float | None:
-    text = str(margin)
-    try:
-        if text.endswith("%"):
-            return None if baseline is None else abs(float(text[:-1]) / 100 * baseline)
-        return float(text)
-    except ValueError:
-        raise UsageError(f"--margin {margin}: needs a number, or a percentage like 5%") from None
-
-
-def _adjusted(frame: pl.DataFrame) -> pl.DataFrame:
-    """Adds p_holm and p_bh over every p there is, and ``equivalent`` at 0.05."""
-    from statsmodels.stats.multitest import multipletests
-
-    known = frame["p"].is_not_null()
-    p = frame["p"].cast(pl.Float64).to_numpy().copy()
-    for name, method in (("p_holm", "holm"), ("p_bh", "fdr_bh")):
-        adjusted = np.full(len(frame), np.nan)
-        if known.any():
-            adjusted[known.to_numpy()] = multipletests(p[known.to_numpy()], method=method)[1]
-        frame = frame.with_columns(pl.Series(name, adjusted).fill_nan(None))
-    return frame.with_columns(
-        pl.col("margin").cast(pl.Float64), pl.col("p_equivalence").cast(pl.Float64)
-    ).with_columns((pl.col("p_equivalence") < 0.05).alias("equivalent"))

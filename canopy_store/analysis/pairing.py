@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,12 +24,21 @@ Draw = Callable[[int, Any], tuple[Array, Array]]
 
 @dataclass(frozen=True)
 class Side:
-    """One variant's prompts of a cell, in order, and their sums (2, P, K): w f(x), then w."""
+    """One variant's prompts of a cell, in order, and their sums (2, P, K): w f(x), then w.
+
+    ``n_rollouts`` (P,) counts each prompt's, ``cut`` (P,) is the share of them cut, NaN where unknown.
+    """
 
     run_id: str
     prompts: list[str]
-    n_rollouts: int
+    n_rollouts: Array
+    cut: Array
     sums: Array
+
+    @property
+    def used(self) -> Array:
+        """(P, K) whether a prompt counts in a measure."""
+        return self.sums[1] > 0
 
 
 Cells = dict[Key, tuple[Side, ...]]  # the baseline's side and the treated one, or one side alone
@@ -58,6 +69,7 @@ class _Prompts:
         rows = rows.sort(pl.col("prompt_id").str.len_chars(), "prompt_id")
         self.sums = np.stack(bootstrap.weighted_values(bootstrap.columns_of(rows), names))
         self.n_rollouts = rows["n_rollouts"].to_numpy()
+        self.cut = rows["truncation_rate"].cast(pl.Float64).fill_null(np.nan).to_numpy()
         self.run_ids = rows["run_id"].to_list()
         self.parts: dict[Key, dict[str, int]] = {}
         keys = rows.select("family", "variant", "task", "prompt_id")
@@ -69,15 +81,28 @@ class _Prompts:
         places = [[self.parts[key][prompt] for prompt in prompts] for key in keys]
         known = np.logical_and.reduce([self.sums[1, at] > 0 for at in places])  # (P, K)
         return tuple(
-            Side(self.run_ids[at[0]], prompts, int(self.n_rollouts[at].sum()), self.sums[:, at] * known)
+            Side(
+                self.run_ids[at[0]],
+                prompts,
+                self.n_rollouts[at],
+                self.cut[at],
+                self.sums[:, at] * known,
+            )
             for at in places
         )
 
+    def count(self, key: Key) -> int:
+        """The rollouts of a key."""
+        return int(self.n_rollouts[list(self.parts[key].values())].sum())
+
 
 def paired_cells(
-    rows: pl.DataFrame, baseline: str, names: Sequence[str]
+    rows: pl.DataFrame, baseline: str, names: Sequence[str], order: Sequence[str] = ()
 ) -> tuple[Cells, dict[Key, Array]]:
-    """Per (family, variant, task): the prompts both variants have, and how many are left out (K,).
+    """Per (family, variant, task): the prompts both variants have, and what is left out (3, K).
+
+    Left out are prompts, and of all the rollouts of both (the third row) those of the second. Variants
+    come in ``order``, and otherwise by name.
 
     Raises
     ------
@@ -90,7 +115,10 @@ def paired_cells(
     prompts = _Prompts(rows, names)
     cells: Cells = {}
     left_out = {}
-    for family, variant, task in sorted(prompts.parts):
+    place = {variant: at for at, variant in enumerate(order)}
+    for family, variant, task in sorted(
+        prompts.parts, key=lambda key: (key[0], place.get(key[1], 0), key)
+    ):
         base = prompts.parts.get((family, baseline, task))
         if variant == baseline or base is None:
             continue
@@ -99,7 +127,12 @@ def paired_cells(
         if common:
             pair = prompts.sides([(family, baseline, task), (family, variant, task)], common)
             apart = len(base) + len(treated) - 2 * len(common)
-            left_out[family, variant, task] = apart + (pair[0].sums[1] == 0).sum(0)
+            unused = ~pair[0].used
+            every = sum(prompts.count((family, which, task)) for which in (baseline, variant))
+            kept = sum(side.n_rollouts @ side.used for side in pair)
+            left_out[family, variant, task] = np.array(
+                [apart + unused.sum(0), every - kept, np.full(len(names), every)]
+            )
             cells[family, variant, task] = pair
     return cells, left_out
 
@@ -123,9 +156,28 @@ def grouped(cells: Cells, level: str) -> dict[Key, Cells]:
     return groups
 
 
+def variant_order(models: pl.DataFrame, rows: pl.DataFrame, baseline: str) -> list[str]:
+    """The variants of rows: the baseline, then by generation, step of training, and name.
+
+    The step is ``step`` or ``steps`` of a model's hyperparameters; numbers in names count as numbers.
+    """
+    steps: dict[str, tuple[int, float]] = {}
+    for model in models.to_dicts():
+        said = json.loads(model["hyperparameters"] or "{}")
+        step = next((said[key] for key in ("step", "steps") if key in said), 0)
+        place = (model["generation"], float(step) if isinstance(step, int | float) else 0.0)
+        steps[model["variant"]] = min(place, steps.get(model["variant"], place))
+
+    def key(variant: str) -> Any:
+        parts = [(part.isdigit(), part.zfill(20)) for part in re.split(r"(\d+)", variant) if part]
+        return variant != baseline, steps.get(variant, (0, 0.0)), parts
+
+    return sorted(rows["variant"].unique(), key=key)
+
+
 def without_repeats(frame: pl.DataFrame) -> pl.DataFrame:
     """Leaves out a pooled row that pools one cell only: it would be counted twice among the tests."""
-    keys = ("variant", "metric")
+    keys = [name for name in ("variant", "checkpoint", "metric") if name in frame.columns]
     families = frame.filter(level="task").group_by(*keys, "family").len()
     single = families.filter(pl.col("len") == 1).select(*keys, "family", level=pl.lit("family"))
     frame = frame.join(single, on=[*keys, "family", "level"], how="anti", maintain_order="left")
@@ -136,6 +188,7 @@ def without_repeats(frame: pl.DataFrame) -> pl.DataFrame:
 def widest(frame: pl.DataFrame) -> pl.DataFrame:
     """Each variant's and metric's row that pools the most: all families, else all tasks, else one."""
     rank = pl.col("level").replace_strict(LEVELS, range(len(LEVELS)), return_dtype=pl.Int64)
+    frame = frame.filter(pl.col("level").is_in(LEVELS))  # not those of single seeds or prompts
     by_width = frame.sort(rank, descending=True, maintain_order=True)
     return by_width.unique(["variant", "metric"], keep="first", maintain_order=True)
 

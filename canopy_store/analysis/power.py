@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import harmonic_mean
 from typing import Any
 
 import numpy as np
@@ -87,6 +88,7 @@ def power(
     selection: str = "all",
     embedder: str | None = None,
     runs: Sequence[str] = (),
+    allow: Sequence[str] = (),
     seed: int = SEED,
 ) -> pl.DataFrame:
     """One row per variant and number of samples: the prompts that detect ``delta``, and rollouts.
@@ -111,6 +113,7 @@ def power(
     cost_prompt, cost_rollout : what a prompt costs, and one more rollout of it by both variants
         together, in any one unit. By default only rollouts cost, and then the fewest samples are
         always cheapest; with a cost of prompts there is a row for the best number of samples
+    allow : settings in which the pilot's runs may differ, as in `compare`
 
     Returns
     -------
@@ -148,8 +151,9 @@ def power(
     if any(m <= lost for m in samples):
         raise UsageError(f"--samples: {metric} needs more than {lost} rollouts a prompt")
     options = {"baseline": baseline, "selection": selection, "embedder": embedder, "runs": runs}
+    options |= {"allow": allow, "seed": seed}
     rows: list[dict[str, Any]] = []
-    for variant, pilot in _pilots(root, metric, lost, {**options, "seed": seed}).items():
+    for variant, pilot in _pilots(root, metric, lost, options).items():
         of = {"variant": variant, "metric": metric}
         if prompts is not None:
             rows += ({**of, **row} for row in _detected(pilot, prompts, samples, power, alpha))
@@ -166,12 +170,11 @@ def power(
 def _pilots(root: str | Path, metric: str, lost: int, options: Mapping[str, Any]) -> dict[str, Pilot]:
     """The pilot of each variant, from the two bootstraps of `compare`."""
     frames = [compare(root, metrics=[metric], resample=r, **options) for r in ("prompts", "rollouts")]
-    tasks = _tasks(frames[0])
     both = (widest(frame).sort("variant").iter_rows(named=True) for frame in frames)
     pilots = {}
     for total, fixed in zip(*both, strict=True):
-        variant, prompts, samples = (total[key] for key in ("variant", "n_prompts", "n_samples"))
-        at = tasks[variant]
+        variant, prompts, at = (total[key] for key in ("variant", "n_prompts", "n_tasks"))
+        samples = harmonic_mean([total["baseline_n_samples"], total["treated_n_samples"]])
         if None in (total["delta_se"], fixed["delta_se"]) or prompts <= at or samples <= max(lost, 1):
             raise DataError(
                 f"{metric} of {variant}: the pilot has too few prompts or rollouts; it needs more than "
@@ -184,19 +187,6 @@ def _pilots(root: str | Path, metric: str, lost: int, options: Mapping[str, Any]
         noise = min(noise, spread) if lost else noise * samples / (samples - 1)
         pilots[variant] = Pilot(prompts, at, samples, spread, noise * (samples - lost), lost)
     return pilots
-
-
-def _tasks(frame: pl.DataFrame) -> dict[str, int]:
-    """How many tasks the widest row of each variant pools."""
-    wide = widest(frame).select("variant", "level", "family", "task")
-    every = frame.filter(pl.col("level") == "task", pl.col("n_prompts") > 0)
-    tasks = {}
-    for row in wide.iter_rows(named=True):
-        mine = every.filter(variant=row["variant"])
-        if row["level"] != "all":
-            mine = mine.filter(family=row["family"])
-        tasks[row["variant"]] = 1 if row["level"] == "task" else mine["task"].n_unique()
-    return tasks
 
 
 def power_of_regression(

@@ -11,7 +11,8 @@ import duckdb
 from canopy_store.analysis.comparison import SEED, compare
 from canopy_store.analysis.power import SAMPLES, power, power_of_regression
 from canopy_store.analysis.selections import select_lengths, select_reward
-from canopy_store.commands.shared import FORMAT, RUNS, STORE, echo, print_rows
+from canopy_store.commands.compared import show_comparison, show_prompts
+from canopy_store.commands.shared import ALLOW, FORMAT, RUNS, SEEDS, STORE, echo, print_rows
 from canopy_store.errors import UsageError
 
 
@@ -69,6 +70,7 @@ _COMPARED = (
     click.option("--selection", default="all", show_default=True, metavar="NAME"),
     click.option("--embedder", metavar="NAME", help="Needed where the store has several."),
     RUNS,
+    ALLOW,
 )
 
 
@@ -90,8 +92,20 @@ def _comparison_options(command: Callable[..., Any]) -> Callable[..., Any]:
 )
 @click.option(
     "--by",
-    type=click.Choice(["task", "family", "all"]),
-    help="Only this level of pooling [default: all three].",
+    type=click.Choice(["task", "family", "all", "prompt"]),
+    help="Only this level of pooling [default: the first three]; prompt ranks the changes of prompts.",
+)
+@click.option("--family", "families", multiple=True, metavar="F", help="Only this one; repeatable.")
+@click.option("--task", "tasks", multiple=True, metavar="T", help="Only this one; repeatable.")
+@click.option(
+    "--variant", "variants", multiple=True, metavar="V", help="Only this and the baseline; repeatable."
+)
+@SEEDS
+@click.option(
+    "--horizon",
+    type=int,
+    metavar="T",
+    help="Every measure of the first T tokens, for runs with other caps or much that was cut.",
 )
 @click.option(
     "--resample",
@@ -102,6 +116,13 @@ def _comparison_options(command: Callable[..., Any]) -> Callable[..., Any]:
 )
 @click.option("--replicates", default=2000, show_default=True)
 @click.option("--confidence", default=0.95, show_default=True)
+@click.option(
+    "--interval",
+    type=click.Choice(["t", "percentile"]),
+    default="t",
+    show_default=True,
+    help="Student's t, as p has it, or percentiles of the bootstrap.",
+)
 @click.option(
     "--margin",
     "margins",
@@ -115,13 +136,17 @@ def compare_command(root: str, margins: tuple[str, ...], form: str, **options: A
     """Compare each variant with the baseline of its family, prompt by prompt.
 
     Deltas with intervals from the paired bootstrap over prompts, and p-values adjusted over all that
-    is shown. The table has the main columns, csv, json and parquet have all.
+    is shown. Runs that were not sampled alike are refused until --allow names what differs. The table
+    has the main columns, csv, json and parquet have all.
 
     \b
     Examples:
       canopy compare --store S
       canopy compare --store S --metric rho_pearson --by task --format csv > rho.csv
       canopy compare --store S --selection reward_top_70 --margin entropy_rate=5%
+      canopy compare --store S --horizon 64
+      canopy compare --store S --allow rendering --by prompt --metric ce_star
+      canopy compare --store S --seeds 'sft=sft-*'
     """
     sizes = {}
     for text in margins:
@@ -130,28 +155,12 @@ def compare_command(root: str, margins: tuple[str, ...], form: str, **options: A
             raise UsageError(f"--margin {text}: needs NAME=SIZE, as in ce_star=5%")
         sizes[name] = size
     frame = compare(root, margins=sizes, **options)
-    if form == "table":
-        left = int(frame["n_left_out"].max() or 0)  # type: ignore[arg-type]
-        short = [
-            "family",
-            "task",
-            "variant",
-            "metric",
-            "n_prompts",
-            "baseline",
-            "treated",
-            "delta",
-            "delta_ci_low",
-            "delta_ci_high",
-            "percent_delta",
-            "p_holm",
-        ]
-        short += ["equivalent"] if sizes else []
-        print_rows(duckdb.from_arrow(frame.select(short).to_arrow()), form)
-        if left:
-            echo(f"left out: up to {left} prompts a row, which one variant lacks or has no value of")
-        return
-    print_rows(duckdb.from_arrow(frame.to_arrow()), form)
+    if form != "table":
+        print_rows(duckdb.from_arrow(frame.to_arrow()), form)
+    elif options["by"] == "prompt":
+        show_prompts(frame)
+    else:
+        show_comparison(frame)
 
 
 @click.command("power")
@@ -258,6 +267,7 @@ _POWER_DETAILS = ("metric", "delta", "n_rollouts_upper", "cost_upper", "pilot_pr
 @click.option("--selection", metavar="NAME", help="[default: all]")
 @click.option("--embedder", metavar="NAME", help="Needed where there are several.")
 @RUNS
+@ALLOW
 @click.option("--seed", default=0, show_default=True, help="Of the simulated residuals.")
 @FORMAT
 def regress_command(

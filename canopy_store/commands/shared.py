@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from canopy_store.analysis.likeness import SETTINGS
 from canopy_store.errors import UsageError
 from canopy_store.terminal import printable
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 FORMATS = ("table", "csv", "json", "parquet")
 _TYPES_NOT_READ = {"interval", "union", "uhugeint"}
 _TYPES_NOT_WRITTEN = {"blob", "bit", "bignum"}  # as csv or json
+_WIDEST = 60_000  # of a table, in columns of a terminal: polars takes 16 bits
 _MOST_DAYS = 90_000_000  # before and after 1970: a calendar of 262,000 years has some more
 STORE = click.option(
     "--store",
@@ -33,6 +35,37 @@ STORE = click.option(
 )
 RUNS = click.option(
     "--run", "--runs", "runs", multiple=True, metavar="RUN", help="Only this run; repeatable."
+)
+
+
+def _seeds(_context: click.Context, _option: click.Parameter, texts: tuple[str, ...]) -> dict[str, str]:
+    """Return the pattern of each NAME=PATTERN by its name."""
+    patterns: dict[str, str] = {}
+    for text in texts:
+        name, equals, pattern = (part.strip() for part in text.partition("="))
+        if not (name and equals and pattern):
+            raise UsageError(f"--seeds {text}: needs NAME=PATTERN, as in 'sft=sft-*'")
+        if name in patterns:
+            raise UsageError(f"--seeds {name}: given twice; separate its patterns by commas")
+        patterns[name] = pattern
+    return patterns
+
+
+SEEDS = click.option(
+    "--seeds",
+    multiple=True,
+    metavar="NAME=PATTERN",
+    callback=_seeds,
+    help="Variants that match are checkpoints of the variant NAME: 'sft=sft-*', or sft=sft-1,sft-2; "
+    "repeatable.",
+)
+
+
+ALLOW = click.option(
+    "--allow",
+    multiple=True,
+    type=click.Choice(list(SETTINGS)),
+    help="Compare runs all the same that differ in this; repeatable.",
 )
 
 
@@ -155,21 +188,14 @@ def _print_frame(frame: pl.DataFrame, form: str) -> None:
     if form == "table":
         import polars as pl
 
-        width = _terminal_width()
+        width = terminal_width()
         for name in {"p", "p_holm", "p_bh", "p_equivalence"} & set(frame.columns):
+            if not frame.schema[name].is_float():
+                continue
             # four decimals would show every small p as 0
             frame = frame.with_columns(pl.col(name).map_elements("{:.2g}".format, pl.String))
-        with pl.Config(
-            tbl_rows=-1,
-            tbl_cols=-1,
-            tbl_width_chars=width,
-            fmt_str_lengths=60,
-            tbl_hide_dataframe_shape=True,
-            tbl_hide_column_data_types=True,
-            tbl_formatting="UTF8_FULL_CONDENSED",
-            float_precision=4,
-        ):
-            echo(frame)
+        for part in _fitting(frame, width):
+            echo(_drawn(part, width))
     elif form in ("csv", "spreadsheet"):
         nested = [name for name, kind in frame.schema.items() if kind.is_nested()]
         if nested:
@@ -188,6 +214,43 @@ def _print_frame(frame: pl.DataFrame, form: str) -> None:
         frame.write_parquet(sys.stdout.buffer)
 
 
+def _drawn(frame: pl.DataFrame, width: int) -> str:
+    import polars as pl
+
+    with pl.Config(
+        tbl_rows=-1,
+        tbl_cols=-1,
+        tbl_width_chars=width,
+        fmt_str_lengths=60,
+        tbl_hide_dataframe_shape=True,
+        tbl_hide_column_data_types=True,
+        tbl_formatting="UTF8_FULL_CONDENSED",
+        float_precision=4,
+    ):
+        return str(frame)
+
+
+def table_width(frame: pl.DataFrame) -> int:
+    """Columns of a terminal that the frame's table takes."""
+    return max(len(line) for line in _drawn(frame, _WIDEST).splitlines())
+
+
+def _fitting(frame: pl.DataFrame, width: int) -> Iterator[pl.DataFrame]:
+    """The frame, or its columns in as many tables as fit, each with the numbers of the rows."""
+    if not frame.width or table_width(frame) <= width:
+        yield frame
+        return
+    numbered = frame.with_row_index("row", 1) if "row" not in frame.columns else frame
+    first, *others = numbered.columns
+    kept = [first]
+    for name in others:
+        if len(kept) > 1 and table_width(numbered.select(*kept, name)) > width:
+            yield numbered.select(kept)
+            kept = [first]
+        kept.append(name)
+    yield numbered.select(kept)
+
+
 def _as_text(frame: pl.DataFrame) -> pl.DataFrame:
     """The rows with an apostrophe before each text, and column name, that would be a formula."""
     import polars as pl
@@ -201,7 +264,8 @@ def _as_text(frame: pl.DataFrame) -> pl.DataFrame:
     return frame.rename({name: f"'{name}" for name in frame.columns if re.match(formula, name)})
 
 
-def _terminal_width() -> int:
+def terminal_width() -> int:
+    """Columns of the terminal that is written to; 400 where that is a file or a pipe."""
     return shutil.get_terminal_size((400, 24)).columns if sys.stdout.isatty() else 400
 
 

@@ -15,6 +15,7 @@ from canopy_store.analysis.comparison import compare_prompts, estimate
 from canopy_store.analysis.examples import example_rollouts
 from canopy_store.analysis.lengths import length_densities
 from canopy_store.analysis.pairing import unpaired
+from canopy_store.analysis.prompt_rows import prompt_rows
 from canopy_store.analysis.trajectories import thin_trajectories
 from canopy_store.errors import StoreError
 from canopy_store.upkeep.status import status
@@ -110,6 +111,7 @@ def gather(
     selection: str,
     embedder: str | None,
     runs: Sequence[str],
+    allow: Sequence[str] = (),
     seed: int,
     rollouts: int,
 ) -> Facts:
@@ -119,9 +121,9 @@ def gather(
     ------
     StoreError
         No store there, or nothing in it.
-    DataError, UsageError
-        As `compare`: no such selection, embedder or run, several runs of one model and task, several
-        embedders and none named.
+    DataError, ConflictError, UsageError
+        As `compare`: no such selection, embedder or run, several runs of one model and task, runs that
+        were not sampled alike, several embedders and none named.
     """
     root = store.require(root)
     every_run = status(root)
@@ -144,7 +146,7 @@ def gather(
         order = ["family", "task", "variant"]
         shown, used = comparable(metrics, root, **chosen)
         shown = shown.with_columns(_PANEL).sort(order)
-        prompts, _ = comparable(view_rows(con, "prompt_metrics"), root, **chosen)
+        prompts, _ = prompt_rows(con, root, baseline=baseline, allow=allow, **chosen)
         prompts = prompts.sort(*order, "prompt_id")
         names = shown["run_id"].to_list()
         of_runs = pl.col("run_id").is_in(names), pl.col("selection") == selection

@@ -30,6 +30,7 @@ def write_report(
     selection: str = "all",
     embedder: str | None = None,
     runs: Sequence[str] = (),
+    allow: Sequence[str] = (),
     explorer_rollouts: int = EXPLORER_ROLLOUTS,
     seed: int = SEED,
 ) -> Path:
@@ -45,6 +46,7 @@ def write_report(
     selection : named subset of the rollouts
     embedder : needed where the store has several
     runs : only these runs
+    allow : settings in which runs may differ, as in `compare`
     explorer_rollouts : rollouts that the page carries to be read one by one
     seed : of the bootstrap, and of which rollouts and points are shown
 
@@ -55,6 +57,8 @@ def write_report(
     DataError
         No such selection, embedder or run, or several runs of one model and task: name the ones to
         compare with ``runs``.
+    ConflictError
+        Runs that were not sampled alike.
     UsageError
         Several embedders and none named, or the extra 'report' is not installed.
     """
@@ -70,6 +74,7 @@ def write_report(
         selection=selection,
         embedder=embedder,
         runs=runs,
+        allow=allow,
         seed=seed,
         rollouts=explorer_rollouts,
     )
@@ -87,6 +92,7 @@ def write_figures(
     selection: str = "all",
     embedder: str | None = None,
     runs: Sequence[str] = (),
+    allow: Sequence[str] = (),
     seed: int = SEED,
 ) -> list[Path]:
     """The paths written: every chart of the report that has data, as a PDF and an SVG file.
@@ -102,6 +108,7 @@ def write_figures(
         selection=selection,
         embedder=embedder,
         runs=runs,
+        allow=allow,
         seed=seed,
         rollouts=0,
     )

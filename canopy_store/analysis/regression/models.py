@@ -52,6 +52,7 @@ def regress(
     outcome: str = "D",
     reference_task: str | None = None,
     drop: Sequence[str] = (),
+    allow: Sequence[str] = (),
     seed: int = 0,
 ) -> Fit:
     """Return the fit of one of the four models to a panel, every other variant against the baseline.
@@ -67,6 +68,7 @@ def regress(
     outcome : column to explain; the beta model needs values between 0 and 1 (it takes |D|)
     reference_task : reference level of task; ``completion`` where there is one, else the first by name
     drop : factors left out, of task and family; one that has a single level must be
+    allow : settings in which the runs of a store may differ from their baseline's: cap, temperature, …
     seed : of the simulated residuals; the fit itself draws nothing
 
     Raises
@@ -79,6 +81,8 @@ def regress(
     DataError
         The panel misses a column, or holds several selections, embedders, or runs of one model and
         task, and none was named; or the store is empty.
+    ConflictError
+        Runs of the store that were not sampled alike.
 
     Notes
     -----
@@ -93,7 +97,8 @@ def regress(
     if isinstance(panel, pl.DataFrame):
         frame = one_panel(panel, "panel", selection=selection, **rows)
     else:
-        frame = one_panel(store_panel(panel, selection=selection or "all", **rows), str(panel))
+        stored = store_panel(panel, selection=selection or "all", baseline=baseline, allow=allow, **rows)
+        frame = one_panel(stored, str(panel))
     if outcome not in frame.columns or outcome in KEYS:
         numbers = [c for c in frame.columns if c not in (*KEYS, *NUMBERS)]
         raise UsageError(f"--outcome {outcome}: the panel has {', '.join(numbers)}")
