@@ -102,6 +102,9 @@ def markov(prompts: int) -> tuple[Draw, float]:
     return draw, float(truth.mean())
 
 
+DATA = {"lognormal": lognormal, "Markov chains": markov}
+
+
 def estimate(parts: list[Array]) -> tuple[float, float, int]:
     """Mean over prompts, its standard error with the prompts fixed, and rollouts."""
     variance = sum(part.var(ddof=1) / len(part) for part in parts)
@@ -122,7 +125,7 @@ def naive(values: Array, se: float) -> tuple[float, float, int]:
 def until_se(simulations: int) -> None:
     print("| rollouts | prompts | rule | rollouts a prompt | bias, % | bias, standard errors |", end="")
     print(" coverage of 95% | standard error reached |\n" + "|---" * 8 + "|")
-    for name, make in (("lognormal", lognormal), ("Markov chains", markov)):
+    for name, make in DATA.items():
         for prompts in (1, 10):
             draw, truth = make(prompts)
             probe = np.random.default_rng(7)

@@ -40,6 +40,7 @@ _FEWEST_COUNTED = 4  # of a prompt: a correlation loses three
 _SURE = 0.9  # the chance that the rollouts counted show the standard error asked for
 _NEAR = 1.35  # once the plan allows for so many times the pilot's variance, the pilot is large enough
 _SHARE = 4  # a pilot of a quarter of what it asks for is large enough too
+_WORTH = 0.2  # of the pilot: what a round that enlarges it must add to be worth its while
 
 
 @dataclass(frozen=True)
@@ -117,7 +118,7 @@ def rounds(drawn: Sequence[Drawn], target: Target) -> list[Round]:
         known = [each.first(m) for each, m in zip(drawn, pilot, strict=True)]
         wanted, factor = sizes(known, target)
         larger = np.clip(-(-wanted // _SHARE), pilot, 2 * pilot)
-        if factor <= _NEAR or (larger == pilot).all():
+        if factor <= _NEAR or (larger - pilot).sum() < _WORTH * pilot.sum():
             return [*plan, _round(pilot, pilot + wanted, counted=True)]
         begun, pilot = pilot, larger
 
