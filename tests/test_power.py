@@ -144,6 +144,29 @@ def test_what_the_prompts_that_there_are_detect(pilot):
     assert planned["n_prompts"][0] in (30, 31)
 
 
+def test_the_samples_that_a_regression_needs(pilot, canopy):
+    """Reliability written out; at the number of samples that is told it is what was asked for."""
+    frame = canopy_store.power_of_regression(pilot, 0.995)
+    rates = canopy_store.read(pilot, "rollout_metrics")
+    for row in frame.iter_rows(named=True):
+        each = rates.filter(variant=row["variant"]).group_by("prompt_id")
+        each = each.agg(pl.col("entropy_rate").mean().alias("mean"), pl.col("entropy_rate").var())
+        error, between = (
+            each["entropy_rate"].mean(),
+            each["mean"].var() - each["entropy_rate"].mean() / SAMPLES,
+        )
+        assert row["reliability"] == pytest.approx(between / (between + error / SAMPLES))
+        needed = row["samples_wanted"]
+        reached = [between / (between + error / m) for m in (needed - 1, needed)]
+        assert reached[0] < 0.995 <= reached[1]
+    line = ("power", "--store", pilot, "--reliability")
+    code, out, _ = canopy(*line, 0.995, "--format", "json")
+    assert code == 0
+    assert pl.DataFrame(json.loads(out)).equals(frame)
+    assert canopy(*line, 0.9)[0] == 0
+    refused(canopy(*line, 1.5), 2, "--reliability 1.5")
+
+
 def test_what_power_refuses(pilot, tmp_path):
     def call(error, match, **options):
         with pytest.raises(error, match=match):

@@ -144,6 +144,17 @@ def test_what_is_counted_is_a_selection_of_every_view(sampled):
     assert result.counted.se < 2.5 * 1.3
 
 
+@pytest.mark.parametrize(("metric", "se"), [("entropy_rate", 0.02), ("mean_length", 2)])
+def test_other_metrics(tmp_path, chain, prompts, canopy, metric, se):
+    more = {**OPTIONS, "until-se": f"{metric}={se}", "limit": 2}
+    assert canopy(*ingest_arguments(tmp_path / "s", chain, prompts, **more))[0] == 0
+    found = until_se.result(tmp_path / "s", RUN)
+    shown = canopy_store.read(tmp_path / "s", "model_metrics").filter(selection="after_pilot")
+    assert found.counted.value == pytest.approx(shown[metric][0])
+    assert found.counted.rollouts == shown["n_rollouts"][0]
+    assert found.every.se < se * 1.2 or found.capped
+
+
 def test_its_rollouts_are_those_of_a_fixed_number(sampled, tmp_path, chain, prompts, canopy):
     """Seeds follow from run, prompt and sample: a round is no other draw."""
     arguments = ingest_arguments(tmp_path / "s", chain, prompts, samples=120)
