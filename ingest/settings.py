@@ -100,7 +100,9 @@ class Draws:
     @property
     def target(self) -> Target | None:
         """What ``until_se`` asks for."""
-        return self.until_se and read_target(self.until_se, self.samples, self.max_samples)
+        if self.until_se is None:
+            return None
+        return read_target(self.until_se, self.samples, self.max_samples)
 
     def __post_init__(self) -> None:
         for option in ("samples", "max_new_tokens", "batch_size", "prompts_per_shard"):

@@ -150,8 +150,8 @@ def power(
     lost = 3 if MEASURES[metric].weight == "fisher" else 0
     if any(m <= lost for m in samples):
         raise UsageError(f"--samples: {metric} needs more than {lost} rollouts a prompt")
-    options = {"baseline": baseline, "selection": selection, "embedder": embedder, "runs": runs}
-    options |= {"allow": allow, "seed": seed}
+    options: dict[str, Any] = {"baseline": baseline, "selection": selection, "embedder": embedder}
+    options |= {"runs": runs, "allow": allow, "seed": seed}
     rows: list[dict[str, Any]] = []
     for variant, pilot in _pilots(root, metric, lost, options).items():
         of = {"variant": variant, "metric": metric}
