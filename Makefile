@@ -91,6 +91,7 @@ mutants: install
 simulate: install
 	$(PYTHON) benchmarks/simulation_compare.py
 	$(PYTHON) benchmarks/simulation.py
+	$(PYTHON) benchmarks/simulation_power.py
 
 # the pages that are made from the code, and are tested to be
 docs: install

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from canopy_store._version import __version__
 from canopy_store.analysis.comparison import compare
 from canopy_store.analysis.control_variate import ce_star_estimates
-from canopy_store.analysis.power import power
+from canopy_store.analysis.power import power, power_of_regression
 from canopy_store.analysis.selections import select_lengths, select_reward
 from canopy_store.errors import (
     CanopyError,
@@ -65,6 +65,7 @@ __all__ = [
     "merge",
     "open",
     "power",
+    "power_of_regression",
     "pull",
     "push",
     "read",

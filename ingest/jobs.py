@@ -165,8 +165,13 @@ def run_job(
     announce(job, part, progress)
     for group in job.groups:
         with holding(job, group):
-            for unit in units_to_do(job, group, part):
-                do_unit(job, unit, progress)
+            units = units_to_do(job, group, part)
+            while units:
+                for unit in units:
+                    do_unit(job, unit, progress)
+                units = units_to_do(job, group, part)  # what these have shown to be needed
+                if units:
+                    announce(job, part, progress)
             complete(job, group, progress)
     sql.write_database(job.root)
     return job.name

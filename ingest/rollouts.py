@@ -10,6 +10,7 @@ from typing import Any
 
 from canopy_store import sql, store
 from canopy_store.errors import ConflictError, DataError, UsageError
+from canopy_store.ingest import until_se
 from canopy_store.ingest.draw import Job as Draw
 from canopy_store.ingest.draw import Rollout, Sampling, uniforms
 from canopy_store.ingest.engines import Engine, open_engine
@@ -46,6 +47,13 @@ def ingest_rollouts(root: str | Path, model: str, **options: Any) -> str:
     DataError, StoreError, UsageError
         Bad prompts, an unreadable model or store, impossible settings, an option that is none.
     """
+    if options.get("until_se") is not None:
+        for name, value in (("--shard", options.get("shard")), ("--executor", options.get("executor"))):
+            if value not in (None, "local"):
+                raise UsageError(
+                    f"{name} {value}: not with --until-se, whose rounds wait for one another; "
+                    "spread tasks or variants over jobs instead"
+                )
     return run_job(root, open_rollouts, {"model": model, **options})
 
 
@@ -58,6 +66,12 @@ def open_rollouts(
 ) -> Job:
     """The job of `ingest_rollouts`: the model loaded, the prompts read, a group for the run."""
     checkpoint, source, draws, runner = sort_options(options, Checkpoint, Source, Draws, Runner)
+    target = draws.target
+    if target is not None and target.metric != "mean_length" and runner.engine != "transformers":
+        raise UsageError(
+            f"--until-se {target.metric}: --engine {runner.engine} gives no entropies to measure it by; "
+            "use --engine transformers, or --until-se mean_length=SE"
+        )
     run_id = run or f"{checkpoint.family}.{checkpoint.variant}.{source.task}"
     store.check_name("--run", run_id)
     listed = read_prompts(source.prompts, source.limit)
@@ -106,6 +120,9 @@ def open_rollouts(
         "n_shards": -(-len(listed) // draws.prompts_per_shard),
         **engine.settings,
     }
+    if target is not None:
+        settings["until_se"] = {"metric": target.metric, "se": target.se, "max_samples": target.most}
+        del settings["n_shards"]  # nobody knows yet
     if engine.width is not None:
         settings["batch_size"] = _width(root, run_id, engine.width, sampling, listed, draws)
     elif draws.batch_size or draws.memory:
@@ -124,28 +141,29 @@ def open_rollouts(
             **engine.checkpoint,
         },
     )
-    size = draws.prompts_per_shard
     where = store.folder(root, "rollouts", run=run_id, **of)
 
-    def units(group: Group) -> list[Unit]:
-        starts = range(0, len(listed), size)
-        return [
-            Unit(group, n, len(listed[at : at + size]) * draws.samples, store.shard_path(where, n))
-            for n, at in enumerate(starts)
-        ]
+    shards = _Shards(where, [prompt["prompt_id"] for prompt in listed], draws, progress)
 
     def rows(unit: Unit, progress: Progress) -> tuple[Columns, int]:
-        members = listed[unit.number * size : (unit.number + 1) * size]
+        members = [(listed[place], samples) for place, samples in shards.pieces[unit.number]]
         # a job that began at the same moment may have had room for another width
         width = job.settings.get("batch_size", sampling.width)
         return _sample(engine, job.settings, members, replace(sampling, width=width), source, progress)
 
-    def finish(group: Group, shards: list[Path]) -> None:
+    def finish(group: Group, sampled: list[Path]) -> None:
         row = _run_row(job.settings, model_id, engine)
         prompts = store.add_prompts(root, source.task, listed)
-        store.complete_run(root, shards, row, job.settings, prompts)
+        whole = shards.whole(sampled)
+        store.complete_run(root, whole, row, job.settings, prompts, sampled)
 
-    group = Group({"run": run_id}, len(listed) * draws.samples, units)
+    def after(group: Group, progress: Progress) -> None:
+        if target is not None:
+            until_se.keep_counted(root, run_id, target)
+            for path in until_se.stored_rounds(where):  # a break may have left them
+                path.unlink(missing_ok=True)
+
+    group = Group({"run": run_id}, len(listed) * draws.samples, shards.units)
     job = Job(
         root,
         "rollouts",
@@ -155,10 +173,46 @@ def open_rollouts(
         rows,
         write=lambda unit, columns: write_shard(unit.target, columns),
         finish=finish,
+        after=after,
         yielding=() if draws.batch_size else ("batch_size",),
         device=engine.settings.get("device"),
     )
     return job
+
+
+class _Shards:
+    """The shards of a run, and what each holds: known at once, or round by round."""
+
+    def __init__(self, where: Path, prompt_ids: list[str], draws: Draws, progress: Progress) -> None:
+        self.where, self.prompt_ids, self.draws, self.progress = where, prompt_ids, draws, progress
+        self.pieces: list[list[until_se.Piece]] = []
+        self.told = 1  # rounds
+
+    def units(self, group: Group) -> list[Unit]:
+        """Every shard that is known to be needed."""
+        draws, target = self.draws, self.draws.target
+        path = store.shard_path if target is None else until_se.round_path
+        rounds = [until_se.Round([range(draws.samples)] * len(self.prompt_ids))]
+        if target is not None:
+            stored = until_se.stored_rounds(self.where)
+            rounds = until_se.rounds(until_se.drawn_of(stored, self.prompt_ids, target.metric), target)
+        for each in rounds[self.told :]:
+            kind = "rollouts that count" if each.counted else "more for the pilot"
+            self.progress.say(f"run {group.run_id}: {each.rollouts} {kind}, by what is stored")
+        self.told = max(self.told, len(rounds))
+        size = draws.prompts_per_shard
+        self.pieces = [s for each in rounds for s in until_se.shards_of(each, draws.samples, size)]
+        return [
+            Unit(group, number, sum(len(samples) for _, samples in pieces), path(self.where, number))
+            for number, pieces in enumerate(self.pieces)
+        ]
+
+    def whole(self, shards: list[Path]) -> list[Path]:
+        """The shards to commit: these, or what is made of those of rounds."""
+        if self.draws.target is None:
+            return shards
+        size = self.draws.prompts_per_shard
+        return until_se.write_whole(self.where, self.prompt_ids, self.pieces, size)
 
 
 def _check_references(root: Path, source: Source, listed: list[dict[str, Any]]) -> None:
@@ -205,27 +259,27 @@ def _width(
 def _sample(
     engine: Engine,
     settings: Mapping[str, Any],
-    prompts: list[dict[str, Any]],
+    prompts: list[tuple[dict[str, Any], range]],
     sampling: Sampling,
     source: Source,
     progress: Progress,
 ) -> tuple[Columns, int]:
-    """The table's columns for every rollout of these prompts, and how many tokens they have."""
+    """The table's columns for these samples of each prompt, and how many tokens they have."""
     run_id = settings["run_id"]
     draws = [
         Draw(
             prompt["token_ids"],
-            range(settings["n_samples"]),
+            samples,
             functools.partial(
                 uniforms, run_id, settings["seed"], prompt["prompt_id"], steps=sampling.max_new_tokens
             ),
             f"{source.prompts}: line {prompt['line']}",
         )
-        for prompt in prompts
+        for prompt, samples in prompts
     ]
     columns: dict[str, list[Any]] = {}
     tokens = 0
-    for prompt, rollouts in zip(prompts, engine.sample(draws, sampling, progress), strict=True):
+    for (prompt, _), rollouts in zip(prompts, engine.sample(draws, sampling, progress), strict=True):
         _add(columns, run_id, prompt["prompt_id"], rollouts, engine.tokenizer)
         tokens += sum(map(_length, rollouts))
     return columns, tokens

@@ -11,6 +11,7 @@ from typing import Any
 
 from canopy_store import store
 from canopy_store.errors import UsageError
+from canopy_store.ingest.until_se import Target, read_target
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,9 @@ class Draws:
     Parameters
     ----------
     samples, max_new_tokens : rollouts per prompt, tokens per rollout at most
+    until_se : METRIC=SE: samples in rounds until the metric's standard error, of its mean over these
+        prompts, is so small; the first round, which is not counted, has ``samples`` of each prompt
+    max_samples : then rollouts of a prompt at most; by default 16 times ``samples``
     temperature, top_k, top_p : the sampling policy, applied in this order; temperature 0 is greedy
     seed : of the run; a rollout's own follows from run, prompt and sample
     top_logprobs : also stores so many likeliest ids and log-probabilities per step
@@ -93,6 +97,15 @@ class Draws:
     batch_size: int | None = None
     memory: float | None = None
     prompts_per_shard: int = 4
+    until_se: str | None = None
+    max_samples: int | None = None
+
+    @property
+    def target(self) -> Target | None:
+        """What ``until_se`` asks for."""
+        if self.until_se is None:
+            return None
+        return read_target(self.until_se, self.samples, self.max_samples)
 
     def __post_init__(self) -> None:
         for option in ("samples", "max_new_tokens", "batch_size", "prompts_per_shard"):
@@ -101,6 +114,8 @@ class Draws:
         if self.memory is not None and not 0 < self.memory < float("inf"):
             raise UsageError(f"--memory {self.memory}: needs more than 0 GB")
         check_policy(self.temperature, self.top_k, self.top_p)
+        if self.target is None and self.max_samples is not None:
+            raise UsageError("--max-samples: only with --until-se; --samples gives a fixed number")
 
 
 @dataclass(frozen=True)

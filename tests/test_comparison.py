@@ -10,7 +10,7 @@ from scipy import stats
 from stores import EXPECTED, import_golden, rollout_rows, write_parquet
 
 import canopy_store
-from canopy_store import DataError, UsageError, compare, sql
+from canopy_store import compare, sql
 from canopy_store.analysis import bootstrap
 from canopy_store.analysis.comparable import comparable, view_rows
 from canopy_store.analysis.comparison import estimate
@@ -343,26 +343,6 @@ def test_an_outcome_that_never_varies(tmp_path):
     length, rho = frame.sort("metric").to_dicts()
     assert (length["delta"], length["delta_se"], length["p"]) == (0, 0, 1)
     assert (rho["delta"], rho["p"], rho["p_holm"]) == (None, None, None)
-
-
-def test_power_takes_the_pilot_apart(tmp_path):
-    """Two parts of the variance, known in the simulation, come back; fewer samples need more prompts."""
-    root = simulated(tmp_path, 4, 150, 0.1)
-    frame = canopy_store.power(root, metric="entropy_rate", delta=0.05, samples=(2, 6, 24))
-    # between: two draws of N(0, 0.05); within: two rollout noises of N(0, 0.1)
-    assert frame["sd_prompts"][0] == pytest.approx(0.05 * np.sqrt(2), rel=0.3)
-    assert frame["sd_rollouts"][0] == pytest.approx(0.1 * np.sqrt(2), rel=0.2)
-    needed = frame["n_prompts"].to_list()
-    assert needed == sorted(needed, reverse=True)
-    expected = (frame["sd_prompts"][0] ** 2 + frame["sd_rollouts"][0] ** 2 / 24) * (2.8016 / 0.05) ** 2
-    assert needed[2] == np.ceil(expected)
-    assert frame.filter("cheapest")["n_rollouts"][0] == min(frame["n_rollouts"])
-    with pytest.raises(UsageError, match="--delta 0"):
-        canopy_store.power(root, metric="entropy_rate", delta=0)
-    with pytest.raises(UsageError, match="more than 3"):
-        canopy_store.power(root, metric="rho_pearson", delta=0.1, samples=[3])
-    with pytest.raises(DataError):
-        canopy_store.power(root, metric="entropy_rate", delta=0.1, baseline="none")
 
 
 def test_a_prompt_without_the_value_in_one_variant_leaves_both(tmp_path):

@@ -9,7 +9,7 @@ import click
 import duckdb
 
 from canopy_store.analysis.comparison import SEED, compare
-from canopy_store.analysis.power import power
+from canopy_store.analysis.power import SAMPLES, power, power_of_regression
 from canopy_store.analysis.selections import select_lengths, select_reward
 from canopy_store.commands.compared import show_comparison, show_prompts
 from canopy_store.commands.shared import ALLOW, FORMAT, RUNS, SEEDS, STORE, echo, print_rows
@@ -167,27 +167,83 @@ def compare_command(root: str, margins: tuple[str, ...], form: str, **options: A
 @click.command("power")
 @STORE
 @_comparison_options
-@click.option("--metric", required=True, metavar="NAME", help="ce_star, entropy_rate, rho_pearson, …")
-@click.option("--delta", required=True, type=float, help="Change to detect, in the metric's unit.")
+@click.option("--metric", metavar="NAME", help="ce_star, entropy_rate, rho_pearson, …")
+@click.option("--delta", type=float, help="Change to detect, in the metric's unit.")
+@click.option("--prompts", type=int, metavar="P", help="Instead: what change P prompts detect.")
+@click.option(
+    "--reliability",
+    type=float,
+    metavar="R",
+    help="Instead: the samples with which a regression's entropy rates are so reliable, as 0.8.",
+)
 @click.option(
     "--samples",
     multiple=True,
     type=int,
     metavar="M",
-    default=(4, 8, 16, 32, 64, 128),
+    default=SAMPLES,
     help="Rollouts per prompt; repeatable [default: 4 to 128].",
 )
 @click.option("--power", default=0.8, show_default=True, help="Chance to detect it.")
 @click.option("--alpha", default=0.05, show_default=True, help="Two-sided level.")
+@click.option(
+    "--cost-prompt",
+    type=float,
+    metavar="COST",
+    help="Of a prompt, in any unit; adds the best M [default: only rollouts cost].",
+)
+@click.option(
+    "--cost-rollout",
+    type=float,
+    default=1.0,
+    show_default=True,
+    metavar="COST",
+    help="Of one more rollout of a prompt, both variants' together.",
+)
 @FORMAT
-def power_command(root: str, form: str, **options: Any) -> None:
+def power_command(
+    root: str, form: str, metric: str | None, reliability: float | None, **options: Any
+) -> None:
     """How many prompts and samples a study needs, taking the store as pilot.
 
     \b
-    Example:
+    n_prompts        by the pilot's best estimate of the variance: half of such plans fall short
+    n_prompts_upper  by its upper 80% limit: four plans of five reach the power asked for
+    power_if_upper   what n_prompts reach where the variance is at that limit
+
+    \b
+    Examples:
       canopy power --store S --metric rho_pearson --delta 0.1
+      canopy power --store S --metric ce_star --delta 1 --cost-prompt 60 --cost-rollout 2
+      canopy power --store S --metric ce_star --prompts 40
+      canopy power --store S --reliability 0.8
     """
-    print_rows(duckdb.from_arrow(power(root, **options).to_arrow()), form)
+    if reliability is not None:
+        of = {key: options[key] for key in ("selection", "embedder", "runs")}
+        frame = power_of_regression(root, reliability, **of)
+    elif metric is None:
+        raise UsageError("--metric: missing; give the metric and --delta, or --reliability")
+    else:
+        frame = power(root, metric=metric, **options)
+    if form == "table":
+        if "cheapest" in frame.columns:
+            for row in frame.filter("cheapest").iter_rows(named=True):
+                echo(_in_words(row))
+        frame = frame.select(name for name in frame.columns if name not in _POWER_DETAILS)
+    print_rows(duckdb.from_arrow(frame.to_arrow()), form)
+
+
+def _in_words(row: dict[str, Any]) -> str:
+    """The cheapest plan of a variant."""
+    return (
+        f"{row['variant']}: {row['n_prompts']} prompts of {row['n_samples']} samples detect a change of "
+        f"{row['delta']:g} in {row['metric']} with power {row['power']:.2f}, if the pilot's "
+        f"{row['pilot_prompts']} prompts are right; {row['n_prompts_upper']} prompts to be safer"
+    )
+
+
+# what csv, json and parquet have of a plan besides
+_POWER_DETAILS = ("metric", "delta", "n_rollouts_upper", "cost_upper", "pilot_prompts", "pilot_samples")
 
 
 @click.command("regress")

@@ -72,6 +72,18 @@ def _model_options(command: Callable[..., Any]) -> Callable[..., Any]:
     help='JSONL: {"text": …} or {"messages": […]} a line; or .csv, .parquet with such columns.',
 )
 @click.option("--samples", default=16, show_default=True, help="Rollouts per prompt.")
+@click.option(
+    "--until-se",
+    metavar="METRIC=SE",
+    help="Sample in rounds until the standard error of ce_star, entropy_rate or mean_length is so "
+    "small; --samples is then the pilot of each prompt, 8 at least.",
+)
+@click.option(
+    "--max-samples",
+    type=int,
+    metavar="M",
+    help="Rollouts per prompt at most, with --until-se [default: 16 times --samples].",
+)
 @click.option("--max-new-tokens", default=256, show_default=True)
 @click.option("--temperature", default=1.0, show_default=True, help="0 is greedy.")
 @click.option("--top-k", default=0, show_default=True, help="Tokens kept; 0 keeps all.")
@@ -153,8 +165,13 @@ def rollouts_command(root: str, model: str, system: str | None, **options: Any) 
 
     A job array shares the work: add --shard $I/8 to the same line in each of 8 jobs; whichever
     stores the last shard completes the run.
+
+    With --until-se ce_star=0.5 a pilot decides how many rollouts each prompt needs for a standard
+    error of 0.5 of the mean over these prompts. Only the rollouts after the pilot count, so stopping
+    biases nothing: they are the selection after_pilot, in every view and with compare --selection.
     """
     require_ingest()
+    from canopy_store.ingest import until_se
     from canopy_store.ingest.rollouts import ingest_rollouts
 
     options["system"] = None if system is None else rendering.read_system(system)
@@ -162,6 +179,9 @@ def rollouts_command(root: str, model: str, system: str | None, **options: Any) 
         run = ingest_rollouts(root, model, progress=progress, **options)
     if store.is_complete(store.require(root), run):
         echo(f"{root}: run {run} is complete")
+        sampled = until_se.result(root, run)
+        for line in until_se.in_words(sampled) if sampled else ():
+            echo(line)
     else:
         echo(f"{root}: run {run}: {options['shard']} is stored; other shards are still to come")
 

@@ -195,6 +195,7 @@ def complete_run(
     row: Mapping[str, Any],
     settings: Mapping[str, Any],
     prompts: list[Path],
+    sampled: list[Path] | None = None,
 ) -> Record:
     """The record of a run, whose ingest ends with it; counts come from its shards.
 
@@ -205,8 +206,10 @@ def complete_run(
     row : what the table ``runs`` says of it, the counts aside
     settings : those of its plan
     prompts : files of its prompts
+    sampled : the shards that were sampled, where those of its rollouts were made of them
     """
     run_id = row["run_id"]
+    sampled = shards if sampled is None else sampled
     rollouts = tokens = 0
     logged = True
     counts: dict[str, int] = {}
@@ -217,7 +220,7 @@ def complete_run(
         tokens += sum(part["n_tokens"].to_pylist())
         for prompt in part["prompt_id"].to_pylist():
             counts[prompt] = counts.get(prompt, 0) + 1
-    noted, total = work.gather(root, "rollouts", run_id, run_id, shards)
+    noted, total = work.gather(root, "rollouts", run_id, run_id, sampled)
     counted = {
         "n_rollouts": rollouts,
         "n_tokens": tokens,
@@ -237,7 +240,7 @@ def complete_run(
     if model is None:
         raise StoreError(f"run {run_id}: its checkpoint is gone from models; run its ingest again")
     done = commit(root, "rollouts", {"run": run_id}, [*shards, path, *prompts, *noted], settings)
-    work.forget(root, shards)
+    work.forget(root, sampled)
     return done
 
 
