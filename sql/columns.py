@@ -57,6 +57,31 @@ METRICS: tuple[Column, ...] = (
     _c("R_bar", "The prompt's entropy_rate, as the regressions call it.", "nats per token"),
     _c("N_bar", "The prompt's mean_length, as the regressions call it.", "tokens"),
     _c("vendi_share", "The prompt's vendi_score / n_rollouts: a share, at most 1."),
+    _c(
+        "var_R",
+        "Squared standard error of R_bar: the sample variance of its rollouts' rates over their number; "
+        "NULL of one.",
+        "(nats per token)²",
+    ),
+    _c("var_N", "Squared standard error of N_bar; NULL of one rollout.", "tokens²"),
+    _c(
+        "cov_RN",
+        "Covariance of the errors of R_bar and N_bar, which come from the same rollouts; NULL of one.",
+        "nats",
+    ),
+    _c(
+        "cov_RD",
+        "Covariance of the errors of R_bar and D: 2 (n - 1) / (n - 2) / n times the sample covariance "
+        "of entropy_rate and semantic_distance over the n rollouts; NULL of fewer than 3.",
+        "nats per token",
+    ),
+    _c("cov_ND", "Covariance of the errors of N_bar and D, as cov_RD; NULL of fewer than 3.", "tokens"),
+    _c(
+        "reliability",
+        "Of R_bar, over all rows of the variant, embedder and selection: 1 - mean var_R / variance of "
+        "R_bar (divisor rows - 1); the same in each of them. NULL where there is one row, or where "
+        "R_bar or its error is not defined.",
+    ),
     _c("mean_excess", "Mean over rollouts of surprisal_sum - entropy_sum.", "nats"),
     _c("sd", "Standard deviation over rollouts of that excess.", "nats"),
     _c("z", "mean_excess in standard errors; standard normal when logging is right."),

@@ -36,3 +36,14 @@ create or replace macro same_policy(policy_json, at_temperature, at_top_k, at_to
 -- 1 - the mean cosine similarity over the pairs of n unit vectors, from the squared norm of their sum.
 create or replace macro diversity_of_sum(squared_norm, n) as
     case when n > 1 then 1 - (squared_norm - n) / (n * (n - 1.0)) end;
+
+-- Covariance of a mean over n rollouts with the semantic diversity of the same rollouts, from the sample
+-- covariance of the rollouts' values and semantic distances. Diversity is a mean over pairs, so each
+-- rollout is in it twice over; a rollout's distance rests on the others too, which n - 2 takes out.
+create or replace macro covar_with_diversity(covariance, n) as
+    case when n > 2 then 2 * (n - 1.0) / (n - 2.0) * covariance / n end;
+
+-- Reliability of means: the share of their variance that is not the error of their rollouts.
+create or replace macro reliability_of(error_variance, value) as
+    case when varies(min(value), max(value))
+        then 1 - avg(error_variance) / var_samp(value) filter (where error_variance is not null) end;

@@ -190,6 +190,58 @@ def prompt_metrics(rollouts: Sequence[dict[str, Any]], unit: np.ndarray | None) 
     return result
 
 
+def error_covariances(rollouts: Sequence[dict[str, Any]], unit: np.ndarray | None) -> dict[str, Any]:
+    """(Co)variances of the errors of a prompt's mean rate, mean length and diversity.
+
+    Those with diversity by its pairs: of a statistic that averages a_i b_jk over all triples of distinct
+    rollouts, which estimates the product of the two expectations without their covariance.
+    """
+    rows = [rollout_metrics(r) for r in rollouts]
+    values = {"R": [r["entropy_rate"] for r in rows], "N": [r["n_tokens"] for r in rows]}
+    m = len(rows)
+
+    def over_m(a: Sequence[float], b: Sequence[float]) -> float | None:
+        found = covariance(a, b, ddof=1)
+        return None if found is None else found / m
+
+    result = {
+        "n_rollouts": m,
+        "var_R": over_m(values["R"], values["R"]),
+        "var_N": over_m(values["N"], values["N"]),
+        "cov_RN": over_m(values["R"], values["N"]),
+        "cov_RD": None,
+        "cov_ND": None,
+    }
+    if unit is not None and m > 2:
+        distance = 1 - similarities(unit)
+        for name, x in values.items():
+            apart = [
+                x[i] * distance[j, k]
+                for i in range(m)
+                for j in range(m)
+                for k in range(m)
+                if len({i, j, k}) == 3
+            ]
+            result[f"cov_{name}D"] = mean(x) * semantic_diversity(unit) - mean(apart)
+    return result
+
+
+def reliabilities(rows: Iterable[dict[str, Any]]) -> dict[tuple[str, ...], float | None]:
+    """Per variant, embedder and selection of a panel, the reliability of its R_bar."""
+    groups: dict[tuple[str, ...], list[tuple[float, float]]] = {}
+    for row in rows:
+        group = groups.setdefault((row["variant"], row["embedder"], row["selection"]), [])
+        if row["var_R"] is not None:
+            group.append((row["R_bar"], row["var_R"]))
+    result: dict[tuple[str, ...], float | None] = {}
+    for key, pairs in groups.items():
+        rates = [r for r, _ in pairs]
+        result[key] = None
+        if len(pairs) > 1 and not is_constant(rates):
+            result[key] = 1 - mean(v for _, v in pairs) / covariance(rates, rates, ddof=1)
+    return result
+
+
 def fisher_mean(pairs: Iterable[tuple[float | None, int]]) -> float | None:
     """Mean of correlations (r, n) through Fisher's z, weighted by n - 3."""
     clipped = [

@@ -183,6 +183,7 @@ def expected_rows(runs: list[Run]) -> dict[str, list[dict[str, Any]]]:
                     "N_bar": metrics["mean_length"],
                     "vendi_score": metrics["vendi_score"],
                     "vendi_share": metrics["vendi_score"] and metrics["vendi_score"] / len(chosen),
+                    **reference.error_covariances(chosen, unit),
                 }
             )
             terciles.append(reference.length_terciles(chosen, unit))
@@ -211,6 +212,9 @@ def expected_rows(runs: list[Run]) -> dict[str, list[dict[str, Any]]]:
                 views["eos_trajectory"].append({**key, **row})
         if "logprob" in rollouts[0]:
             views["logging_check"].append({**key, **reference.logging_check(rollouts)})
+    reliabilities = reference.reliabilities(views["panel"])
+    for row in views["panel"]:
+        row["reliability"] = reliabilities[row["variant"], row["embedder"], row["selection"]]
     return views
 
 

@@ -23,6 +23,8 @@ _EMBEDDED = (
     "cov_length_diversity",
     "D",
     "vendi_share",
+    "cov_RD",
+    "cov_ND",
 )
 
 
