@@ -11,7 +11,7 @@ import duckdb
 from canopy_store.analysis.comparison import SEED, compare
 from canopy_store.analysis.power import power
 from canopy_store.analysis.selections import select_lengths, select_reward
-from canopy_store.commands.shared import FORMAT, RUNS, STORE, echo, print_rows
+from canopy_store.commands.shared import FORMAT, RUNS, SEEDS, STORE, bar, echo, print_rows
 from canopy_store.errors import UsageError
 
 
@@ -202,7 +202,34 @@ def power_command(root: str, form: str, **options: Any) -> None:
 @click.option("--selection", metavar="NAME", help="[default: all]")
 @click.option("--embedder", metavar="NAME", help="Needed where there are several.")
 @RUNS
-@click.option("--seed", default=0, show_default=True, help="Of the simulated residuals.")
+@SEEDS
+@click.option(
+    "--checkpoints",
+    type=click.Choice(["random", "fixed"]),
+    default="random",
+    show_default=True,
+    help="Judge a variant also by how families, or training seeds, differ; fixed: by these alone.",
+)
+@click.option(
+    "--precision",
+    type=click.Choice(["full", "variant"]),
+    default="full",
+    show_default=True,
+    help="Terms of the beta model's log precision; variant alone with few prompts.",
+)
+@click.option(
+    "--bootstrap",
+    default=0,
+    metavar="B",
+    help="Beta model: also test eta = 0 by B panels drawn without it, as in 199.",
+)
+@click.option(
+    "--sweep",
+    "over",
+    type=click.Choice(["embedder", "selection"]),
+    help="Fit once for each, and show how much the ratio depends on it.",
+)
+@click.option("--seed", default=0, show_default=True, help="Of the simulated residuals and panels.")
 @FORMAT
 def regress_command(
     root: str | None,
@@ -210,6 +237,7 @@ def regress_command(
     selection: str | None,
     embedder: str | None,
     runs: tuple[str, ...],
+    over: str | None,
     form: str,
     **options: Any,
 ) -> None:
@@ -227,30 +255,62 @@ def regress_command(
       canopy regress --model interaction --store S
       canopy regress --model beta --panel panel.csv
       canopy regress --model beta --store S --drop family --format csv
+      canopy regress --model interaction --store S --drop family --seeds 'sft=sft-*'
+      canopy regress --model beta --store S --bootstrap 199
+      canopy regress --model interaction --store S --sweep embedder
     """
-    from canopy_store.analysis.regression import read_panel, regress
+    from canopy_store.analysis.regression import ALONE, panel_file, read_panel, regress
 
     if (root is None) == (panel is None):
         raise UsageError("regress needs either --store DIR or --panel FILE")
     rows: dict[str, Any] = {"selection": selection, "embedder": embedder, "runs": runs}
-    if panel is not None:
-        fit = regress(read_panel(panel, **rows), **options)
-    else:
-        fit = regress(str(root), **rows, **options)
+    if over is not None:
+        source = str(root) if panel is None else panel_file(panel)
+        _print_sweep(source, over, form, **rows, **options)
+        return
+    with bar("bootstrap") as progress:
+        if options["bootstrap"]:
+            progress.start(options["bootstrap"], 0)
+        options["advance"] = progress.rollouts
+        if panel is not None:
+            fit = regress(read_panel(panel, **rows), **options)
+        else:
+            fit = regress(str(root), **rows, **options)
     if form != "table":
         print_rows(duckdb.from_arrow(fit.coefficients.to_arrow()), form)
         return
     echo(f"{fit.model}: {fit.formula}")
     for title, table in (
         ("", fit.coefficients),
-        ("slopes of entropy rate", fit.slopes),
+        ("slopes of entropy rate, these checkpoints alone", fit.slopes),
         ("tests", fit.tests),
+        ("over other families or training seeds", fit.across),
     ):
         if len(table):
             echo(title and f"\n{title}")
             print_rows(duckdb.from_arrow(table.to_arrow()), form)
     echo("\nsimulated quantile residuals, p: " + _pairs(fit.residuals))
     echo(_pairs(fit.fit))
+    if fit.fit["holds_for"].startswith(ALONE):
+        echo(f"{fit.fit['holds_for']}: nothing is said of another family or training seed")
+
+
+def _print_sweep(panel: Any, over: str, form: str, **options: Any) -> None:
+    from canopy_store.analysis.regression import spread, sweep
+
+    rows = sweep(panel, over, **options)  # type: ignore[arg-type]
+    print_rows(
+        duckdb.from_arrow(rows.drop("refused").to_arrow() if form == "table" else rows.to_arrow()), form
+    )
+    if form != "table":
+        return
+    for value, reason in rows.drop_nulls("refused").select("value", "refused").iter_rows():
+        echo(f"{value}: {reason}")
+    for row in spread(rows).iter_rows(named=True):
+        echo(
+            f"ratio of {row['variant']} over {row['fits']} {over}s: {row['ratio_min']:.3g} to "
+            f"{row['ratio_max']:.3g}, median {row['ratio_median']:.3g}"
+        )
 
 
 def _pairs(values: dict[str, Any]) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
@@ -11,6 +11,7 @@ import polars as pl
 from scipy import stats
 
 from canopy_store.analysis.regression.beta import Array
+from canopy_store.analysis.regression.checkpoints import ACROSS
 from canopy_store.analysis.regression.panel import PanelData
 from canopy_store.analysis.regression.residuals import quantile_residuals
 from canopy_store.analysis.regression.slopes import Z95, slopes_and_tests
@@ -40,6 +41,10 @@ class Fit:
         p values are Monte Carlo, so they allow for the rows of a prompt being dependent.
     quantile_residuals : (rows,) uniform on (0, 1) under the model, in the order of the rows kept.
     nested : the model without the quadratic terms.
+    across : what each variant adds beyond these checkpoints: over (families or seeds), variant, name
+        (beta, beta+eta, eta, ratio; tau in the model main), units, estimate, se, ci_low, ci_high, p.
+        Means of the checkpoints' own slopes, each family alike; see `checkpoints`. Empty where nothing
+        can be told, and ``fit['holds_for']`` says what the statements hold for.
     """
 
     model: Model
@@ -51,6 +56,7 @@ class Fit:
     residuals: dict[str, float]
     quantile_residuals: Array
     nested: Fit | None = None
+    across: pl.DataFrame = field(default_factory=lambda: pl.DataFrame(schema=ACROSS))
 
 
 @dataclass(frozen=True)

@@ -58,6 +58,14 @@ def _best_ratio(y: Array, X: Array, prompt: Codes, reml: bool) -> tuple[float, f
     return (0.0, at_zero) if at_zero >= -found.fun - 1e-6 else (float(np.exp(found.x)), -found.fun)
 
 
+def estimates_of(y: Array, design: Columns, prompt: Codes, model: str) -> tuple[Array, Array]:
+    """Return the estimates and their covariance by REML, at the maximum of the exact profile."""
+    X = matrix_of(design, model)
+    ratio, _ = _best_ratio(y, X, prompt, True)
+    _, b, cov, _ = _profile(y, X, prompt, ratio, True)
+    return b, cov
+
+
 def solve_mixed(y: Array, design: Columns, prompt: Codes, model: str, *, reml: bool) -> Solved:
     """Return the fit of a linear model with an intercept for each prompt, by statsmodels.
 

@@ -16,14 +16,14 @@ TESTS = {"name": pl.String, "statistic": pl.Float64, "df": pl.Int64, "p": pl.Flo
 _SLOPES = ("estimate", "se", "ci_low", "ci_high")
 
 
-def fieller(num: float, den: float, cov: Array) -> tuple[float, float]:
-    """Return the 95% interval of num/den, cov (2, 2) their covariance (Fieller 1954).
+def fieller(num: float, den: float, cov: Array, quantile: float = Z95) -> tuple[float, float]:
+    """Return the interval of num/den, cov (2, 2) their covariance (Fieller 1954); 95% by default.
 
     Infinite both ways when den is within its own interval of 0: then every ratio of some sign fits.
     """
-    a = den**2 - Z95**2 * cov[1, 1]
-    b = num * den - Z95**2 * cov[0, 1]
-    c = num**2 - Z95**2 * cov[0, 0]
+    a = den**2 - quantile**2 * cov[1, 1]
+    b = num * den - quantile**2 * cov[0, 1]
+    c = num**2 - quantile**2 * cov[0, 0]
     if a <= 0:
         return -np.inf, np.inf
     root = np.sqrt(max(b**2 - a * c, 0.0))
