@@ -125,16 +125,22 @@ def across(data: PanelData, values: Array, cov: Array, *, slopes: bool) -> pl.Da
     rows = [
         row
         for variant in data.levels["variant"][1:]
-        for means in _means(data.checkpoints, data.levels["variant"][0], variant, values, cov)
+        for means in unit_means(data.checkpoints, data.levels["variant"][0], variant, values, cov)
         for row in _rows(means, variant, slopes)
     ]
     return pl.DataFrame(rows, schema=ACROSS, orient="row")
 
 
-def _means(
+def unit_means(
     checkpoints: Sequence[tuple[str, str, str]], baseline: str, variant: str, values: Array, cov: Array
 ) -> Iterator[Means]:
-    """Yield the means over families and over seeds, each where the panel has several."""
+    """Yield the means over families and over seeds, each where the panel has several.
+
+    Parameters
+    ----------
+    checkpoints : family, variant and checkpoint of each value
+    values, cov : (C,) and (C, C)
+    """
     place: dict[tuple[str, str], list[int]] = {}
     for i, (family, name, _) in enumerate(checkpoints):
         place.setdefault((family, name), []).append(i)
