@@ -1,6 +1,6 @@
 """Does `canopy regress` err as often as it says where every trained model has a slope of its own?
 
-    python benchmarks/simulation_checkpoints.py [--simulations 400] [--beta 100]
+    python benchmarks/simulation_checkpoints.py [--simulations 400] [--beta 100] [--prompts 40 160]
 
 Panels of a baseline and a tuned variant with one and the same mean slope, so eta is 0. Each tuned
 checkpoint (a family and a training seed) adds a slope and a level of its own; a row says how large. Per
@@ -121,8 +121,11 @@ def row(scenario: Scenario, simulations: int) -> str:
 def main() -> None:
     """Run the study and print its table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--simulations", type=int, default=400, help="panels of a linear scenario")
-    parser.add_argument("--beta", type=int, default=100, help="panels of a beta scenario")
+    parser.add_argument(
+        "--simulations", type=int, default=400, help="panels of a linear scenario; 0: none"
+    )
+    parser.add_argument("--beta", type=int, default=100, help="panels of a beta scenario; 0: none")
+    parser.add_argument("--prompts", type=int, nargs="+", default=[40, 160], help="of a linear panel")
     options = parser.parse_args()
     start = time.perf_counter()
     print(
@@ -130,12 +133,12 @@ def main() -> None:
         "| over seeds | ratio held, over families | over seeds | panels |\n" + "|---" * 11 + "|"
     )
     sizes = [(2, 1), (3, 1), (1, 3), (1, 5), (3, 3)]
-    for prompts in (40, 160):
+    for prompts in options.prompts if options.simulations else ():
         for families, seeds in sizes:
             for sd_slope in (0.0, 0.03):
                 scenario = Scenario("interaction", prompts, families, seeds, sd_slope)
                 print(row(scenario, options.simulations), flush=True)
-    for families, seeds in ((3, 1), (1, 3)):
+    for families, seeds in ((3, 1), (1, 3)) if options.beta else ():
         for sd_slope in (0.0, 0.1):
             print(row(Scenario("beta", 40, families, seeds, sd_slope), options.beta), flush=True)
     print(f"\n{time.perf_counter() - start:.0f} s")
