@@ -20,6 +20,7 @@ from canopy_store.commands.shared import FORMAT, STORE, bar, echo, print_rows, r
 from canopy_store.errors import CanopyError
 from canopy_store.readers.importing import import_rollouts
 from canopy_store.schema import TABLES
+from canopy_store.sql.horizon import AT_HORIZON
 from canopy_store.upkeep.status import status
 
 # From here on small files cost a query more than what is in them.
@@ -158,12 +159,14 @@ Run a DuckDB QUERY over the store's tables and views; nothing else can be read o
 \b
 {_listed("Views:", sql.VIEWS)}
 {_listed("Tables:", TABLES)}
-Macro:   vendi_score(eigenvalues, q)
+{_listed("Macros:", ("vendi_score(eigenvalues, q)", *(f"{n}_at(horizon)" for n in AT_HORIZON)))}
+         NAME_at(horizon) is NAME as if every rollout had been cut at its first `horizon` tokens.
 
 \b
 Examples:
   canopy sql "select family, variant, task, ce_star, rho_pearson from model_metrics" --store S
   canopy sql "from panel" --store S --format csv > panel.csv
+  canopy sql "select run_id, ce_star from model_metrics_at(64)" --store S
   canopy sql "describe prompt_metrics" --store S
 """
 

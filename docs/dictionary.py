@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import tempfile
+import textwrap
 from pathlib import Path
 
 import canopy_store
 from canopy_store import sql
 from canopy_store.schema import TABLES, Column, view_columns
 from canopy_store.sql.columns import column_of
+from canopy_store.sql.horizon import AT_HORIZON
 
 INTRO = """# Data dictionary
 
@@ -18,6 +20,11 @@ store says the same of itself: `select table_name, column_name, comment from duc
 `canopy.duckdb`.
 
 Path columns are hive partitions (`family=…/`) and columns of the files, too.
+"""
+
+CUT_VIEWS = """`NAME_at(horizon)`, a table macro, has the columns of NAME as if every rollout had been cut
+at its first `horizon` tokens ([measures.md](measures.md#a-common-cap)). There is one beside each of
+{cut}.
 """
 
 
@@ -37,7 +44,8 @@ def dictionary() -> str:
             note = " In the path." if column.name in table.path_columns else ""
             lines.append(row(column, note or ("" if column.required else " May be NULL.")))
         lines.append("")
-    lines.append("## Views\n")
+    cut = textwrap.fill(", ".join(f"`{name}`" for name in AT_HORIZON), 100)
+    lines += ["## Views\n", CUT_VIEWS.format(cut=cut)]
     with tempfile.TemporaryDirectory() as empty:
         con = canopy_store.open(canopy_store.init(Path(empty) / "s"))
         for view in sql.VIEWS:

@@ -24,6 +24,7 @@ from canopy_store.errors import DataError, StoreError, UsageError
 from canopy_store.schema import TABLES, view_columns
 from canopy_store.sql.columns import column_of
 from canopy_store.sql.connection import Connection, spill_folder
+from canopy_store.sql.horizon import AT_HORIZON, file_at, macro_at
 from canopy_store.store import format1
 
 T = TypeVar("T")
@@ -245,7 +246,13 @@ def statements(root: Path) -> list[str]:
     for table, names in shown_files(root).items():
         listed = ", ".join(f"'{_literal(name)}'" for name in names)
         texts.append(_table_view(table, f"[{listed}]" if names else None, old))
-    return texts + [f"create or replace view {view} as\n{source(view).rstrip()}" for view in VIEWS]
+    return texts + _views()
+
+
+def _views() -> list[str]:
+    """What makes every view, then every table macro at a horizon."""
+    made = [f"create or replace view {view} as\n{source(view).rstrip()}" for view in VIEWS]
+    return made + [macro_at(name, source(file_at(name))) for name in AT_HORIZON]
 
 
 def _create_views(
@@ -257,7 +264,7 @@ def _create_views(
     old, start = format1.is_old(root), _escaped(root)
     statements = [source("macros")]
     statements += [_table_view(table, None, old) for table in TABLES]
-    statements += [f"create or replace view {view} as {source(view)}" for view in VIEWS]
+    statements += _views()
     con.execute(";\n".join(statements))
     for table, names in shown.items():
         if not names:

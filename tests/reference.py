@@ -171,7 +171,7 @@ def prompt_metrics(rollouts: Sequence[dict[str, Any]], unit: np.ndarray | None) 
         "branching_factor": exp(rate),
         "canopy_size_log10": ce_star / math.log(10),
         "cov_length_rate": covariance(lengths, rates, ddof=1),
-        "truncation_rate": mean(cut),
+        "truncation_rate": None if None in cut else mean(cut),
         "semantic_diversity": None,
         "cov_length_diversity": None,
         "vendi_score": None,

@@ -51,7 +51,7 @@ def test_every_command_has_an_example_and_help_that_fits_a_terminal(words, text,
 
 def test_the_help_of_sql_lists_every_table_and_view(canopy):
     printed = canopy("sql", "--help")[1]
-    views, tables = re.search(r"Views:(.*)Tables:(.*)Macro:", printed, re.DOTALL).groups()
+    views, tables = re.search(r"Views:(.*)Tables:(.*)Macros:", printed, re.DOTALL).groups()
     assert views.replace(",", " ").split() == list(sql.VIEWS)
     assert tables.replace(",", " ").split() == list(TABLES)
 

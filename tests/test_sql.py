@@ -19,6 +19,7 @@ from canopy_store import sql
 from canopy_store.analysis import bootstrap
 from canopy_store.schema import COLUMNS, TABLES, arrow_schema
 from canopy_store.sql.columns import METRICS, VIEW_DOCS, column_of
+from canopy_store.sql.horizon import AT_HORIZON, file_at
 
 
 @pytest.fixture(scope="module")
@@ -31,8 +32,9 @@ def golden(tmp_path_factory) -> Path:
 def test_every_view_file_is_listed_and_is_a_bare_select():
     folder = Path(sql.__file__).parent
     names = {path.stem for path in folder.glob("*.sql")} - {"macros"}
-    assert names == {*sql.VIEWS, *sql.MERGED}
-    for name in (*sql.VIEWS, *sql.MERGED):
+    listed = {*sql.VIEWS, *sql.MERGED, *(file_at(name) for name in AT_HORIZON)}
+    assert names == listed
+    for name in listed:
         lines = sql.source(name).splitlines()
         assert [line.split(":")[0] for line in lines[:3]] == ["-- grain", "-- keys", "-- source"]
         assert lines[3].split()[0] in ("select", "with")
@@ -208,6 +210,10 @@ def test_the_plain_shell_runs_every_view(golden, tmp_path):
         for view in sql.VIEWS:
             count = len(canopy_store.read(moved, view))
             assert shell(moved, f"select count(*) as n from {view}") == [{"n": count}]
+        for name in AT_HORIZON:
+            with canopy_store.open(moved) as con:
+                (count,) = con.sql(f"select count(*) from {name}_at(7)").fetchone()
+            assert shell(moved, f"select count(*) as n from {name}_at(7)") == [{"n": count}]
         assert shell(moved, "select round(vendi_score([0.5, 0.5], 2), 6) as v") == [{"v": 2.0}]
     finally:
         moved.rename(golden)

@@ -19,6 +19,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import canopy_store
+from canopy_store.sql.horizon import AT_HORIZON
 
 RUN = ("family", "variant", "task", "run_id", "selection")
 KEYS = {
@@ -150,7 +151,7 @@ def imported(runs: list[Run], max_new_tokens: int | None = None) -> Iterator[Any
 
 
 def expected_rows(runs: list[Run]) -> dict[str, list[dict[str, Any]]]:
-    """Every row of every view, from the reference."""
+    """Every row of every view, from the reference; of a rollout that was cut nothing is embedded."""
     views: dict[str, list[dict[str, Any]]] = {view: [] for view in KEYS}
     for run in runs:
         key = {name: run[name] for name in ("family", "variant", "task")}
@@ -161,8 +162,9 @@ def expected_rows(runs: list[Run]) -> dict[str, list[dict[str, Any]]]:
         prompts, terciles = [], []
         for prompt_id, chosen in run["prompts"].items():
             prompt = {**with_embedder, "prompt_id": prompt_id}
-            unit = reference.unit_embeddings([r["embedding"] for r in chosen]) if embedded else None
-            distances = reference.semantic_distances(unit) if embedded else [None] * len(chosen)
+            whole = embedded and not any(r.get("shortened") for r in chosen)
+            unit = reference.unit_embeddings([r["embedding"] for r in chosen]) if whole else None
+            distances = reference.semantic_distances(unit) if whole else [None] * len(chosen)
             for rollout, distance in zip(chosen, distances, strict=True):
                 views["rollout_metrics"].append(
                     {
@@ -196,8 +198,8 @@ def expected_rows(runs: list[Run]) -> dict[str, list[dict[str, Any]]]:
                         "n": len(chosen),
                         "samples": [r["sample"] for r in chosen],
                         "semantic_distances": distances,
-                        "embedding_sum": unit.sum(axis=0).tolist(),
-                        "eigenvalues": reference.eigenvalues(unit).tolist(),
+                        "embedding_sum": unit.sum(axis=0).tolist() if whole else None,
+                        "eigenvalues": reference.eigenvalues(unit).tolist() if whole else None,
                     }
                 )
         views["model_metrics"].append({**with_embedder, **reference.pooled_metrics(prompts)})
@@ -233,23 +235,27 @@ def significant(eigenvalues: list[float]) -> list[float]:
     return [v for v in eigenvalues if v > 1e-12]
 
 
-def rows_of(con: Any, view: str) -> dict[tuple, dict[str, Any]]:
-    found = con.sql(f"select * from {view}").pl().to_dicts()
+def rows_of(con: Any, view: str, horizon: int | None = None) -> dict[tuple, dict[str, Any]]:
+    relation = view if horizon is None else f"{view}_at({horizon})"
+    found = con.sql(f"select * from {relation}").pl().to_dicts()
     table = {tuple(row[key] for key in KEYS[view]): row for row in found}
     assert len(table) == len(found), f"{view}: a key is there twice"
     return table
 
 
-def check_every_view(con: Any, runs: list[Run]) -> None:
+def check_every_view(con: Any, runs: list[Run], horizon: int | None = None) -> None:
+    """Every view; at a horizon those that have one, against runs that were cut there."""
     wrong = []
     for view, rows in expected_rows(runs).items():
-        found = rows_of(con, view)
+        if horizon is not None and view not in AT_HORIZON:
+            continue
+        found = rows_of(con, view, horizon)
         expected = {tuple(row[key] for key in KEYS[view]): row for row in rows}
         assert set(found) == set(expected), view
         for key, row in expected.items():
             # a column without a reference would go untested
             assert set(found[key]) == set(row), view
-            if view == "embedding_spectra":
+            if view == "embedding_spectra" and row["eigenvalues"] is not None:
                 found[key]["eigenvalues"] = significant(found[key]["eigenvalues"])
             for name, value in row.items():
                 if not same(found[key][name], value):
@@ -358,6 +364,69 @@ def check(con: Any, runs: list[Run]) -> None:
 def test_every_view_of_a_random_store(runs, max_new_tokens):
     with imported(runs, max_new_tokens) as con:
         check(con, runs)
+
+
+STEPS = ("entropy", "logprob", "eos_logprob")
+
+
+def cut(runs: list[Run], horizon: int) -> list[Run]:
+    """The runs as they would be had every rollout been cut at its first ``horizon`` tokens."""
+
+    def shorter(rollout: dict[str, Any]) -> dict[str, Any]:
+        if len(rollout["entropy"]) <= horizon:
+            return rollout
+        lists = {name: rollout[name][:horizon] for name in STEPS if name in rollout}
+        return {**rollout, **lists, "finish_reason": "length", "shortened": True}
+
+    return [
+        {**run, "prompts": {p: [shorter(r) for r in chosen] for p, chosen in run["prompts"].items()}}
+        for run in runs
+    ]
+
+
+@settings(
+    max_examples=10,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=list(HealthCheck),
+    print_blob=False,
+)
+@given(runs=runs_of_a_store(), max_new_tokens=st.sampled_from([None, 12]))
+def test_views_at_a_horizon_are_those_of_rollouts_cut_there(runs, max_new_tokens):
+    with imported(runs, max_new_tokens) as con:
+        for horizon in (1, 2, 5, 11, 12):
+            check_every_view(con, cut(runs, horizon), horizon)
+
+
+def test_a_store_of_shorter_rollouts_is_a_store_at_that_horizon():
+    """Through import itself: what is cut before it is what the macros give after it."""
+    rng = np.random.default_rng(8)
+    runs = run_of(
+        *(
+            [
+                rollout(
+                    *rng.gamma(1.5, 0.7, n),
+                    logprob=(-rng.gamma(1.5, 0.7, n)).tolist(),
+                    eos_logprob=(-rng.gamma(3, 1, n)).tolist(),
+                    finish_reason="stop",
+                )
+                for n in rng.integers(1, 12, 6)
+            ]
+            for _ in range(3)
+        )
+    )
+    with imported(runs) as whole, imported(cut(runs, 4)) as shorter:
+        for view in set(AT_HORIZON) & set(KEYS):
+            found, expected = rows_of(whole, view, 4), rows_of(shorter, view)
+            assert found.keys() == expected.keys()
+            for key, row in expected.items():
+                assert {n: v for n, v in row.items() if not same(found[key][n], v)} == {}, (view, key)
+
+
+@pytest.mark.parametrize("horizon", ["0", "-1", "null"])
+def test_a_horizon_is_at_least_one_token(horizon):
+    with imported(run_of([rollout(0.5)])) as con, pytest.raises(Exception, match="at least 1"):
+        con.sql(f"from model_metrics_at({horizon})").fetchall()
 
 
 # --- degenerate stores -----------------------------------------------------------------------------

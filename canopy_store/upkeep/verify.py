@@ -17,6 +17,7 @@ import polars as pl
 from canopy_store import sql, store
 from canopy_store.errors import CanopyError, DataError
 from canopy_store.schema import TABLES
+from canopy_store.sql.horizon import AT_HORIZON
 from canopy_store.upkeep.manifest import MANIFEST, manifest_problem, read_manifest
 from canopy_store.upkeep.verify_files import File, standing
 from canopy_store.upkeep.verify_records import (
@@ -156,11 +157,15 @@ def _check_database(report: Report) -> None:
     try:
         store.require_regular(path)
         with duckdb.connect(str(path), read_only=True, config={"enable_external_access": False}) as con:
-            views = con.execute("select view_name from duckdb_views() where not internal").fetchall()
+            views = con.execute(
+                "select view_name from duckdb_views() where not internal union all "
+                "select function_name from duckdb_functions() where function_type = 'table_macro'"
+            ).fetchall()
     except (CanopyError, duckdb.Error, RuntimeError, UnicodeDecodeError) as error:
         report.add(path, "", f"cannot be opened: {short(error, path)[:100]}", todo)
         return
-    missing = sorted({*TABLES, *sql.VIEWS} - {name for (name,) in views})
+    macros = {f"{name}_at" for name in AT_HORIZON}
+    missing = sorted({*TABLES, *sql.VIEWS, *macros} - {name for (name,) in views})
     if missing:  # of another version: this package's own queries never read it
         report.add(path, "", f"lacks the views {', '.join(missing)}", todo, harmless=True)
 
