@@ -297,7 +297,7 @@ def test_a_sweep_repeats_the_fit_and_shows_the_spread(canopy, tmp_path: Path) ->
     code, out, _ = canopy(*command, "--sweep", "embedder")
     assert code == 0
     assert "c: D is constant" in out
-    assert "ratio of sft-1 over 2 embedders" in out
+    assert "ratio of sft-1, fits by embedder 2: " in out
 
 
 def test_a_sweep_over_nothing_or_of_nothing_is_refused() -> None:

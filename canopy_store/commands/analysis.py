@@ -308,7 +308,7 @@ def _print_sweep(panel: Any, over: str, form: str, **options: Any) -> None:
         echo(f"{value}: {reason}")
     for row in spread(rows).iter_rows(named=True):
         echo(
-            f"ratio of {row['variant']} over {row['fits']} {over}s: {row['ratio_min']:.3g} to "
+            f"ratio of {row['variant']}, fits by {over} {row['fits']}: {row['ratio_min']:.3g} to "
             f"{row['ratio_max']:.3g}, median {row['ratio_median']:.3g}"
         )
 
