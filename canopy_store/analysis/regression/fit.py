@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
@@ -40,6 +40,10 @@ class Fit:
         p values are Monte Carlo, so they allow for the rows of a prompt being dependent.
     quantile_residuals : (rows,) uniform on (0, 1) under the model, in the order of the rows kept.
     nested : the model without the quadratic terms.
+    errors : how the errors of R_bar, N_bar and D were taken out: none, moments or split. Corrected fits
+        have intervals and p values by a bootstrap over prompts, and neither random terms nor residuals.
+    reliability : `reliability` of the panel; no rows where it has no columns of errors.
+    warnings : what to know before the slopes are believed.
     """
 
     model: Model
@@ -51,6 +55,9 @@ class Fit:
     residuals: dict[str, float]
     quantile_residuals: Array
     nested: Fit | None = None
+    errors: str = "none"
+    reliability: pl.DataFrame = field(default_factory=pl.DataFrame)
+    warnings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ interest: "Fine-Tuning Improves Information Conveyance in Language Models" (arXi
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -26,11 +27,20 @@ from scipy import stats
 from canopy_store.analysis.comparable import store_panel
 from canopy_store.analysis.regression.beta_model import solve_beta
 from canopy_store.analysis.regression.design import cross, formula_of, intercept
+from canopy_store.analysis.regression.errors import by_moments, corrected
 from canopy_store.analysis.regression.fit import Fit, Model, tables
 from canopy_store.analysis.regression.linear import linear_design, solve_mixed
+from canopy_store.analysis.regression.measurement import (
+    KNOWN,
+    Errors,
+    reliability_of,
+    warnings_of,
+    way_of,
+)
 from canopy_store.analysis.regression.panel import (
     FACTORS,
     KEYS,
+    NOT_OUTCOMES,
     NUMBERS,
     Columns,
     PanelData,
@@ -38,6 +48,7 @@ from canopy_store.analysis.regression.panel import (
     panel_data,
 )
 from canopy_store.analysis.regression.slopes import TESTS
+from canopy_store.analysis.regression.splits import by_splits, store_halves
 from canopy_store.errors import UsageError
 
 
@@ -52,6 +63,9 @@ def regress(
     outcome: str = "D",
     reference_task: str | None = None,
     drop: Sequence[str] = (),
+    errors: Errors | None = None,
+    splits: int = 20,
+    replicates: int = 2000,
     seed: int = 0,
 ) -> Fit:
     """Return the fit of one of the four models to a panel, every other variant against the baseline.
@@ -67,15 +81,21 @@ def regress(
     outcome : column to explain; the beta model needs values between 0 and 1 (it takes |D|)
     reference_task : reference level of task; ``completion`` where there is one, else the first by name
     drop : factors left out, of task and family; one that has a single level must be
-    seed : of the simulated residuals; the fit itself draws nothing
+    errors : how the errors of R_bar, N_bar and D, means over the same rollouts, are taken out of the
+        models main and interaction of D: moments (`errors.by_moments`), split (`splits.by_splits`, of a
+        store) or none. By default moments where the panel has the columns for it
+    splits : random halvings of each prompt's rollouts, for split
+    replicates : of the bootstrap over prompts that gives a corrected fit its intervals
+    seed : of the bootstrap and the splits, or of the simulated residuals
 
     Raises
     ------
     UsageError
-        An unknown model or outcome.
+        An unknown model or outcome, or errors that are not known for either.
     FitError
         The panel cannot carry the model (the term or the level is named), one task or one family only
-        that is not dropped, or the fit did not converge.
+        that is not dropped, the fit did not converge, or errors leave too little of R_bar: then it says
+        how many rollouts a prompt would do.
     DataError
         The panel misses a column, or holds several selections, embedders, or runs of one model and
         task, and none was named; or the store is empty.
@@ -91,13 +111,32 @@ def regress(
             raise UsageError(f"--drop {factor}: one of {', '.join(FACTORS)}")
     rows: dict[str, Any] = {"embedder": embedder, "runs": runs}
     if isinstance(panel, pl.DataFrame):
-        frame = one_panel(panel, "panel", selection=selection, **rows)
+        of_store, frame = None, one_panel(panel, "panel", selection=selection, **rows)
     else:
-        frame = one_panel(store_panel(panel, selection=selection or "all", **rows), str(panel))
-    if outcome not in frame.columns or outcome in KEYS:
-        numbers = [c for c in frame.columns if c not in (*KEYS, *NUMBERS)]
+        of_store = store_panel(panel, selection=selection or "all", **rows)
+        frame = one_panel(of_store, str(panel))
+    if outcome not in frame.columns or outcome in (*KEYS, *NOT_OUTCOMES):
+        numbers = [c for c in frame.columns if c not in (*KEYS, *NUMBERS, *NOT_OUTCOMES)]
         raise UsageError(f"--outcome {outcome}: the panel has {', '.join(numbers)}")
-    data = panel_data(frame, outcome, baseline, reference_task, drop)
+    for option, value in (("--splits", splits), ("--replicates", replicates)):
+        if value < 1:
+            raise UsageError(f"{option} {value}: needs 1 or more")
+    way = way_of(errors, model, outcome, frame, of_store is not None)
+    data = panel_data(frame, outcome, baseline, reference_task, drop, known=KNOWN[way])
+    if way == "none":
+        fit = _uncorrected(data, model, seed)
+    elif way == "moments" or of_store is None:
+        fit = corrected(data, model, way, by_moments(data, model), replicates, seed)
+    else:
+        equations = by_splits(data, model, store_halves(str(panel), of_store, data, splits, seed))
+        fit = corrected(data, model, way, equations, replicates, seed)
+    table = reliability_of(data)
+    warnings = warnings_of(table, model, outcome, way, None if of_store is None else str(panel))
+    return replace(fit, reliability=table, warnings=warnings)
+
+
+def _uncorrected(data: PanelData, model: Model, seed: int) -> Fit:
+    """The fit that takes R_bar, N_bar and D as exact."""
     if model == "quadratic":
         return _quadratic(data, seed)
     if model == "beta":

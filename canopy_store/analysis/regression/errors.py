@@ -1,0 +1,162 @@
+"""Errors in variables: linear models whose R_bar, N_bar and D are means over the same few rollouts.
+
+The errors of a row's means have known (co)variances (the view ``panel``), so what they add to the normal
+equations on average is known, too, and is taken out (Fuller, Measurement Error Models, 1987): with Z and
+z the design and outcome less the share s of their prompt's sum,
+
+    b = (Z'Z − A)⁻¹ (Z'z − B),   A = Σ t_i L_i Σ_i L_i',   B = Σ t_i L_i σ_i,
+    t_i = (1 − s)² + (n − 1) s²,
+
+Σ_i the covariance of the errors of (R_bar, N_bar) of row i, σ_i that with the error of D, L_i what the
+row's terms make of both: R_bar and R_bar:variant have one error, not two. An error is (1 − s) in its own
+row and −s in the n − 1 others of its prompt, whence t. Any s gives a consistent b; that of REML is used.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import polars as pl
+
+from canopy_store.analysis.regression.beta import Array, Codes
+from canopy_store.analysis.regression.design import matrix_of
+from canopy_store.analysis.regression.fit import Fit
+from canopy_store.analysis.regression.linear import best_ratio, linear_design, shares
+from canopy_store.analysis.regression.measurement import Errors, refusal
+from canopy_store.analysis.regression.panel import PanelData
+from canopy_store.analysis.regression.scores import (
+    Bootstrap,
+    Equations,
+    Root,
+    contrast,
+    joint,
+    ratio,
+    solve,
+)
+from canopy_store.analysis.regression.slopes import SLOPES, TESTS
+from canopy_store.errors import FitError
+
+
+def less_share(columns: Array, share: Array, prompt: Codes) -> Array:
+    """(rows, k) columns less the share (P,) of their prompt's sum."""
+    sums = np.stack([np.bincount(prompt, column, len(share)) for column in columns.T], axis=-1)
+    return np.asarray(columns - (share[:, None] * sums)[prompt])
+
+
+def by_prompt(rows: Array, prompt: Codes) -> Array:
+    """(P, ...) the sums of rows (rows, ...) over each prompt."""
+    order = np.argsort(prompt, kind="stable")
+    starts = np.searchsorted(prompt[order], np.arange(prompt.max() + 1))
+    return np.asarray(np.add.reduceat(rows[order], starts, axis=0))
+
+
+def loadings(data: PanelData, model: str) -> Array:
+    """(rows, terms, 2) what one unit of R_bar, and of N_bar, adds to each term of a row."""
+    zero = np.zeros_like(data.y)
+    at_zero, at_r, at_n = (
+        np.column_stack(list(linear_design(replace(data, r=r, n=n), model)[0].values()))
+        for r, n in ((zero, zero), (zero + 1, zero), (zero, zero + 1))
+    )
+    return np.stack([at_r - at_zero, at_n - at_zero], axis=-1)
+
+
+def share_of(data: PanelData, X: Array) -> Array:
+    """(P,) the share of REML's fit that takes the regressors as exact."""
+    y, prompt = data.y / data.y.std(), data.codes["prompt"]
+    return shares(np.bincount(prompt), best_ratio(y, X, prompt, True)[0])
+
+
+def by_moments(data: PanelData, model: str) -> Equations:
+    """The normal equations of a linear model less what the errors are expected to add."""
+    design = linear_design(data, model)[0]
+    X, prompt = matrix_of(design, model), data.codes["prompt"]
+    share = share_of(data, X)
+    Z = less_share(np.column_stack([X, data.y]), share, prompt)
+    e, s, n = data.errors, share[prompt], np.bincount(prompt)[prompt]
+    t = (1 - s) ** 2 + (n - 1) * s**2
+    L = loadings(data, model)
+    sigma = np.stack([e["var_R"], e["cov_RN"], e["cov_RN"], e["var_N"]], -1).reshape(-1, 2, 2)
+    with_outcome = np.stack([e["cov_RD"], e["cov_ND"]], axis=-1)
+    A = np.einsum("i,ija,iab,ikb->ijk", t, L, sigma, L)
+    B = np.einsum("i,ija,ia->ij", t, L, with_outcome)
+    Z, z = Z[:, :-1], Z[:, -1]
+    plain = Z[:, :, None] * Z[:, None, :]
+    left, right = by_prompt(plain - A, prompt), by_prompt(Z * z[:, None] - B, prompt)
+    return Equations(list(design), left, right, plain.sum(axis=0), len(z))
+
+
+def corrected(
+    data: PanelData,
+    model: Any,
+    errors: Errors,
+    equations: Equations,
+    replicates: int,
+    seed: int,
+) -> Fit:
+    """The tables of a linear model with the errors taken out, from the equations of a method.
+
+    Raises
+    ------
+    FitError
+        The errors leave too little of R_bar to tell its slopes from anything; says how many rollouts do.
+    """
+    _, formula, dropped = linear_design(data, model)
+    root = solve(equations)
+    terms, bootstrap = equations.terms, Bootstrap(len(equations.left), replicates, seed)
+    at = {term: i for i, term in enumerate(terms)}
+    unit = np.eye(len(terms))
+    baseline, *treated = data.levels["variant"]
+    etas = {v: f"R_bar:variant[{v}]" for v in treated if f"R_bar:variant[{v}]" in at}
+    beta = unit[at["R_bar"]]
+    totals = {v: beta + unit[at[eta]] for v, eta in etas.items()}
+    if root is None:
+        raise FitError(refusal(data, errors))
+    slopes: list[tuple[Any, ...]] = []
+    for variant, q in ((baseline, beta), *totals.items()):
+        value, se, _, low, high, scores = contrast(equations, root, q, bootstrap)
+        if scores.excess(np.array([[0.0, 1.0]]))[0] <= 0:
+            raise FitError(refusal(data, errors, variant))
+        name = "beta" if variant == baseline else "beta+eta"
+        slopes.append((variant, name, value, se, low, high))
+        if name != "beta":
+            slopes.append((variant, "ratio", *ratio(equations, root, q, beta, bootstrap)))
+    tests = []
+    if etas:
+        q = np.stack([unit[at[eta]] for eta in etas.values()])
+        statistic, p = joint(equations, root, q, bootstrap)
+        tests = [("every eta is 0 (scores)", statistic, len(etas), p)]
+    fit = {
+        "method": {"moments": "errors by moments", "split": "errors by split halves"}[errors],
+        "rows": len(data.y),
+        "rows_left_out": data.left_out,
+        "prompts": len(data.levels["prompt"]),
+        "families": len(data.levels["family"]),
+        "converged": True,
+        "reference": {f: data.levels[f][0] for f in ("variant", "task", "family")},
+        "replicates": replicates,
+        "seed": seed,
+        "dropped": dropped,
+    }
+    return Fit(
+        model,
+        formula,
+        _coefficients(equations, root, bootstrap),
+        pl.DataFrame(slopes, schema=SLOPES, orient="row"),
+        pl.DataFrame(tests, schema=TESTS, orient="row"),
+        fit,
+        {},
+        np.empty(0),
+        errors=errors,
+    )
+
+
+def _coefficients(equations: Equations, root: Root, bootstrap: Bootstrap) -> pl.DataFrame:
+    rows = []
+    for term, q in zip(equations.terms, np.eye(len(equations.terms)), strict=True):
+        value, se, p, low, high, _ = contrast(equations, root, q, bootstrap)
+        rows.append(("conditional", term, value, se, value / se, p, low, high))
+    numbers = ("estimate", "se", "z", "p", "ci_low", "ci_high")
+    schema = {"part": pl.String, "term": pl.String, **dict.fromkeys(numbers, pl.Float64)}
+    return pl.DataFrame(rows, schema=schema, orient="row")
