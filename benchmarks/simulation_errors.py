@@ -3,13 +3,14 @@
     python benchmarks/simulation_errors.py [--simulations 400] [--samples 16 40 100]
         [--reliability 0.3 0.5 0.8 0.95] [--prompts 160] [--ways none moments split] [--workers 2]
 
-Rollouts are drawn, not panels: rates (heavier tails than the normal, of a spread that differs from prompt
-to prompt), lengths that go along with them, and a diversity that is a mean over pairs, with a part of each
-rollout's own, independent of its rate or correlated with it by 0.5, and a part of each pair. From them come
-R_bar, N_bar, D and the errors, as the view ``panel`` has them. The true ratio of the slopes is 2.5 where
-both variants are equally reliable; in the rows "0.8 and 0.2" it is 1, and rates have a within-prompt sd of
-0.8 in the base and 0.2 after tuning. Prints a markdown table: the median ratio and slopes over the fits
-that are not refused, the share of their 95% intervals that hold the truth, and the share refused.
+Rollouts are drawn, not panels: rates (heavier tails than the normal, of a spread that differs from
+prompt to prompt), lengths that go along with them, and a diversity that is a mean over pairs, with a
+part of each rollout's own, independent of its rate or correlated with it by 0.5, and a part of each
+pair. From them come R_bar, N_bar, D and the errors, as the view ``panel`` has them. The true ratio of
+the slopes is 2.5 where both variants are equally reliable; in the rows "0.8 and 0.2" it is 1, and
+rates have a within-prompt sd of 0.8 in the base and 0.2 after tuning. Prints a markdown table: the
+median ratio and slope over the fits that are not refused, the share of their 95% intervals that hold
+the truth, the share of intervals of the ratio that are infinite, and the share refused.
 """
 
 from __future__ import annotations
@@ -26,9 +27,10 @@ for _threads in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
 import numpy as np  # noqa: E402
 import polars as pl  # noqa: E402
 
-from canopy_store.analysis.regression.errors import by_moments, corrected  # noqa: E402
+from canopy_store.analysis.regression.errors import by_moments, corrected_slopes  # noqa: E402
 from canopy_store.analysis.regression.linear import linear_design, solve_mixed  # noqa: E402
 from canopy_store.analysis.regression.panel import PanelData, one_panel, panel_data  # noqa: E402
+from canopy_store.analysis.regression.scores import Bootstrap  # noqa: E402
 from canopy_store.analysis.regression.slopes import slopes_and_tests  # noqa: E402
 from canopy_store.analysis.regression.splits import by_splits, draw_halves  # noqa: E402
 from canopy_store.errors import FitError  # noqa: E402
@@ -157,8 +159,8 @@ def slopes(
         equations = by_moments(data, "interaction")
     else:
         equations = by_splits(data, "interaction", halves(rollouts, rng))
-    seed = int(rng.integers(2**32))
-    return corrected(data, "interaction", way, equations, replicates, seed).slopes
+    bootstrap = Bootstrap(len(equations.left), replicates, int(rng.integers(2**32)))
+    return corrected_slopes(data, way, equations, bootstrap)[1]
 
 
 Row = dict[str, tuple[float, float, float]]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import click
@@ -11,7 +12,7 @@ import duckdb
 from canopy_store.analysis.comparison import SEED, compare
 from canopy_store.analysis.power import power
 from canopy_store.analysis.selections import select_lengths, select_reward
-from canopy_store.commands.shared import FORMAT, RUNS, STORE, echo, print_rows
+from canopy_store.commands.shared import FORMAT, RUNS, STORE, echo, print_object, print_rows
 from canopy_store.errors import UsageError
 
 
@@ -202,7 +203,24 @@ def power_command(root: str, form: str, **options: Any) -> None:
 @click.option("--selection", metavar="NAME", help="[default: all]")
 @click.option("--embedder", metavar="NAME", help="Needed where there are several.")
 @RUNS
-@click.option("--seed", default=0, show_default=True, help="Of the simulated residuals.")
+@click.option(
+    "--errors",
+    type=click.Choice(["none", "moments", "split"]),
+    help="How the errors of R_bar, N_bar and D are taken out [default: moments, where it can be done].",
+)
+@click.option("--splits", default=20, show_default=True, help="Halvings of the rollouts, for split.")
+@click.option(
+    "--replicates", default=2000, show_default=True, help="Of the bootstrap of a corrected fit."
+)
+@click.option(
+    "--seed", default=0, show_default=True, help="Of the bootstrap, the splits, the simulated residuals."
+)
+@click.option(
+    "--table",
+    "shown",
+    type=click.Choice(["coefficients", "slopes", "tests", "reliability"]),
+    help="What csv and parquet hold [default: coefficients]; table and json have all.",
+)
 @FORMAT
 def regress_command(
     root: str | None,
@@ -210,6 +228,7 @@ def regress_command(
     selection: str | None,
     embedder: str | None,
     runs: tuple[str, ...],
+    shown: str | None,
     form: str,
     **options: Any,
 ) -> None:
@@ -222,35 +241,67 @@ def regress_command(
     beta         a beta mixed model with its dispersion model: how many times as strongly
                  entropy rate turns into diversity is the ratio (beta+eta)/beta
 
+    R_bar, N_bar and D are means over the same rollouts. Their errors draw slopes towards 0 and can make
+    a ratio of their own, so main and interaction take them out: moments by their known variances, split
+    by halves of the rollouts as each other's instruments. Where too little is left it refuses, and says
+    how many rollouts would do. beta and quadratic have no correction, and warn.
+
     \b
     Examples:
       canopy regress --model interaction --store S
+      canopy regress --model interaction --store S --errors split
       canopy regress --model beta --panel panel.csv
-      canopy regress --model beta --store S --drop family --format csv
+      canopy regress --model interaction --store S --drop family --format csv --table slopes
     """
-    from canopy_store.analysis.regression import read_panel, regress
+    from canopy_store.analysis.regression import as_object, read_panel, regress
 
     if (root is None) == (panel is None):
         raise UsageError("regress needs either --store DIR or --panel FILE")
+    if shown is not None and form in ("table", "json"):
+        raise UsageError(f"--table {shown}: goes with --format csv or parquet; {form} has every table")
     rows: dict[str, Any] = {"selection": selection, "embedder": embedder, "runs": runs}
     if panel is not None:
         fit = regress(read_panel(panel, **rows), **options)
     else:
         fit = regress(str(root), **rows, **options)
+    if panel is not None:
+        named = tuple(w.replace("--panel FILE", f"--panel {panel}") for w in fit.warnings)
+        fit = replace(fit, warnings=named)
+    if form == "json":
+        print_object(as_object(fit))
+        return
     if form != "table":
-        print_rows(duckdb.from_arrow(fit.coefficients.to_arrow()), form)
+        for warning in fit.warnings:
+            echo(f"canopy: {warning}", err=True)
+        rows_shown = getattr(fit, shown or "coefficients")
+        if not rows_shown.columns:
+            raise UsageError("--table reliability: the panel has no columns of errors")
+        print_rows(duckdb.from_arrow(rows_shown.to_arrow()), form)
         return
     echo(f"{fit.model}: {fit.formula}")
+    echo(f"errors of R_bar, N_bar and D: {_WAYS[fit.errors]}")
     for title, table in (
         ("", fit.coefficients),
         ("slopes of entropy rate", fit.slopes),
         ("tests", fit.tests),
+        ("reliability of R_bar", fit.reliability),
     ):
         if len(table):
             echo(title and f"\n{title}")
             print_rows(duckdb.from_arrow(table.to_arrow()), form)
-    echo("\nsimulated quantile residuals, p: " + _pairs(fit.residuals))
+        if table is fit.slopes:
+            for warning in fit.warnings:
+                echo(f"warning: {warning}")
+    if fit.residuals:
+        echo("\nsimulated quantile residuals, p: " + _pairs(fit.residuals))
     echo(_pairs(fit.fit))
+
+
+_WAYS = {
+    "none": "not taken out",
+    "moments": "taken out by their variances and covariances (moments)",
+    "split": "taken out by halves of the rollouts (split)",
+}
 
 
 def _pairs(values: dict[str, Any]) -> str:

@@ -88,12 +88,7 @@ def by_moments(data: PanelData, model: str) -> Equations:
 
 
 def corrected(
-    data: PanelData,
-    model: Any,
-    errors: Errors,
-    equations: Equations,
-    replicates: int,
-    seed: int,
+    data: PanelData, model: Any, errors: Errors, equations: Equations, replicates: int, seed: int
 ) -> Fit:
     """The tables of a linear model with the errors taken out, from the equations of a method.
 
@@ -102,33 +97,11 @@ def corrected(
     FitError
         The errors leave too little of R_bar to tell its slopes from anything; says how many rollouts do.
     """
+    bootstrap = Bootstrap(len(equations.left), replicates, seed)
+    root, slopes, tests = corrected_slopes(data, errors, equations, bootstrap)
     _, formula, dropped = linear_design(data, model)
-    root = solve(equations)
-    terms, bootstrap = equations.terms, Bootstrap(len(equations.left), replicates, seed)
-    at = {term: i for i, term in enumerate(terms)}
-    unit = np.eye(len(terms))
-    baseline, *treated = data.levels["variant"]
-    etas = {v: f"R_bar:variant[{v}]" for v in treated if f"R_bar:variant[{v}]" in at}
-    beta = unit[at["R_bar"]]
-    totals = {v: beta + unit[at[eta]] for v, eta in etas.items()}
-    if root is None:
-        raise FitError(refusal(data, errors))
-    slopes: list[tuple[Any, ...]] = []
-    for variant, q in ((baseline, beta), *totals.items()):
-        value, se, _, low, high, scores = contrast(equations, root, q, bootstrap)
-        if scores.excess(np.array([[0.0, 1.0]]))[0] <= 0:
-            raise FitError(refusal(data, errors, variant))
-        name = "beta" if variant == baseline else "beta+eta"
-        slopes.append((variant, name, value, se, low, high))
-        if name != "beta":
-            slopes.append((variant, "ratio", *ratio(equations, root, q, beta, bootstrap)))
-    tests = []
-    if etas:
-        q = np.stack([unit[at[eta]] for eta in etas.values()])
-        statistic, p = joint(equations, root, q, bootstrap)
-        tests = [("every eta is 0 (scores)", statistic, len(etas), p)]
     fit = {
-        "method": {"moments": "errors by moments", "split": "errors by split halves"}[errors],
+        "method": f"least squares, errors by {errors}",
         "rows": len(data.y),
         "rows_left_out": data.left_out,
         "prompts": len(data.levels["prompt"]),
@@ -139,23 +112,68 @@ def corrected(
         "seed": seed,
         "dropped": dropped,
     }
+    coefficients = _coefficients(equations, root, bootstrap)
+    warnings: tuple[str, ...] = ()
+    if not np.isfinite(slopes["ci_low"].to_numpy()).all():
+        warnings = (f"an interval without ends: {refusal(data)}",)
     return Fit(
         model,
         formula,
-        _coefficients(equations, root, bootstrap),
-        pl.DataFrame(slopes, schema=SLOPES, orient="row"),
-        pl.DataFrame(tests, schema=TESTS, orient="row"),
+        coefficients,
+        slopes,
+        tests,
         fit,
         {},
         np.empty(0),
         errors=errors,
+        warnings=warnings,
     )
+
+
+def corrected_slopes(
+    data: PanelData, errors: Errors, equations: Equations, bootstrap: Bootstrap
+) -> tuple[Root, pl.DataFrame, pl.DataFrame]:
+    """The root of the equations, its table of slopes and the joint test of the etas.
+
+    Raises
+    ------
+    FitError
+        As `corrected`: no root, or no slope and no ratio with an interval that ends.
+    """
+    root, at = solve(equations), {term: i for i, term in enumerate(equations.terms)}
+    unavailable = FitError(
+        f"--errors {errors}: {refusal(data)}; --errors none shows the uncorrected fit"
+    )
+    if root is None:
+        raise unavailable
+    unit = np.eye(len(at))
+    baseline, *treated = data.levels["variant"]
+    etas = {v: unit[at[f"R_bar:variant[{v}]"]] for v in treated if f"R_bar:variant[{v}]" in at}
+    beta = unit[at["R_bar"]]
+    rows = [(baseline, "beta", *_without_p(contrast(equations, root, beta, bootstrap)))]
+    for variant, eta in etas.items():
+        total = contrast(equations, root, beta + eta, bootstrap)
+        rows.append((variant, "beta+eta", *_without_p(total)))
+        rows.append((variant, "ratio", *ratio(equations, root, beta + eta, beta, bootstrap)))
+    slopes = pl.DataFrame(rows, schema=SLOPES, orient="row")
+    if not np.isfinite(slopes["ci_low"].to_numpy()).any():
+        raise unavailable
+    tests = []
+    if etas:
+        statistic, p = joint(equations, root, np.stack([*etas.values()]), bootstrap)
+        tests = [("every eta is 0 (scores)", statistic, len(etas), p)]
+    return root, slopes, pl.DataFrame(tests, schema=TESTS, orient="row")
+
+
+def _without_p(values: tuple[float, float, float, float, float]) -> tuple[float, float, float, float]:
+    value, se, _, low, high = values
+    return value, se, low, high
 
 
 def _coefficients(equations: Equations, root: Root, bootstrap: Bootstrap) -> pl.DataFrame:
     rows = []
     for term, q in zip(equations.terms, np.eye(len(equations.terms)), strict=True):
-        value, se, p, low, high, _ = contrast(equations, root, q, bootstrap)
+        value, se, p, low, high = contrast(equations, root, q, bootstrap)
         rows.append(("conditional", term, value, se, value / se, p, low, high))
     numbers = ("estimate", "se", "z", "p", "ci_low", "ci_high")
     schema = {"part": pl.String, "term": pl.String, **dict.fromkeys(numbers, pl.Float64)}

@@ -60,6 +60,22 @@ class Fit:
     warnings: tuple[str, ...] = ()
 
 
+def as_object(fit: Fit) -> dict[str, Any]:
+    """A fit as lists and numbers, for JSON: its tables as lists of rows, everything else as it is.
+
+    Keys: model, formula, errors, warnings, coefficients, slopes, tests, reliability, fit, residuals, and
+    of the quadratic model ``nested``.
+    """
+    tables = {
+        name: getattr(fit, name).to_dicts()
+        for name in ("coefficients", "slopes", "tests", "reliability")
+    }
+    head = {"model": fit.model, "formula": fit.formula, "errors": fit.errors}
+    rest = {"warnings": list(fit.warnings), **tables, "fit": fit.fit, "residuals": fit.residuals}
+    nested = {} if fit.nested is None else {"nested": as_object(fit.nested)}
+    return head | rest | nested
+
+
 @dataclass(frozen=True)
 class Solved:
     """What a fit hands to the tables: the terms of each part, in the order of the covariance."""

@@ -79,12 +79,13 @@ def reliability_of(data: PanelData) -> pl.DataFrame:
 
 
 def warnings_of(
-    table: pl.DataFrame, model: str, outcome: str, way: str, root: str | None
+    table: pl.DataFrame, model: str, outcome: str, way: str, root: str | None, drop: Sequence[str]
 ) -> tuple[str, ...]:
     """What a reader has to know before an uncorrected slope is believed: one line, or none."""
     if way != "none":
         return ()
     source = f"--store {root}" if root is not None else "--panel FILE"
+    source += "".join(f" --drop {factor}" for factor in drop)
     linear = model if model in CORRECTED else "interaction"
     command = f"canopy regress --model {linear} {source} --errors moments"
     if model in CORRECTED and outcome == "D":
@@ -116,19 +117,18 @@ def _two(share: float | None) -> str:
     return "unknown" if share is None else f"{share:.2f}"
 
 
-def refusal(data: PanelData, errors: str, variant: str | None = None) -> str:
+def refusal(data: PanelData) -> str:
     """What to say where errors leave too little of R_bar: of which variant, and what would do."""
     parts = {v: _partial(data, code) for code, v in enumerate(data.levels["variant"])}
-    variant = variant or min(parts, key=lambda v: parts[v][0])
-    remaining, upper, samples, prompts = parts[variant]
-    # where an estimate of this share, from so many prompts, is well away from 0
-    wanted = min(0.9, 1.25 * max(remaining, Z95 * np.sqrt(2 / prompts)))
-    share, about = (remaining, "about") if remaining > 0.05 else (max(upper, 0.05), "at least")
+    variant = min(parts, key=lambda v: parts[v][0])
+    left, upper, samples, prompts = parts[variant]
+    # a share that stands out from 0 when it is estimated from so many prompts
+    wanted = min(0.9, 1.5 * max(left, Z95 * np.sqrt(2 / prompts)))
+    share, about = (left, "about") if left > 0.05 else (max(upper, 0.05), "at least")
     return (
-        f"--errors {errors}: of R_bar in {variant} errors leave {max(remaining, 0):.2g} of the variance "
-        f"that other terms do not explain, too little to tell its slope with {samples} rollouts "
-        f"a prompt and {prompts} prompts; {about} {samples_for(share, samples, wanted)} rollouts a prompt would do "
-        "(see: canopy power), and --errors none shows the uncorrected fit"
+        f"of the variance of R_bar in {variant} that other terms do not explain, errors leave a share "
+        f"of {max(left, 0):.2g}, too little with {samples} rollouts a prompt and {prompts} prompts; "
+        f"{about} {samples_for(share, samples, wanted)} rollouts a prompt would do (see: canopy power)"
     )
 
 

@@ -131,8 +131,9 @@ def regress(
         equations = by_splits(data, model, store_halves(str(panel), of_store, data, splits, seed))
         fit = corrected(data, model, way, equations, replicates, seed)
     table = reliability_of(data)
-    warnings = warnings_of(table, model, outcome, way, None if of_store is None else str(panel))
-    return replace(fit, reliability=table, warnings=warnings)
+    root = None if of_store is None else str(panel)
+    warnings = warnings_of(table, model, outcome, way, root, drop)
+    return replace(fit, reliability=table, warnings=(*fit.warnings, *warnings))
 
 
 def _uncorrected(data: PanelData, model: Model, seed: int) -> Fit:

@@ -7,9 +7,9 @@ q'b = v the restricted root is b̃ = b − G⁻¹q δ / (q'G⁻¹q) with δ = q'
     c_p = q'G⁻¹ H_p G⁻¹q / (q'G⁻¹q)
 
 add up to δ. Their studentised sum is compared with that of bootstrap samples of prompts (a score
-bootstrap: Kline and Santos, "A score based approach to wild bootstrap inference", 2012). An interval holds
-the values that are not rejected. Unlike a bootstrap of b it never divides by a drawn G, which may be next
-to singular where R_bar is mostly error.
+bootstrap: Kline and Santos, "A score based approach to wild bootstrap inference", 2012). An interval
+holds the values that are not rejected. Unlike a bootstrap of b it never divides by a drawn G, which may
+be next to singular where R_bar is mostly error.
 """
 
 from __future__ import annotations
@@ -103,31 +103,30 @@ class Scores:
         squares = self.squares.reshape(len(self.squares), -1) @ outer.T
         return np.asarray(sums / np.sqrt(np.maximum(squares - sums**2 / self.prompts, 1e-300)))
 
-    def critical(self, weights: Array) -> Array:
-        """(g,) what a studentised sum exceeds, either way, in 5% of the draws."""
-        return np.quantile(np.abs(self.t_drawn(weights)), LEVEL, axis=0)
-
     def excess(self, weights: Array) -> Array:
-        """(g,) by how much studentised sums exceed their critical values; below 0: not rejected."""
-        return np.abs(self.t(weights)) - self.critical(weights)
+        """(g,) how far studentised sums are outside the middle 95% of the draws; below 0: inside."""
+        t = self.t(weights)
+        low, high = np.quantile(self.t_drawn(weights), [(1 - LEVEL) / 2, (1 + LEVEL) / 2], axis=0)
+        return np.maximum(t - high, low - t)
 
     def p(self, weights: Array) -> float:
         """The bootstrap p value, two-sided, of one combination's sum being 0."""
-        drawn = np.abs(self.t_drawn(weights[None]))[:, 0]
-        return float((1 + (drawn >= abs(self.t(weights[None])[0])).sum()) / (1 + len(drawn)))
+        drawn, t = self.t_drawn(weights[None])[:, 0], self.t(weights[None])[0]
+        tail = 1 + min((drawn >= t).sum(), (drawn <= t).sum())
+        return float(min(1.0, 2 * tail / (1 + len(drawn))))
 
 
 def contrast(
     equations: Equations, root: Root, q: Array, bootstrap: Bootstrap
-) -> tuple[float, float, float, float, float, Scores]:
-    """Estimate, se, p value of 0, low and high end of q'b, and the scores they come from."""
+) -> tuple[float, float, float, float, float]:
+    """Estimate, se, p value of 0, and ends of q'b; infinite where its information may be none."""
     value, x = float(q @ root.b), root.inverse @ q
     columns = np.column_stack([root.scores @ x, _quadratic(equations, x, x) / (q @ x)])
     scores = Scores(columns, bootstrap, _size(equations))
     se = float(np.sqrt(scores.variance[0, 0]))
     p = scores.p(np.array([1.0, value]))
-    if scores.excess(np.array([[0.0, 1.0]]))[0] <= 0:  # its information may be none at all
-        return value, se, p, -np.inf, np.inf, scores
+    if scores.excess(np.array([[0.0, 1.0]]))[0] <= 0:
+        return value, se, p, -np.inf, np.inf
 
     def end(sign: float) -> float:
         inside, step = 0.0, se
@@ -137,7 +136,7 @@ def contrast(
             lambda d: scores.excess(np.array([[1.0, sign * d]]))[0], inside, step, xtol=1e-6 * se
         )
 
-    return value, se, p, value - end(1.0), value + end(-1.0), scores
+    return value, se, p, value - end(1.0), value + end(-1.0)
 
 
 def ratio(
@@ -178,13 +177,15 @@ def ratio(
 
 
 def joint(equations: Equations, root: Root, q: Array, bootstrap: Bootstrap) -> tuple[float, float]:
-    """Statistic and bootstrap p value of q (k, p) b = 0, all k at once."""
+    """Statistic and bootstrap p value of q (k, p) b = 0, all k at once; of one, the p of `contrast`."""
     x = root.inverse @ q.T  # (p, k)
     delta = q @ root.b
     restricted = root.b - x @ np.linalg.solve(q @ x, delta)
     columns = (equations.right - equations.left @ restricted) @ x  # (P, k)
     scores = Scores(columns, bootstrap, _size(equations))
     statistic = float(delta @ np.linalg.solve(scores.variance, delta))
+    if len(q) == 1:
+        return statistic, scores.p(np.ones(1))
     covariance = scores.squares - (scores.drawn[:, :, None] * scores.drawn[:, None, :] / scores.prompts)
     solved = np.linalg.solve(
         covariance + 1e-12 * np.trace(scores.variance) * np.eye(len(q)), scores.drawn[..., None]

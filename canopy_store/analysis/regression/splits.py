@@ -2,8 +2,8 @@
 
 Two halves share no rollout, so the errors of one are independent of those of the other. Each split gives
 equations both ways, Z_b'(z_a − Z_a b) and Z_a'(z_b − Z_b b); all splits' equations are added before
-they are solved. The mean over every possible split is what `errors.by_moments` writes in closed form, for
-both are unbiased and built from the same rollouts; fewer splits add noise, and nothing else.
+they are solved. The mean over every possible split is what `errors.by_moments` writes in closed form,
+for both are unbiased and built from the same rollouts; fewer splits add noise, and nothing else.
 """
 
 from __future__ import annotations
