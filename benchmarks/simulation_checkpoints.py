@@ -98,7 +98,7 @@ def row(scenario: Scenario, simulations: int) -> str:
     for number in range(simulations):
         data = panel(scenario, np.random.default_rng([number, scenario.prompts]))
         try:
-            p, (table, _) = alone(data, scenario.model), beyond(data, scenario.model, "full")
+            p, (table, _) = alone(data, scenario.model), beyond(data, scenario.model)
         except FitError:
             refused += 1
             continue

@@ -72,7 +72,7 @@ def of_checkpoints(
     """The rows of `across` by over and name, of a panel that holds nothing else."""
     levels = {"variant": ["base", *sorted({v for _, v, _ in checkpoints} - {"base"})]}
     none = np.zeros(0)
-    data = PanelData("D", none, none, none, levels, {}, 0, checkpoints)
+    data = PanelData("D", none, none, none, levels, {}, 0, checkpoints, np.zeros(0, np.intp), {})
     table = across(data, values, cov, slopes=True)
     return {(row["over"], row["name"]): row for row in table.iter_rows(named=True)}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import click
@@ -11,7 +12,16 @@ import duckdb
 from canopy_store.analysis.comparison import SEED, compare
 from canopy_store.analysis.power import power
 from canopy_store.analysis.selections import select_lengths, select_reward
-from canopy_store.commands.shared import FORMAT, RUNS, SEEDS, STORE, bar, echo, print_rows
+from canopy_store.commands.shared import (
+    FORMAT,
+    RUNS,
+    SEEDS,
+    STORE,
+    bar,
+    echo,
+    print_object,
+    print_rows,
+)
 from canopy_store.errors import UsageError
 
 
@@ -229,7 +239,24 @@ def power_command(root: str, form: str, **options: Any) -> None:
     type=click.Choice(["embedder", "selection"]),
     help="Fit once for each, and show how much the ratio depends on it.",
 )
-@click.option("--seed", default=0, show_default=True, help="Of the simulated residuals and panels.")
+@click.option(
+    "--errors",
+    type=click.Choice(["none", "moments", "split"]),
+    help="How the errors of R_bar, N_bar and D are taken out [default: moments, where it can be done].",
+)
+@click.option("--splits", default=20, show_default=True, help="Halvings of the rollouts, for split.")
+@click.option(
+    "--replicates", default=2000, show_default=True, help="Of the bootstrap of a corrected fit."
+)
+@click.option(
+    "--seed", default=0, show_default=True, help="Of bootstraps, splits and simulated residuals."
+)
+@click.option(
+    "--table",
+    "shown",
+    type=click.Choice(["coefficients", "slopes", "tests", "across", "reliability"]),
+    help="What csv and parquet hold [default: coefficients]; table and json have all.",
+)
 @FORMAT
 def regress_command(
     root: str | None,
@@ -238,6 +265,7 @@ def regress_command(
     embedder: str | None,
     runs: tuple[str, ...],
     over: str | None,
+    shown: str | None,
     form: str,
     **options: Any,
 ) -> None:
@@ -250,19 +278,27 @@ def regress_command(
     beta         a beta mixed model with its dispersion model: how many times as strongly
                  entropy rate turns into diversity is the ratio (beta+eta)/beta
 
+    R_bar, N_bar and D are means over the same rollouts. Their errors draw slopes towards 0 and can make
+    a ratio of their own, so main and interaction take them out: moments by their known variances, split
+    by halves of the rollouts as each other's instruments. Where too little is left it refuses, and says
+    how many rollouts would do. beta and quadratic have no correction, and warn.
+
     \b
     Examples:
       canopy regress --model interaction --store S
+      canopy regress --model interaction --store S --errors split
       canopy regress --model beta --panel panel.csv
-      canopy regress --model beta --store S --drop family --format csv
+      canopy regress --model interaction --store S --drop family --format csv --table slopes
       canopy regress --model interaction --store S --drop family --seeds 'sft=sft-*'
       canopy regress --model beta --store S --bootstrap 199
       canopy regress --model interaction --store S --sweep embedder
     """
-    from canopy_store.analysis.regression import ALONE, panel_file, read_panel, regress
+    from canopy_store.analysis.regression import ALONE, as_object, panel_file, read_panel, regress
 
     if (root is None) == (panel is None):
         raise UsageError("regress needs either --store DIR or --panel FILE")
+    if shown is not None and form in ("table", "json"):
+        raise UsageError(f"--table {shown}: goes with --format csv or parquet; {form} has every table")
     rows: dict[str, Any] = {"selection": selection, "embedder": embedder, "runs": runs}
     if over is not None:
         source = str(root) if panel is None else panel_file(panel)
@@ -276,20 +312,37 @@ def regress_command(
             fit = regress(read_panel(panel, **rows), **options)
         else:
             fit = regress(str(root), **rows, **options)
+    if panel is not None:
+        named = tuple(w.replace("--panel FILE", f"--panel {panel}") for w in fit.warnings)
+        fit = replace(fit, warnings=named)
+    if form == "json":
+        print_object(as_object(fit))
+        return
     if form != "table":
-        print_rows(duckdb.from_arrow(fit.coefficients.to_arrow()), form)
+        for warning in fit.warnings:
+            echo(f"canopy: {warning}", err=True)
+        rows_shown = getattr(fit, shown or "coefficients")
+        if not rows_shown.columns:
+            raise UsageError("--table reliability: the panel has no columns of errors")
+        print_rows(duckdb.from_arrow(rows_shown.to_arrow()), form)
         return
     echo(f"{fit.model}: {fit.formula}")
+    echo(f"errors of R_bar, N_bar and D: {_WAYS[fit.errors]}")
     for title, table in (
         ("", fit.coefficients),
         ("slopes of entropy rate, these checkpoints alone", fit.slopes),
         ("tests", fit.tests),
         ("over other families or training seeds", fit.across),
+        ("reliability of R_bar", fit.reliability),
     ):
         if len(table):
             echo(title and f"\n{title}")
             print_rows(duckdb.from_arrow(table.to_arrow()), form)
-    echo("\nsimulated quantile residuals, p: " + _pairs(fit.residuals))
+        if table is fit.slopes:
+            for warning in fit.warnings:
+                echo(f"warning: {warning}")
+    if fit.residuals:
+        echo("\nsimulated quantile residuals, p: " + _pairs(fit.residuals))
     echo(_pairs(fit.fit))
     if fit.fit["holds_for"].startswith(ALONE):
         echo(f"{fit.fit['holds_for']}: nothing is said of another family or training seed")
@@ -311,6 +364,13 @@ def _print_sweep(panel: Any, over: str, form: str, **options: Any) -> None:
             f"ratio of {row['variant']}, fits by {over} {row['fits']}: {row['ratio_min']:.3g} to "
             f"{row['ratio_max']:.3g}, median {row['ratio_median']:.3g}"
         )
+
+
+_WAYS = {
+    "none": "not taken out",
+    "moments": "taken out by their variances and covariances (moments)",
+    "split": "taken out by halves of the rollouts (split)",
+}
 
 
 def _pairs(values: dict[str, Any]) -> str:

@@ -11,6 +11,7 @@ import polars as pl
 
 from canopy_store.analysis.bootstrap import varies
 from canopy_store.analysis.regression.beta import Array, Codes
+from canopy_store.analysis.regression.reliability import ERRORS
 from canopy_store.analysis.seeds import as_variants
 from canopy_store.analysis.selections import only_runs, require_one_run
 from canopy_store.errors import DataError, FitError
@@ -20,6 +21,7 @@ Columns = dict[str, Array]  # the columns of a design, by the name of the term
 FEWEST_PROMPTS = 5  # below, the variance between prompts is not an estimate of anything
 KEYS = ("family", "variant", "task", "prompt")
 NUMBERS = ("R_bar", "N_bar")
+NOT_OUTCOMES = (*ERRORS, "n_rollouts", "reliability")
 FACTORS = ("task", "family")  # those that can be left out
 _OTHER_NAMES = {"model_name": "family", "model_variant": "variant"}
 
@@ -36,6 +38,8 @@ class PanelData:
     codes: dict[str, Codes]
     left_out: int  # rows with a NULL
     checkpoints: list[tuple[str, str, str]]  # family, variant and checkpoint of each code
+    rows: Codes  # their places in the frame
+    errors: Columns  # the (co)variances of the errors of a row, and its n_rollouts, where they are known
 
     def dummies(self, factor: str) -> Columns:
         """Treatment contrasts of a factor: none when it has one level."""
@@ -134,10 +138,16 @@ def _keep(frame: pl.DataFrame, column: str, wanted: str | None, where: str) -> p
 
 
 def panel_data(
-    frame: pl.DataFrame, outcome: str, baseline: str, reference_task: str | None, drop: Sequence[str]
+    frame: pl.DataFrame,
+    outcome: str,
+    baseline: str,
+    reference_task: str | None,
+    drop: Sequence[str],
+    known: Sequence[str] = (),
 ) -> PanelData:
-    finite = pl.all_horizontal(pl.col(outcome, "R_bar", "N_bar").is_finite().fill_null(False))
-    kept = frame.filter(finite)
+    """The rows that have the outcome, R_bar, N_bar and the columns ``known``, as arrays."""
+    finite = pl.col(*{outcome, "R_bar", "N_bar", *known}).is_finite().fill_null(False)
+    kept = frame.with_row_index("row").filter(pl.all_horizontal(finite))
     present = {f: kept[f].unique().sort().to_list() for f in KEYS}
     variants = ", ".join(present["variant"]) or "none"
     if baseline not in present["variant"]:
@@ -180,7 +190,11 @@ def panel_data(
     for factor in drop:  # one level: its terms vanish
         levels[factor], codes[factor] = ["(dropped)"], np.zeros_like(codes[factor])
     y, r, n = (kept[c].to_numpy() for c in (outcome, "R_bar", "N_bar"))
-    return PanelData(outcome, y, r, n, levels, codes, len(frame) - len(kept), checkpoints)
+    errors = {c: kept[c].to_numpy() for c in (*ERRORS, "n_rollouts") if c in kept.columns}
+    places = kept["row"].to_numpy()
+    return PanelData(
+        outcome, y, r, n, levels, codes, len(frame) - len(kept), checkpoints, places, errors
+    )
 
 
 def _first(name: str, names: list[str]) -> list[str]:
