@@ -206,6 +206,23 @@ def test_several_families_with_seeds_are_told_over_both() -> None:
     assert main.across["name"].to_list() == ["tau", "tau"]
 
 
+def test_errors_are_taken_out_of_each_checkpoints_slope() -> None:
+    """R_bar with as much error as spread: uncorrected the slopes are half of the truth."""
+    frame = draw(prompts=400)
+    noise = np.random.default_rng(3).normal(0, 0.5, len(frame))
+    columns = {name: pl.lit(0.0) for name in ("var_N", "cov_RN", "cov_RD", "cov_ND")}
+    noisy = frame.with_columns(
+        R_bar=pl.col("R_bar") + noise, var_R=pl.lit(0.25), n_rollouts=pl.lit(16), **columns
+    )
+    options: dict[str, Any] = {"drop": ["family"], "seeds": {"sft": "sft-*"}, "replicates": 200}
+    plain = regress(noisy, "interaction", errors="none", **options)
+    right = regress(noisy, "interaction", errors="moments", **options)
+    slope = one(right, "seeds", "beta+eta")
+    assert one(plain, "seeds", "beta+eta")["estimate"] == pytest.approx(0.1, abs=0.02)
+    assert slope["estimate"] == pytest.approx(0.2, abs=0.03)
+    assert slope["ci_low"] < 0.2 < slope["ci_high"]
+
+
 def test_one_checkpoint_a_variant_speaks_of_itself_alone(canopy, tmp_path: Path) -> None:
     file = tmp_path / "panel.csv"
     draw(seeds=1).write_csv(file)
