@@ -1,6 +1,6 @@
 """Does `canopy regress` err as often as it says where every trained model has a slope of its own?
 
-    python benchmarks/simulation_checkpoints.py [--simulations 400] [--beta 100] [--prompts 40 160]
+    python benchmarks/simulation_checkpoints.py [--simulations 200] [--beta 100] [--workers 2]
 
 Panels of a baseline and a tuned variant with one and the same mean slope, so eta is 0. Each tuned
 checkpoint (a family and a training seed) adds a slope and a level of its own; a row says how large. Per
@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import os
 import time
+from multiprocessing import get_context
 from typing import NamedTuple
 
 for _threads in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
@@ -91,57 +92,64 @@ def alone(data: PanelData, model: str) -> float:
     return float(2 * stats.norm.sf(abs(value) / np.sqrt(variance)))
 
 
-def row(scenario: Scenario, simulations: int) -> str:
+def one(job: tuple[Scenario, int]) -> dict[str, bool] | None:
+    """Return what one simulated panel says, by the columns of the table; None where it is refused."""
+    scenario, number = job
+    data = panel(scenario, np.random.default_rng([number, scenario.prompts]))
+    try:
+        said = {"alone": alone(data, scenario.model) < 0.05}
+        table, _ = beyond(data, scenario.model)
+    except FitError:
+        return None
+    for line in table.iter_rows(named=True):
+        if line["name"] == "eta":
+            said[line["over"]] = line["p"] < 0.05
+        if line["name"] == "ratio":
+            said[f"{line['over']} ratio"] = line["ci_low"] <= 1 <= line["ci_high"]
+    return said
+
+
+def row(scenario: Scenario, results: list[dict[str, bool] | None]) -> str:
     """Return a scenario's row of the table."""
-    found: dict[str, list[bool]] = {}
-    refused = 0
-    for number in range(simulations):
-        data = panel(scenario, np.random.default_rng([number, scenario.prompts]))
-        try:
-            p, (table, _) = alone(data, scenario.model), beyond(data, scenario.model)
-        except FitError:
-            refused += 1
-            continue
-        found.setdefault("alone", []).append(p < 0.05)
-        for over, name, p_over, low, high in table.select(
-            "over", "name", "p", "ci_low", "ci_high"
-        ).iter_rows():
-            if name == "eta":
-                found.setdefault(over, []).append(p_over < 0.05)
-            if name == "ratio":
-                found.setdefault(f"{over} ratio", []).append(low <= 1 <= high)
+    kept = [said for said in results if said is not None]
     shares = [
-        f"{np.mean(found[key]):.3f}" if key in found else ""
+        f"{np.mean([said[key] for said in kept]):.3f}" if key in kept[0] else ""
         for key in ("alone", "families", "seeds", "families ratio", "seeds ratio")
     ]
-    cells = [scenario.model, *map(str, scenario[1:]), *shares, str(simulations - refused)]
-    return "| " + " | ".join(cells) + " |"
+    return f"| {' | '.join([scenario.model, *map(str, scenario[1:]), *shares, str(len(kept))])} |"
 
 
 def main() -> None:
     """Run the study and print its table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument(
-        "--simulations", type=int, default=400, help="panels of a linear scenario; 0: none"
-    )
+    parser.add_argument("--simulations", type=int, default=200, help="panels of a linear scenario")
     parser.add_argument("--beta", type=int, default=100, help="panels of a beta scenario; 0: none")
     parser.add_argument("--prompts", type=int, nargs="+", default=[40, 160], help="of a linear panel")
+    parser.add_argument("--workers", type=int, default=2)
     options = parser.parse_args()
     start = time.perf_counter()
+    sizes = [(2, 1), (3, 1), (1, 3), (1, 5), (3, 3)]
+    scenarios = [
+        (Scenario("interaction", prompts, families, seeds, sd_slope), options.simulations)
+        for prompts in options.prompts
+        for families, seeds in sizes
+        for sd_slope in (0.0, 0.03)
+    ]
+    scenarios += [
+        (Scenario("beta", 40, families, seeds, sd_slope), options.beta)
+        for families, seeds in ((3, 1), (1, 3))
+        for sd_slope in (0.0, 0.1)
+        if options.beta
+    ]
     print(
         "| model | prompts | families | seeds | sd of slopes | p < 0.05, these alone | over families "
         "| over seeds | ratio held, over families | over seeds | panels |\n" + "|---" * 11 + "|"
     )
-    sizes = [(2, 1), (3, 1), (1, 3), (1, 5), (3, 3)]
-    for prompts in options.prompts if options.simulations else ():
-        for families, seeds in sizes:
-            for sd_slope in (0.0, 0.03):
-                scenario = Scenario("interaction", prompts, families, seeds, sd_slope)
-                print(row(scenario, options.simulations), flush=True)
-    for families, seeds in ((3, 1), (1, 3)) if options.beta else ():
-        for sd_slope in (0.0, 0.1):
-            print(row(Scenario("beta", 40, families, seeds, sd_slope), options.beta), flush=True)
-    print(f"\n{time.perf_counter() - start:.0f} s")
+    with get_context("spawn").Pool(options.workers) as pool:
+        for scenario, panels in scenarios:
+            results = pool.map(one, [(scenario, number) for number in range(panels)], chunksize=5)
+            print(row(scenario, results), flush=True)
+    print(f"\n{time.perf_counter() - start:.0f} s, {options.workers} workers")
 
 
 if __name__ == "__main__":
