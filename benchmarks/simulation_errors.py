@@ -28,7 +28,7 @@ import numpy as np  # noqa: E402
 import polars as pl  # noqa: E402
 
 from canopy_store.analysis.regression.errors import by_moments, corrected_slopes  # noqa: E402
-from canopy_store.analysis.regression.linear import linear_design, solve_mixed  # noqa: E402
+from canopy_store.analysis.regression.linear import best_ratio, linear_design, profile  # noqa: E402
 from canopy_store.analysis.regression.panel import PanelData, one_panel, panel_data  # noqa: E402
 from canopy_store.analysis.regression.scores import Bootstrap  # noqa: E402
 from canopy_store.analysis.regression.slopes import slopes_and_tests  # noqa: E402
@@ -151,16 +151,17 @@ def slopes(
     """The table of slopes of one fit of the interaction model."""
     if way == "none":
         design = linear_design(data, "interaction")[0]
-        fit = solve_mixed(data.y, design, data.codes["prompt"], "interaction", reml=True)
-        return slopes_and_tests(
-            fit.terms, fit.estimates, fit.cov, rate="R_bar", baseline="base", treated=["sft"]
-        )[0]
+        X, prompt = np.column_stack(list(design.values())), data.codes["prompt"]
+        best, _ = best_ratio(data.y / data.y.std(), X, prompt, True)
+        _, b, cov, _ = profile(data.y, X, prompt, best, True)  # as REML has it; no residuals are wanted
+        terms = [("conditional", term) for term in design]
+        return slopes_and_tests(terms, b, cov, rate="R_bar", baseline="base", treated=["sft"])[0]
     if way == "moments":
         equations = by_moments(data, "interaction")
     else:
         equations = by_splits(data, "interaction", halves(rollouts, rng))
     bootstrap = Bootstrap(len(equations.left), replicates, int(rng.integers(2**32)))
-    return corrected_slopes(data, way, equations, bootstrap)[1]
+    return corrected_slopes(data, way, equations, bootstrap)[2]
 
 
 Row = dict[str, tuple[float, float, float]]

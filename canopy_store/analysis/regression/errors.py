@@ -33,12 +33,15 @@ from canopy_store.analysis.regression.scores import (
     Root,
     contrast,
     covariance,
+    information,
     joint,
     ratio,
     solve,
 )
 from canopy_store.analysis.regression.slopes import SLOPES, TESTS
 from canopy_store.errors import FitError
+
+LEAST = 1.2816  # standard errors, one-sided 10%: below, the errors may have left nothing of R_bar
 
 
 def less_share(columns: Array, share: Array, prompt: Codes) -> Array:
@@ -114,8 +117,16 @@ def corrected(
         The errors leave too little of R_bar to tell its slopes from anything; says how many rollouts do.
     """
     bootstrap = Bootstrap(len(equations.left), replicates, seed)
-    root, slopes, tests = corrected_slopes(data, errors, equations, bootstrap)
+    root, equations, slopes, tests = corrected_slopes(data, errors, equations, bootstrap)
     _, formula, dropped = linear_design(data, model)
+    warnings: list[str] = []
+    if "N_bar" not in equations.terms:
+        formula, dropped = formula.replace(" + N_bar", ""), [*dropped, "N_bar"]
+        warnings.append(
+            "N_bar is left out: errors account for all of its variance that other terms do not explain"
+        )
+    if not np.isfinite(slopes["ci_low"].to_numpy()).all():
+        warnings.append(f"an interval without ends: {refusal(data)}")
     fit = {
         "method": f"least squares, errors by {errors}",
         "rows": len(data.y),
@@ -128,57 +139,44 @@ def corrected(
         "seed": seed,
         "dropped": dropped,
     }
-    coefficients = _coefficients(equations, root, bootstrap)
-    warnings: tuple[str, ...] = ()
-    if not np.isfinite(slopes["ci_low"].to_numpy()).all():
-        warnings = (f"an interval without ends: {refusal(data)}",)
-    return Fit(
-        model,
-        formula,
-        coefficients,
-        slopes,
-        tests,
-        fit,
-        {},
-        np.empty(0),
-        errors=errors,
-        warnings=warnings,
-    )
+    coefficients, none = _coefficients(equations, root, bootstrap), np.empty(0)
+    corrected_fit = Fit(model, formula, coefficients, slopes, tests, fit, {}, none)
+    return replace(corrected_fit, errors=errors, warnings=tuple(warnings))
 
 
 def corrected_slopes(
     data: PanelData, errors: Errors, equations: Equations, bootstrap: Bootstrap
-) -> tuple[Root, pl.DataFrame, pl.DataFrame]:
-    """The root of the equations, its table of slopes and the joint test of the etas.
+) -> tuple[Root, Equations, pl.DataFrame, pl.DataFrame]:
+    """The root, the equations it solves, its table of slopes and the joint test of the etas.
+
+    Where N_bar is nothing but error there is no root with it; the equations are then those without.
 
     Raises
     ------
     FitError
-        As `corrected`: no root, or no slope and no ratio with an interval that ends.
+        As `corrected`: no root, or the information on a slope does not stand out from none.
     """
-    root, at = solve(equations), {term: i for i, term in enumerate(equations.terms)}
-    unavailable = FitError(
-        f"--errors {errors}: {refusal(data)}; --errors none shows the uncorrected fit"
-    )
+    root = solve(equations)
     if root is None:
-        raise unavailable
-    unit = np.eye(len(at))
-    baseline, *treated = data.levels["variant"]
+        equations = equations.without("N_bar")
+        root = solve(equations)
+    at = {term: i for i, term in enumerate(equations.terms)}
+    unit, (baseline, *treated) = np.eye(len(at)), data.levels["variant"]
     etas = {v: unit[at[f"R_bar:variant[{v}]"]] for v in treated if f"R_bar:variant[{v}]" in at}
     beta = unit[at["R_bar"]]
+    totals = {variant: beta + eta for variant, eta in etas.items()}
+    if root is None or any(information(equations, root, q) < LEAST for q in (beta, *totals.values())):
+        raise FitError(f"--errors {errors}: {refusal(data)}; --errors none shows the uncorrected fit")
     rows = [(baseline, "beta", *_without_p(contrast(equations, root, beta, bootstrap)))]
-    for variant, eta in etas.items():
-        total = contrast(equations, root, beta + eta, bootstrap)
-        rows.append((variant, "beta+eta", *_without_p(total)))
-        rows.append((variant, "ratio", *ratio(equations, root, beta + eta, beta, bootstrap)))
-    slopes = pl.DataFrame(rows, schema=SLOPES, orient="row")
-    if not np.isfinite(slopes["ci_low"].to_numpy()).any():
-        raise unavailable
+    for variant, q in totals.items():
+        rows.append((variant, "beta+eta", *_without_p(contrast(equations, root, q, bootstrap))))
+        rows.append((variant, "ratio", *ratio(equations, root, q, beta, bootstrap)))
     tests = []
     if etas:
         statistic, p = joint(equations, root, np.stack([*etas.values()]), bootstrap)
         tests = [("every eta is 0 (scores)", statistic, len(etas), p)]
-    return root, slopes, pl.DataFrame(tests, schema=TESTS, orient="row")
+    slopes = pl.DataFrame(rows, schema=SLOPES, orient="row")
+    return root, equations, slopes, pl.DataFrame(tests, schema=TESTS, orient="row")
 
 
 def _without_p(values: tuple[float, float, float, float, float]) -> tuple[float, float, float, float]:

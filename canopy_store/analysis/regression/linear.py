@@ -35,7 +35,7 @@ def shares(sizes: Codes, ratio: float) -> Array:
     return np.asarray((1 - 1 / np.sqrt(1 + sizes * ratio)) / sizes)
 
 
-def _profile(
+def profile(
     y: Array, X: Array, prompt: Codes, ratio: float, reml: bool
 ) -> tuple[float, Array, Array, float]:
     """Return log-likelihood, b, its covariance and sd_residual² at sd_prompt²/sd_residual² = ratio.
@@ -56,13 +56,13 @@ def _profile(
 
 
 def best_ratio(y: Array, X: Array, prompt: Codes, reml: bool) -> tuple[float, float]:
-    """Return where ``_profile`` is largest, 0 included, and its value there."""
+    """Return where ``profile`` is largest, 0 included, and its value there."""
 
     def down(log_ratio: float) -> float:
-        return -_profile(y, X, prompt, np.exp(log_ratio), reml)[0]
+        return -profile(y, X, prompt, np.exp(log_ratio), reml)[0]
 
     found = optimize.minimize_scalar(down, bounds=(-14, 14), method="bounded", options={"xatol": 1e-6})
-    at_zero = _profile(y, X, prompt, 0.0, reml)[0]
+    at_zero = profile(y, X, prompt, 0.0, reml)[0]
     return (0.0, at_zero) if at_zero >= -found.fun - 1e-6 else (float(np.exp(found.x)), -found.fun)
 
 
@@ -70,7 +70,7 @@ def estimates_of(y: Array, design: Columns, prompt: Codes, model: str) -> tuple[
     """Return the estimates and their covariance by REML, at the maximum of the exact profile."""
     X = matrix_of(design, model)
     ratio, _ = best_ratio(y, X, prompt, True)
-    _, b, cov, _ = _profile(y, X, prompt, ratio, True)
+    _, b, cov, _ = profile(y, X, prompt, ratio, True)
     return b, cov
 
 
@@ -94,7 +94,7 @@ def solve_mixed(y: Array, design: Columns, prompt: Codes, model: str, *, reml: b
                 f"{model}: no convergence, statsmodels ends {best - loglik:.2g} below the maximum"
             )
     else:
-        loglik, b, cov, scale = _profile(y, X, prompt, 0.0, reml)
+        loglik, b, cov, scale = profile(y, X, prompt, 0.0, reml)
     if not np.all(np.isfinite([*b, *np.diag(cov)])) or np.any(np.diag(cov) <= 0):
         raise FitError(f"{model}: no standard errors, the covariance of the terms is not positive")
     sd_residual, sd_prompt = unit * np.sqrt(scale), unit * np.sqrt(scale * ratio)

@@ -39,6 +39,18 @@ class Equations:
     plain: Array
     rows: int
 
+    def without(self, term: str) -> Equations:
+        """The same equations of a model that lacks the term."""
+        keep = [i for i, name in enumerate(self.terms) if name != term]
+        square = np.ix_(keep, keep)
+        return Equations(
+            [self.terms[i] for i in keep],
+            self.left[:, square[0], square[1]],
+            self.right[:, keep],
+            self.plain[square],
+            self.rows,
+        )
+
 
 @dataclass(frozen=True)
 class Root:
@@ -121,6 +133,13 @@ class Scores:
         drawn, t = self.t_drawn(weights[None])[:, 0], self.t(weights[None])[0]
         tail = 1 + min((drawn >= t).sum(), (drawn <= t).sum())
         return float(min(1.0, 2 * tail / (1 + len(drawn))))
+
+
+def information(equations: Equations, root: Root, q: Array) -> float:
+    """What the data tell of q'b, 1 / q'G⁻¹q, in its standard errors over prompts."""
+    x = root.inverse @ q
+    shares = _quadratic(equations, x, x) / (q @ x)  # their sum is 1
+    return float(1 / np.sqrt(_size(equations) * ((shares - shares.mean()) ** 2).sum()))
 
 
 def contrast(
