@@ -138,7 +138,8 @@ def corrected_slopes(
     Raises
     ------
     FitError
-        As `corrected`: no root, or the information on a slope does not stand out from none.
+        As `corrected`: no root; or no interval of a ratio that ends, and the information on a slope does
+        not stand out from none.
     """
     root = solve(equations)
     if root is None:
@@ -149,12 +150,19 @@ def corrected_slopes(
     etas = {v: unit[at[f"R_bar:variant[{v}]"]] for v in treated if f"R_bar:variant[{v}]" in at}
     beta = unit[at["R_bar"]]
     totals = {variant: beta + eta for variant, eta in etas.items()}
-    if root is None or any(information(equations, root, q) < LEAST for q in (beta, *totals.values())):
-        raise FitError(f"--errors {errors}: {refusal(data)}; --errors none shows the uncorrected fit")
+    unavailable = FitError(
+        f"--errors {errors}: {refusal(data)}; --errors none shows the uncorrected fit"
+    )
+    if root is None:
+        raise unavailable
     rows = [(baseline, "beta", *_without_p(contrast(equations, root, beta, bootstrap)))]
     for variant, q in totals.items():
         rows.append((variant, "beta+eta", *_without_p(contrast(equations, root, q, bootstrap))))
         rows.append((variant, "ratio", *ratio(equations, root, q, beta, bootstrap)))
+    ended = any(np.isfinite(low) for _, name, *_, low, _ in rows if not etas or name == "ratio")
+    known = min(information(equations, root, q) for q in (beta, *totals.values()))
+    if not ended and known < LEAST:
+        raise unavailable
     tests = []
     if etas:
         statistic, p = joint(equations, root, np.stack([*etas.values()]), bootstrap)
