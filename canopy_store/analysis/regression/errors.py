@@ -99,11 +99,16 @@ def by_moments(
 
 
 def corrected_estimates(equations: Equations) -> tuple[Array, Array]:
-    """The root of the equations and its covariance by the prompts' scores; no root is a FitError."""
-    root = solve(equations)
-    if root is None:
-        raise FitError("too little of R_bar is left without its errors")
-    return root.b, covariance(equations, root)
+    """The root of the equations and its covariance by the prompts' scores; no root is a FitError.
+
+    As in `corrected_slopes` N_bar drops out where it is nothing but error: the terms before it keep
+    their places.
+    """
+    for kept in (equations, equations.without("N_bar")):
+        root = solve(kept)
+        if root is not None:
+            return root.b, covariance(kept, root)
+    raise FitError("too little of R_bar is left without its errors")
 
 
 def corrected(
@@ -154,7 +159,8 @@ def corrected_slopes(
     Raises
     ------
     FitError
-        As `corrected`: no root, or the information on a slope does not stand out from none.
+        As `corrected`: no root; or no interval of a ratio that ends, and the information on a slope does
+        not stand out from none.
     """
     root = solve(equations)
     if root is None:
@@ -165,12 +171,19 @@ def corrected_slopes(
     etas = {v: unit[at[f"R_bar:variant[{v}]"]] for v in treated if f"R_bar:variant[{v}]" in at}
     beta = unit[at["R_bar"]]
     totals = {variant: beta + eta for variant, eta in etas.items()}
-    if root is None or any(information(equations, root, q) < LEAST for q in (beta, *totals.values())):
-        raise FitError(f"--errors {errors}: {refusal(data)}; --errors none shows the uncorrected fit")
+    unavailable = FitError(
+        f"--errors {errors}: {refusal(data)}; --errors none shows the uncorrected fit"
+    )
+    if root is None:
+        raise unavailable
     rows = [(baseline, "beta", *_without_p(contrast(equations, root, beta, bootstrap)))]
     for variant, q in totals.items():
         rows.append((variant, "beta+eta", *_without_p(contrast(equations, root, q, bootstrap))))
         rows.append((variant, "ratio", *ratio(equations, root, q, beta, bootstrap)))
+    ended = any(np.isfinite(low) for _, name, *_, low, _ in rows if not etas or name == "ratio")
+    known = min(information(equations, root, q) for q in (beta, *totals.values()))
+    if not ended and known < LEAST:
+        raise unavailable
     tests = []
     if etas:
         statistic, p = joint(equations, root, np.stack([*etas.values()]), bootstrap)
