@@ -86,7 +86,8 @@ def one(job: tuple[Scenario, list[int]]) -> Estimates | str:
     """Return the estimates of one simulated panel, or why there are none."""
     scenario, seed = job
     try:
-        fit = regress(panel(scenario, np.random.default_rng(seed)), scenario.model)
+        rows = panel(scenario, np.random.default_rng(seed))
+        fit = regress(rows, scenario.model, checkpoints="fixed")
     except FitError as error:
         return str(error)
     numbers = ("estimate", "se", "ci_low", "ci_high")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import json
+import math
 import re
 import shutil
 import sys
@@ -133,6 +135,23 @@ def print_rows(relation: Any, form: str) -> None:
             f"--format {form}: a column cannot be printed ({reason}); cast it to varchar, or choose "
             "another --format"
         ) from None
+
+
+def print_object(value: dict[str, Any]) -> None:
+    """Writes one JSON object to stdout; a number that is not finite is null, as in JSON of rows.
+
+    On a terminal nothing is printed that steers it.
+    """
+
+    def plain(part: Any) -> Any:
+        if isinstance(part, dict):
+            return {key: plain(each) for key, each in part.items()}
+        if isinstance(part, list | tuple):
+            return [plain(each) for each in part]
+        return None if isinstance(part, float) and not math.isfinite(part) else part
+
+    text = json.dumps(plain(value), ensure_ascii=False)
+    (echo if sys.stdout.isatty() else click.echo)(text)
 
 
 def _require_types(relation: Any, form: str) -> None:

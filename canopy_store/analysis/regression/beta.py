@@ -338,19 +338,9 @@ def fit_beta(
     FitError
         The log-likelihood is flat in some direction (the term is named) or has no maximum found.
     """
-    n = len(y)
-    # Orthogonal columns of unit mean square: the search then sees a round hill, whatever the splines.
-    (q_x, r_x), (q_w, r_w) = np.linalg.qr(X), np.linalg.qr(W)
-    back = np.eye(X.shape[1] + W.shape[1] + 2)
-    p, m = X.shape[1], X.shape[1] + W.shape[1]
-    back[:p, :p] = np.linalg.inv(r_x) * np.sqrt(n)
-    back[p:m, p:m] = np.linalg.inv(r_w) * np.sqrt(n)
-    laplace = Laplace(y, q_x * np.sqrt(n), q_w * np.sqrt(n), prompt, family)
-    theta = _starting_values(y, laplace.X, laplace.W, prompt)
+    n, m = len(y), X.shape[1] + W.shape[1]
     held = [] if with_family else [m + 1]
-    theta[held] = ZERO_SD
-    theta = _climb(laplace, theta, _all_but(len(theta), held))
-    theta, zero = _drop_zero_sds(laplace, theta, held)
+    laplace, back, theta, zero = _search(y, X, W, prompt, family, held)
     free = _all_but(len(theta), zero)
     exact = int((laplace.W @ laplace.split(theta)[1] > EXACT).sum())
     try:
@@ -368,6 +358,38 @@ def fit_beta(
     return BetaFit(
         back @ theta, full, value, gradient[free], at_zero, laplace.u.copy(), laplace.v.copy()
     )
+
+
+def highest_likelihood(
+    y: Array, X: Array, W: Array, prompt: Codes, family: Codes, with_family: bool = True
+) -> tuple[float, Array]:
+    """Return the largest log-likelihood that the search reaches, and theta there.
+
+    As `fit_beta`, without its covariance and its tests that the maximum is one.
+    """
+    held = [] if with_family else [X.shape[1] + W.shape[1] + 1]
+    laplace, back, theta, _ = _search(y, X, W, prompt, family, held)
+    return laplace.value_and_gradient(theta)[0], back @ theta
+
+
+def _search(
+    y: Array, X: Array, W: Array, prompt: Codes, family: Codes, held: list[int]
+) -> tuple[Laplace, Array, Array, list[int]]:
+    """Return the problem in orthogonal columns, the way back, theta at its top, and what is held there.
+
+    Orthogonal columns of unit mean square: the search then sees a round hill, whatever the splines.
+    """
+    n, p, m = len(y), X.shape[1], X.shape[1] + W.shape[1]
+    (q_x, r_x), (q_w, r_w) = np.linalg.qr(X), np.linalg.qr(W)
+    back = np.eye(m + 2)
+    back[:p, :p] = np.linalg.inv(r_x) * np.sqrt(n)
+    back[p:m, p:m] = np.linalg.inv(r_w) * np.sqrt(n)
+    laplace = Laplace(y, q_x * np.sqrt(n), q_w * np.sqrt(n), prompt, family)
+    theta = _starting_values(y, laplace.X, laplace.W, prompt)
+    theta[held] = ZERO_SD
+    theta = _climb(laplace, theta, _all_but(len(theta), held))
+    theta, zero = _drop_zero_sds(laplace, theta, held)
+    return laplace, back, theta, zero
 
 
 def _all_but(n: int, held: Sequence[int]) -> Codes:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
@@ -11,6 +11,7 @@ import polars as pl
 from scipy import stats
 
 from canopy_store.analysis.regression.beta import Array
+from canopy_store.analysis.regression.checkpoints import ACROSS
 from canopy_store.analysis.regression.panel import PanelData
 from canopy_store.analysis.regression.residuals import quantile_residuals
 from canopy_store.analysis.regression.slopes import Z95, slopes_and_tests
@@ -40,6 +41,14 @@ class Fit:
         p values are Monte Carlo, so they allow for the rows of a prompt being dependent.
     quantile_residuals : (rows,) uniform on (0, 1) under the model, in the order of the rows kept.
     nested : the model without the quadratic terms.
+    across : what each variant adds beyond these checkpoints: over (families or seeds), variant, name
+        (beta, beta+eta, eta, ratio; tau in the model main), units, estimate, se, ci_low, ci_high, p.
+        Means of the checkpoints' own slopes, each family alike; see `checkpoints`. Empty where nothing
+        can be told, and ``fit['holds_for']`` says what the statements hold for.
+    errors : how the errors of R_bar, N_bar and D were taken out: none, moments or split. Corrected fits
+        have intervals and p values by a bootstrap over prompts, and neither random terms nor residuals.
+    reliability : `reliability` of the panel; no rows where it has no columns of errors.
+    warnings : what to know before the slopes are believed.
     """
 
     model: Model
@@ -51,6 +60,26 @@ class Fit:
     residuals: dict[str, float]
     quantile_residuals: Array
     nested: Fit | None = None
+    across: pl.DataFrame = field(default_factory=lambda: pl.DataFrame(schema=ACROSS))
+    errors: str = "none"
+    reliability: pl.DataFrame = field(default_factory=pl.DataFrame)
+    warnings: tuple[str, ...] = ()
+
+
+def as_object(fit: Fit) -> dict[str, Any]:
+    """A fit as lists and numbers, for JSON: its tables as lists of rows, everything else as it is.
+
+    Keys: model, formula, errors, warnings, coefficients, slopes, tests, across, reliability, fit,
+    residuals, and of the quadratic model ``nested``.
+    """
+    tables = {
+        name: getattr(fit, name).to_dicts()
+        for name in ("coefficients", "slopes", "tests", "across", "reliability")
+    }
+    head = {"model": fit.model, "formula": fit.formula, "errors": fit.errors}
+    rest = {"warnings": list(fit.warnings), **tables, "fit": fit.fit, "residuals": fit.residuals}
+    nested = {} if fit.nested is None else {"nested": as_object(fit.nested)}
+    return head | rest | nested
 
 
 @dataclass(frozen=True)

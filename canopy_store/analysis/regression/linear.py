@@ -27,15 +27,23 @@ def linear_design(data: PanelData, model: str) -> tuple[Columns, str, list[str]]
     return intercept(len(data.y)) | design, f"{data.outcome} ~ {right} + (1|prompt)", dropped
 
 
-def _profile(
+def shares(sizes: Codes, ratio: float) -> Array:
+    """(P,) the share of a prompt's sum, of its size's rows, that makes them independent.
+
+    Fuller and Battese 1973; ratio is sd_prompt²/sd_residual².
+    """
+    return np.asarray((1 - 1 / np.sqrt(1 + sizes * ratio)) / sizes)
+
+
+def profile(
     y: Array, X: Array, prompt: Codes, ratio: float, reml: bool
 ) -> tuple[float, Array, Array, float]:
     """Return log-likelihood, b, its covariance and sd_residual² at sd_prompt²/sd_residual² = ratio.
 
-    Taking a share of each prompt's mean from its rows makes them independent (Fuller and Battese 1973).
+    Taking a share of each prompt's sum from its rows makes them independent.
     """
     sizes, (n, p) = np.bincount(prompt), X.shape
-    share = (1 - 1 / np.sqrt(1 + sizes * ratio)) / sizes
+    share = shares(sizes, ratio)
     Z = np.column_stack([a - (share * np.bincount(prompt, a))[prompt] for a in (y, *X.T)])
     y, X = Z[:, 0], Z[:, 1:]
     inverse = np.linalg.inv(X.T @ X)
@@ -47,15 +55,23 @@ def _profile(
     return float(loglik), b, scale * inverse, scale
 
 
-def _best_ratio(y: Array, X: Array, prompt: Codes, reml: bool) -> tuple[float, float]:
-    """Return where ``_profile`` is largest, 0 included, and its value there."""
+def best_ratio(y: Array, X: Array, prompt: Codes, reml: bool) -> tuple[float, float]:
+    """Return where ``profile`` is largest, 0 included, and its value there."""
 
     def down(log_ratio: float) -> float:
-        return -_profile(y, X, prompt, np.exp(log_ratio), reml)[0]
+        return -profile(y, X, prompt, np.exp(log_ratio), reml)[0]
 
     found = optimize.minimize_scalar(down, bounds=(-14, 14), method="bounded", options={"xatol": 1e-6})
-    at_zero = _profile(y, X, prompt, 0.0, reml)[0]
+    at_zero = profile(y, X, prompt, 0.0, reml)[0]
     return (0.0, at_zero) if at_zero >= -found.fun - 1e-6 else (float(np.exp(found.x)), -found.fun)
+
+
+def estimates_of(y: Array, design: Columns, prompt: Codes, model: str) -> tuple[Array, Array]:
+    """Return the estimates and their covariance by REML, at the maximum of the exact profile."""
+    X = matrix_of(design, model)
+    ratio, _ = best_ratio(y, X, prompt, True)
+    _, b, cov, _ = profile(y, X, prompt, ratio, True)
+    return b, cov
 
 
 def solve_mixed(y: Array, design: Columns, prompt: Codes, model: str, *, reml: bool) -> Solved:
@@ -70,7 +86,7 @@ def solve_mixed(y: Array, design: Columns, prompt: Codes, model: str, *, reml: b
     least = np.linalg.lstsq(X, y, rcond=None)[0]
     if float(np.var(y - X @ least)) <= 1e-20:
         raise FitError(f"{model}: the terms give the outcome exactly, so there is no error to estimate")
-    ratio, best = _best_ratio(y, X, prompt, reml)
+    ratio, best = best_ratio(y, X, prompt, reml)
     if ratio > 0:
         loglik, b, cov, scale, ratio = _statsmodels(y, X, prompt, ratio, reml, model)
         if not abs(loglik - best) < 1e-4:  # nan included
@@ -78,7 +94,7 @@ def solve_mixed(y: Array, design: Columns, prompt: Codes, model: str, *, reml: b
                 f"{model}: no convergence, statsmodels ends {best - loglik:.2g} below the maximum"
             )
     else:
-        loglik, b, cov, scale = _profile(y, X, prompt, 0.0, reml)
+        loglik, b, cov, scale = profile(y, X, prompt, 0.0, reml)
     if not np.all(np.isfinite([*b, *np.diag(cov)])) or np.any(np.diag(cov) <= 0):
         raise FitError(f"{model}: no standard errors, the covariance of the terms is not positive")
     sd_residual, sd_prompt = unit * np.sqrt(scale), unit * np.sqrt(scale * ratio)

@@ -11,6 +11,8 @@ import polars as pl
 
 from canopy_store.analysis.bootstrap import varies
 from canopy_store.analysis.regression.beta import Array, Codes
+from canopy_store.analysis.regression.reliability import ERRORS
+from canopy_store.analysis.seeds import as_variants
 from canopy_store.analysis.selections import only_runs, require_one_run
 from canopy_store.errors import DataError, FitError
 
@@ -19,6 +21,7 @@ Columns = dict[str, Array]  # the columns of a design, by the name of the term
 FEWEST_PROMPTS = 5  # below, the variance between prompts is not an estimate of anything
 KEYS = ("family", "variant", "task", "prompt")
 NUMBERS = ("R_bar", "N_bar")
+NOT_OUTCOMES = (*ERRORS, "n_rollouts", "reliability")
 FACTORS = ("task", "family")  # those that can be left out
 _OTHER_NAMES = {"model_name": "family", "model_variant": "variant"}
 
@@ -34,6 +37,9 @@ class PanelData:
     levels: dict[str, list[str]]
     codes: dict[str, Codes]
     left_out: int  # rows with a NULL
+    checkpoints: list[tuple[str, str, str]]  # family, variant and checkpoint of each code
+    rows: Codes  # their places in the frame
+    errors: Columns  # the (co)variances of the errors of a row, and its n_rollouts, where they are known
 
     def dummies(self, factor: str) -> Columns:
         """Treatment contrasts of a factor: none when it has one level."""
@@ -52,7 +58,8 @@ def read_panel(
 
     Columns: family, variant, task, prompt, R_bar, N_bar, then every other number of the file: D,
     vendi_score, … The file has those of the view ``panel``, or model_name and model_variant for family
-    and variant. ``prompt`` is task/prompt_id.
+    and variant. ``prompt`` is task/prompt_id. A column ``checkpoint``, or ``seed`` (of the training),
+    tells the checkpoints of one variant apart; NULL where there is one.
 
     Parameters
     ----------
@@ -64,14 +71,18 @@ def read_panel(
         The file cannot be read, misses a column, or holds several embedders or selections, or several
         runs of one model and task, and none was named.
     """
+    frame = panel_file(path)
+    return one_panel(frame, str(path), embedder=embedder, selection=selection, runs=runs)
+
+
+def panel_file(path: str | Path) -> pl.DataFrame:
+    """Return every row and column of a CSV or Parquet file; one that cannot be read is a DataError."""
     try:
         if Path(path).suffix == ".parquet":
-            frame = pl.read_parquet(path)
-        else:
-            frame = pl.read_csv(path, infer_schema_length=None)
+            return pl.read_parquet(path)
+        return pl.read_csv(path, infer_schema_length=None)
     except (OSError, pl.exceptions.PolarsError) as error:
         raise DataError(f"{path}: not a readable panel ({str(error).splitlines()[0]})") from error
-    return one_panel(frame, str(path), embedder=embedder, selection=selection, runs=runs)
 
 
 def one_panel(
@@ -94,16 +105,20 @@ def one_panel(
     missing = [c for c in KEYS + NUMBERS if c not in frame.columns]
     if missing:
         raise DataError(f"{where}: no column {', '.join(missing)}")
+    own = {"checkpoint", "seed"} & set(frame.columns)
+    if own:
+        frame = as_variants(frame, {}).drop("seed", strict=False)
     if runs and "run_id" not in frame.columns:
         raise DataError(f"{where}: no column run_id, so --run cannot choose")
     if "run_id" in frame.columns:
         frame = only_runs(frame, runs)
-        require_one_run(frame)
+        require_one_run(frame.with_columns(variant="checkpoint") if own else frame)
     try:
-        keys = (*KEYS, "prompt_id", *NUMBERS)
+        texts = [*KEYS, "checkpoint"] if own else [*KEYS]
+        keys = (*texts, "prompt_id", *NUMBERS)
         others = [c for c, kind in frame.schema.items() if kind.is_numeric() and c not in keys]
         numbers = [*NUMBERS, *others]
-        return frame.select(pl.col(KEYS).cast(pl.String), pl.col(numbers).cast(pl.Float64))
+        return frame.select(pl.col(texts).cast(pl.String), pl.col(numbers).cast(pl.Float64))
     except pl.exceptions.PolarsError as error:
         raise DataError(f"{where}: {str(error).splitlines()[0]}") from error
 
@@ -123,10 +138,16 @@ def _keep(frame: pl.DataFrame, column: str, wanted: str | None, where: str) -> p
 
 
 def panel_data(
-    frame: pl.DataFrame, outcome: str, baseline: str, reference_task: str | None, drop: Sequence[str]
+    frame: pl.DataFrame,
+    outcome: str,
+    baseline: str,
+    reference_task: str | None,
+    drop: Sequence[str],
+    known: Sequence[str] = (),
 ) -> PanelData:
-    finite = pl.all_horizontal(pl.col(outcome, "R_bar", "N_bar").is_finite().fill_null(False))
-    kept = frame.filter(finite)
+    """The rows that have the outcome, R_bar, N_bar and the columns ``known``, as arrays."""
+    finite = pl.col(*{outcome, "R_bar", "N_bar", *known}).is_finite().fill_null(False)
+    kept = frame.with_row_index("row").filter(pl.all_horizontal(finite))
     present = {f: kept[f].unique().sort().to_list() for f in KEYS}
     variants = ", ".join(present["variant"]) or "none"
     if baseline not in present["variant"]:
@@ -139,7 +160,7 @@ def panel_data(
         raise FitError(f"too few prompts: {len(present['prompt'])}, and {FEWEST_PROMPTS} are the fewest")
     if kept["prompt"].value_counts()["count"].max() == 1:
         raise FitError("every prompt has one row, so (1|prompt) is not told from the residual")
-    twice = kept.filter(pl.struct(KEYS).is_duplicated())
+    twice = kept.filter(pl.struct(*KEYS, "checkpoint").is_duplicated())
     if len(twice):
         row = "/".join(twice.select(KEYS).row(0))
         raise FitError(f"more than one row of {row}: keep one embedder and one selection")
@@ -162,10 +183,18 @@ def panel_data(
         f: kept[f].replace_strict(levels[f], range(len(levels[f])), return_dtype=pl.Int64).to_numpy()
         for f in KEYS
     }
+    trained = kept.select("family", "variant", "checkpoint")
+    checkpoints = trained.unique().sort("family", "variant", "checkpoint").rows()
+    of_row = {names: i for i, names in enumerate(checkpoints)}
+    codes["checkpoint"] = np.array([of_row[names] for names in trained.rows()])
     for factor in drop:  # one level: its terms vanish
         levels[factor], codes[factor] = ["(dropped)"], np.zeros_like(codes[factor])
     y, r, n = (kept[c].to_numpy() for c in (outcome, "R_bar", "N_bar"))
-    return PanelData(outcome, y, r, n, levels, codes, len(frame) - len(kept))
+    errors = {c: kept[c].to_numpy() for c in (*ERRORS, "n_rollouts") if c in kept.columns}
+    places = kept["row"].to_numpy()
+    return PanelData(
+        outcome, y, r, n, levels, codes, len(frame) - len(kept), checkpoints, places, errors
+    )
 
 
 def _first(name: str, names: list[str]) -> list[str]:

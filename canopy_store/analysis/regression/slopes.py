@@ -13,17 +13,21 @@ from canopy_store.analysis.regression.beta import Array
 
 Z95 = float(stats.norm.ppf(0.975))
 TESTS = {"name": pl.String, "statistic": pl.Float64, "df": pl.Int64, "p": pl.Float64}
-_SLOPES = ("estimate", "se", "ci_low", "ci_high")
+SLOPES = {
+    "variant": pl.String,
+    "name": pl.String,
+    **dict.fromkeys(("estimate", "se", "ci_low", "ci_high"), pl.Float64),
+}
 
 
-def fieller(num: float, den: float, cov: Array) -> tuple[float, float]:
-    """Return the 95% interval of num/den, cov (2, 2) their covariance (Fieller 1954).
+def fieller(num: float, den: float, cov: Array, quantile: float = Z95) -> tuple[float, float]:
+    """Return the interval of num/den, cov (2, 2) their covariance (Fieller 1954); 95% by default.
 
     Infinite both ways when den is within its own interval of 0: then every ratio of some sign fits.
     """
-    a = den**2 - Z95**2 * cov[1, 1]
-    b = num * den - Z95**2 * cov[0, 1]
-    c = num**2 - Z95**2 * cov[0, 0]
+    a = den**2 - quantile**2 * cov[1, 1]
+    b = num * den - quantile**2 * cov[0, 1]
+    c = num**2 - quantile**2 * cov[0, 0]
     if a <= 0:
         return -np.inf, np.inf
     root = np.sqrt(max(b**2 - a * c, 0.0))
@@ -65,8 +69,7 @@ def slopes_and_tests(
         rows.append(wald(variant, "beta+eta", total, np.sqrt(cov[0, 0])))
         se = float(np.sqrt(gradient @ cov @ gradient))
         rows.append((variant, "ratio", ratio, se, *fieller(total, beta, cov)))
-    schema = {"variant": pl.String, "name": pl.String, **dict.fromkeys(_SLOPES, pl.Float64)}
-    slopes = pl.DataFrame(rows, schema=schema, orient="row")
+    slopes = pl.DataFrame(rows, schema=SLOPES, orient="row")
     tests = []
     if etas:
         values = estimates[etas]
