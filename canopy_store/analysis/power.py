@@ -219,14 +219,15 @@ def power_of_regression(
     DataError, UsageError
         No such selection, embedder or run; a reliability that none can be.
     """
-    from canopy_store.analysis.regression import reliability as of_panel  # slow to import
+    from canopy_store.analysis.regression.reliability import reliability as reliability_of
+    from canopy_store.analysis.regression.reliability import samples_for  # slow to import
 
     if not 0 < reliability < 1:
         raise UsageError(f"--reliability {reliability:g}: needs more than 0 and less than 1")
     panel = store_panel(root, selection=selection, embedder=embedder, runs=runs)
-    rows = of_panel.reliability(panel).select("variant", "n_prompts", "n_samples", "reliability")
+    rows = reliability_of(panel).select("variant", "n_prompts", "n_samples", "reliability")
     needed = [
-        None if r is None or math.isnan(r) else of_panel.samples_for(r, m, reliability)
+        None if r is None or math.isnan(r) else samples_for(r, m, reliability)
         for m, r in rows.select("n_samples", "reliability").iter_rows()
     ]
     return rows.with_columns(
