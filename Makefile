@@ -92,6 +92,10 @@ simulate: install
 	$(PYTHON) benchmarks/simulation_compare.py
 	$(PYTHON) benchmarks/simulation.py
 	$(PYTHON) benchmarks/simulation_power.py
+	$(PYTHON) benchmarks/simulation_estimators.py
+	$(PYTHON) benchmarks/simulation_errors.py
+	$(PYTHON) benchmarks/simulation_checkpoints.py
+	$(PYTHON) benchmarks/simulation_precision.py
 
 # the pages that are made from the code, and are tested to be
 docs: install
