@@ -19,6 +19,7 @@ from canopy_store.analysis.regression.linear import linear_design
 from canopy_store.analysis.regression.panel import PanelData, one_panel, panel_data
 from canopy_store.analysis.regression.scores import Bootstrap, Equations, contrast, solve
 from canopy_store.analysis.regression.splits import by_splits, halves_of
+from canopy_store.analysis.seeds import as_variants
 from canopy_store.errors import DataError, FitError, UsageError
 
 ONE = ["task", "family"]  # factors of one level
@@ -81,7 +82,7 @@ def study(
 
 
 def data_of(panel: pl.DataFrame, drop: Any = tuple(ONE)) -> PanelData:
-    return panel_data(one_panel(panel, "panel"), "D", "base", None, drop)
+    return panel_data(as_variants(one_panel(panel, "panel"), {}), "D", "base", None, drop)
 
 
 def ratios(fit: Any) -> dict[str, float]:

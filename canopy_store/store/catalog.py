@@ -37,8 +37,8 @@ def init(root: str | Path) -> Path:
     StoreError
         As `place`.
     """
-    root = place(root)
-    if exists(root / "canopy.json"):
+    root, there = _placed(root)
+    if there:
         return root
     if not remote(root):
         with writing(root):
@@ -55,9 +55,14 @@ def place(root: str | Path) -> Path:
     StoreError
         A folder of something else, one that cannot be written, or a store of another format.
     """
+    return _placed(root)[0]
+
+
+def _placed(root: str | Path) -> tuple[Path, bool]:
+    """As `place`, and whether the store is there; each question is a request on object storage."""
     root = locate(root)
     if exists(root / "canopy.json"):
-        return writable(root)
+        return writable(root), True
     with reaching(root):
         foreign = root.is_file() or (root.is_dir() and any(p.suffix != ".tmp" for p in root.iterdir()))
         if foreign and not exists(root / "canopy.json"):  # or another job has made it meanwhile
@@ -66,7 +71,7 @@ def place(root: str | Path) -> Path:
         above = next(folder for folder in [root, *root.absolute().parents] if folder.exists())
         if not (above.is_dir() and os.access(above, os.W_OK)):
             raise StoreError(f"{root}: {above} is no folder to write in; choose another --store")
-    return root
+    return root, False
 
 
 def require(root: str | Path) -> Path:

@@ -67,6 +67,7 @@ def verify(root: str | Path, deep: bool = False, *, database: bool = True) -> pl
     with duckdb.connect() as con:
         if store.remote(root):
             con.register_filesystem(root.fs)  # type: ignore[attr-defined]
+        con.execute(sql.source("macros"))
         report = Report(root, deep, con, version(root))
         _verify(report, database)
     return pl.DataFrame(report.rows, schema=SCHEMA)
