@@ -366,6 +366,13 @@ def test_variants_come_by_generation_then_step_then_name():
     assert variant_order(models, models, "base") == ["base", "sft", "b-200", "a-1000", "dpo"]
 
 
+def test_variants_of_one_generation_come_by_letters_and_numbers():
+    names = ["step-2", "grpo", "sft-10", "step-10", "base", "sft", "dpo", "sft-9"]
+    models = pl.DataFrame({"variant": names, "generation": 1, "hyperparameters": [None] * 8})
+    ordered = ["base", "dpo", "grpo", "sft", "sft-9", "sft-10", "step-2", "step-10"]
+    assert variant_order(models, models, "base") == ordered
+
+
 def test_what_is_left_out_is_said_with_its_share(many, canopy):
     frame = compare(many, tasks=["x"], variants=["dpo"], metrics=["ce_star", "rho_pearson"])
     ce_star, rho = frame.to_dicts()

@@ -169,10 +169,15 @@ def variant_order(models: pl.DataFrame, rows: pl.DataFrame, baseline: str) -> li
         steps[model["variant"]] = min(place, steps.get(model["variant"], place))
 
     def key(variant: str) -> Any:
-        parts = [(part.isdigit(), part.zfill(20)) for part in re.split(r"(\d+)", variant) if part]
-        return variant != baseline, steps.get(variant, (0, 0.0)), parts
+        return variant != baseline, steps.get(variant, (0, 0.0)), _natural(variant)
 
     return sorted(rows["variant"].unique(), key=key)
+
+
+def _natural(name: str) -> list[tuple[bool, str, int]]:
+    """What sorts names by letters, and the numbers in them as numbers."""
+    parts = re.split(r"(\d+)", name)  # texts and numbers in turn
+    return [(True, "", int(x)) if i % 2 else (False, x, 0) for i, x in enumerate(parts) if x]
 
 
 def without_repeats(frame: pl.DataFrame) -> pl.DataFrame:
