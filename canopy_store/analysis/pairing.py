@@ -235,7 +235,7 @@ def evaluate(
         # tasks are drawn independently; one task alone is drawn from the seed itself
         drawn, counts = draw(len(prompts), seed if len(tasks) == 1 else (seed, number))
         sums = np.zeros((SUMS, sides, width, len(prompts)))
-        for cell in cells:
+        for family, cell in enumerate(cells):
             for which, side in enumerate(cell):
                 at = [place[p] for p in side.prompts]
                 own = sums[:, which]
@@ -244,7 +244,9 @@ def evaluate(
                     of_prompts = [kernels.get((side.run_id, p)) for p in prompts]
                     known = np.zeros((len(prompts), width))
                     known[at] = side.sums[1] > 0
-                    slots = _second_level(of_prompts, drawn, names, [seed, number, which])
+                    # families share the prompts drawn, not the rollouts
+                    key = [seed, number, which, *([family] if family else [])]
+                    slots = _second_level(of_prompts, drawn, names, key)
                     for k in range(width):
                         drawn_point[:, which, :, k] += (slots[..., k] * known[drawn, k]).sum(-1)
         point += sums.sum(-1)
