@@ -7,6 +7,7 @@ import itertools
 import numpy as np
 import polars as pl
 import pytest
+from scipy import stats
 from stores import refused, rollout_rows, write_parquet
 
 import canopy_store
@@ -366,6 +367,13 @@ def test_variants_come_by_generation_then_step_then_name():
     assert variant_order(models, models, "base") == ["base", "sft", "b-200", "a-1000", "dpo"]
 
 
+def test_variants_of_one_generation_come_by_letters_and_numbers():
+    names = ["step-2", "grpo", "sft-10", "step-10", "base", "sft", "dpo", "sft-9"]
+    models = pl.DataFrame({"variant": names, "generation": 1, "hyperparameters": [None] * 8})
+    ordered = ["base", "dpo", "grpo", "sft", "sft-9", "sft-10", "step-2", "step-10"]
+    assert variant_order(models, models, "base") == ordered
+
+
 def test_what_is_left_out_is_said_with_its_share(many, canopy):
     frame = compare(many, tasks=["x"], variants=["dpo"], metrics=["ce_star", "rho_pearson"])
     ce_star, rho = frame.to_dicts()
@@ -521,3 +529,52 @@ def test_over_one_value_each_seeds_are_what_one_is(tmp_path):
         rel = 0.15 if name == "gen_ppl" else 0.04
         assert pooled["delta_se"] == pytest.approx(one["delta_se"] * np.sqrt(15 / 14), rel=rel)
         assert pooled["delta_ci_low"] == pytest.approx(one["delta_ci_low"], rel=rel)
+
+
+@pytest.fixture(scope="module")
+def negative(tmp_path_factory):
+    """Rollouts that outlive their chance to end: CE* by control variate is below 0. And their seeds."""
+    folder = tmp_path_factory.mktemp("negative")
+    for variant, q in (("base", 0.6), ("sft-1", 0.5), ("sft-2", 0.55)):
+        ends = {"lengths": (8, 1, 9, 10), "prompts": tuple("abcdef"), "finish_reason": ["stop"] * 4}
+        rows = rollout_rows(variant, **ends)
+        steps = {"entropy": 0.1, "eos_logprob": float(np.log(q))}
+        rows = [{**row, **{k: [x] * len(row["entropy"]) for k, x in steps.items()}} for row in rows]
+        imported(folder / "s", folder, rows, 128)
+    return folder / "s"
+
+
+@pytest.mark.parametrize("seeds", [None, {"sft": "sft-*"}])
+def test_a_baseline_below_0_has_no_percent_change(negative, seeds):
+    for row in compare(negative, metrics=["ce_star_cv"], seeds=seeds).to_dicts():
+        assert row["baseline"] < 0 < row["delta"]
+        assert [row[f"percent_delta{end}"] for end in ("", "_se", "_ci_low", "_ci_high")] == [None] * 4
+
+
+def test_families_that_share_prompts_lose_a_degree_of_freedom_a_mean(tmp_path):
+    """Rollouts drawn within prompts: the pooled error is that of the families' mean."""
+    rng = np.random.default_rng(3)
+    rows = []
+    for family, variant in itertools.product("fg", ("base", "sft")):
+        lengths = [tuple(rng.integers(1, 40, 3)) for _ in range(12)]
+        for p, own in enumerate(lengths):
+            rows += [{**r, "family": family} for r in rollout_rows(variant, own, (str(p),))]
+    imported(tmp_path / "s", tmp_path, rows, 64)
+    frame = compare(tmp_path / "s", metrics=["mean_length"], resample="rollouts", replicates=4000)
+    pooled = frame.row(by_predicate=pl.col("level") == "all", named=True)
+    lengths = pl.DataFrame(rows).with_columns(n=pl.col("entropy").list.len())
+    of_means = lengths.group_by("family", "variant", "prompt_id").agg(pl.col("n").var() / 3)["n"]
+    se = np.sqrt(of_means.sum()) / 24  # a mean over two families of 12 prompts
+    half = (pooled["delta_ci_high"] - pooled["delta_ci_low"]) / 2
+    assert half == pytest.approx(stats.t.ppf(0.975, 96) * se, rel=0.05)
+
+
+def test_a_cap_that_is_not_recorded_shows_in_what_was_cut(tmp_path):
+    imported(tmp_path / "s", tmp_path, sampled("base", 4, 8, 128), 128)
+    imported(tmp_path / "s", tmp_path, sampled("sft", 4, 8, 40), None)
+    with pytest.raises(ConflictError, match=r"cap \(128 and 40\).*--horizon 40"):
+        compare(tmp_path / "s")
+    with pytest.raises(UsageError, match=r"run f\.sft\.t was cut at 40 tokens; at most --horizon 40"):
+        compare(tmp_path / "s", horizon=100)
+    frame = compare(tmp_path / "s", horizon=40, metrics=["ce_star"])
+    assert frame["horizon"].to_list() == [40]

@@ -15,13 +15,14 @@ from typing import Any
 import numpy as np
 
 from canopy_store.analysis import bootstrap
-from canopy_store.analysis.bootstrap import MEASURES, Array
+from canopy_store.analysis.bootstrap import Array
 from canopy_store.analysis.intervals import (
     PLAIN,
     RATIO,
     Scale,
     Units,
     is_correlation,
+    percent_change,
     scale_of,
     t_interval,
     tests,
@@ -118,10 +119,7 @@ def _summary(name: str, parts: _Parts, margin: float | str | None) -> dict[str, 
     if is_correlation(name):
         se, units = parts.error(own, change)
         row |= z_interval(values, se, units)
-    percent = np.nan
-    if MEASURES[name].positive:
-        with np.errstate(invalid="ignore", divide="ignore"):
-            percent = 100 * (values[1] - values[0]) / values[0]
+    percent = float(percent_change(name, *values))
     scaled, of_ratio = parts.error(_LOG, change)
     percent_se = scaled * abs(100 + percent)  # d (100 e^x) is 100 e^x dx
     row |= t_interval("percent_delta", percent, percent_se, scaled, of_ratio, RATIO)

@@ -235,8 +235,8 @@ def compare_prompts(
                 for k, name in enumerate(names):
                     counted = facts.of([group], k, used[:, k])
                     drawn_from, lost = counted["n_prompts"], counted["n_tasks"]
-                    if resample == "rollouts":  # within prompts, two sides each
-                        drawn_from, lost = facts.rollouts(group, k), 2 * drawn_from
+                    if resample == "rollouts":  # within the prompts of each side
+                        drawn_from, lost = facts.rollouts(group, k)
                     units = Units(drawn_from, drawn_from - lost, confidence, interval)
                     out.append(
                         {

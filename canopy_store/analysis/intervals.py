@@ -123,10 +123,8 @@ def summary(
         se = spread("z", z[1] - z[0], to_z(replicates[1]) - to_z(replicates[0]), units)["z_se"]
         if units.interval == "t":
             row |= z_interval(values, se, units)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        percent, drawn = (100 * (x[1] - x[0]) / x[0] for x in (values, replicates))
-    percent = percent if MEASURES[name].positive else np.nan
-    row |= spread("percent_delta", percent, drawn, units, RATIO)
+    percent, drawn = (percent_change(name, *x) for x in (values, replicates))
+    row |= spread("percent_delta", float(percent), drawn, units, RATIO)
     return row | tests(name, values, se, units, margin)
 
 
@@ -146,6 +144,17 @@ def tests(
             most = z_of_change(size, middle) if is_correlation(name) else size
             row["p_equivalence"] = units.tail(most - abs(change), se)  # type: ignore[arg-type]
     return row
+
+
+def percent_change(name: str, baseline: Array, treated: Array) -> Array:
+    """Percent changes of a positive measure; NaN of the others, and where the baseline is not above 0.
+
+    An estimate can be negative where what it estimates is not: CE* by control variate is one.
+    """
+    base = np.where(np.asarray(baseline) > 0, baseline, np.nan)
+    if not MEASURES[name].positive:
+        return np.full(base.shape, np.nan)
+    return 100 * (treated - base) / base
 
 
 def z_interval(values: Array, se: float | None, units: Units) -> Columns:

@@ -30,12 +30,16 @@ Row = Mapping[str, Any]
 def run_settings(con: Connection) -> pl.DataFrame:
     """One row per complete run: how it was sampled, for `require_alike`; NULL is not recorded.
 
-    ``rendering`` of an import is NULL: how its prompts became tokens is not recorded.
+    ``rendering`` of an import is NULL: how its prompts became tokens is not recorded. A cap that is not
+    recorded is the length at which all that was cut was cut; ``shortest_cut`` is the least such length.
     """
     return con.sql(
-        "select r.run_id, r.max_new_tokens, r.temperature, r.top_k, r.top_p, "
+        "with cut as (select run_id, min(n_tokens) as shortest, max(n_tokens) as longest "
+        "from rollouts where finish_reason = 'length' group by run_id) "
+        "select r.run_id, coalesce(r.max_new_tokens, case when shortest = longest then shortest end) "
+        "as max_new_tokens, shortest as shortest_cut, r.temperature, r.top_k, r.top_p, "
         "nullif(r.rendering, 'import') as rendering, r.n_prompts, r.settings, m.tokenizer_sha256 "
-        "from runs r left join models m using (model_id)"
+        "from runs r left join models m using (model_id) left join cut using (run_id)"
     ).pl()
 
 
@@ -149,9 +153,11 @@ def require_alike(
 def _require_horizon(runs: pl.DataFrame, horizon: int | None) -> None:
     if horizon is None:
         return
-    shorter = runs.filter(pl.col("max_new_tokens") < horizon)
+    # a rollout may be cut before the cap, where the context is full
+    cut_at = pl.min_horizontal("max_new_tokens", "shortest_cut")
+    shorter = runs.with_columns(cut_at=cut_at).filter(pl.col("cut_at") < horizon)
     if len(shorter):
-        run_id, cap = shorter.sort("max_new_tokens").select("run_id", "max_new_tokens").row(0)
+        run_id, cap = shorter.sort("cut_at", "run_id").select("run_id", "cut_at").row(0)
         raise UsageError(
             f"--horizon {horizon}: run {run_id} was cut at {cap} tokens; at most --horizon {cap}"
         )

@@ -169,10 +169,15 @@ def variant_order(models: pl.DataFrame, rows: pl.DataFrame, baseline: str) -> li
         steps[model["variant"]] = min(place, steps.get(model["variant"], place))
 
     def key(variant: str) -> Any:
-        parts = [(part.isdigit(), part.zfill(20)) for part in re.split(r"(\d+)", variant) if part]
-        return variant != baseline, steps.get(variant, (0, 0.0)), parts
+        return variant != baseline, steps.get(variant, (0, 0.0)), _natural(variant)
 
     return sorted(rows["variant"].unique(), key=key)
+
+
+def _natural(name: str) -> list[tuple[bool, str, int]]:
+    """What sorts names by letters, and the numbers in them as numbers."""
+    parts = re.split(r"(\d+)", name)  # texts and numbers in turn
+    return [(True, "", int(x)) if i % 2 else (False, x, 0) for i, x in enumerate(parts) if x]
 
 
 def without_repeats(frame: pl.DataFrame) -> pl.DataFrame:
@@ -230,7 +235,7 @@ def evaluate(
         # tasks are drawn independently; one task alone is drawn from the seed itself
         drawn, counts = draw(len(prompts), seed if len(tasks) == 1 else (seed, number))
         sums = np.zeros((SUMS, sides, width, len(prompts)))
-        for cell in cells:
+        for family, cell in enumerate(cells):
             for which, side in enumerate(cell):
                 at = [place[p] for p in side.prompts]
                 own = sums[:, which]
@@ -239,7 +244,9 @@ def evaluate(
                     of_prompts = [kernels.get((side.run_id, p)) for p in prompts]
                     known = np.zeros((len(prompts), width))
                     known[at] = side.sums[1] > 0
-                    slots = _second_level(of_prompts, drawn, names, [seed, number, which])
+                    # families share the prompts drawn, not the rollouts
+                    key = [seed, number, which, *([family] if family else [])]
+                    slots = _second_level(of_prompts, drawn, names, key)
                     for k in range(width):
                         drawn_point[:, which, :, k] += (slots[..., k] * known[drawn, k]).sum(-1)
         point += sums.sum(-1)

@@ -68,9 +68,16 @@ class RowFacts:
             "unrecorded": _joined((run["unrecorded"] for run in of_runs), ", "),
         }
 
-    def rollouts(self, group: Cells, k: int) -> int:
-        """The rollouts of both sides that count in measure ``k``."""
-        return int(sum(side.n_rollouts @ side.used[:, k] for cell in group.values() for side in cell))
+    def rollouts(self, group: Cells, k: int) -> tuple[int, int]:
+        """The rollouts of both sides that count in measure ``k``, and the prompts that they are of.
+
+        A prompt counts once a side and family: each has a mean of its own.
+        """
+        sides = [side for cell in group.values() for side in cell]
+        return (
+            int(sum(side.n_rollouts @ side.used[:, k] for side in sides)),
+            int(sum(side.used[:, k].sum() for side in sides)),
+        )
 
     def _left_out(self, groups: Sequence[Cells], k: int, prompts: int) -> dict[str, Any]:
         counts, shares = [], []
