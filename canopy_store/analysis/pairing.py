@@ -48,7 +48,7 @@ def unpaired(rows: pl.DataFrame, baseline: str) -> str | None:
     """Why no row of prompt_metrics can be compared with the baseline; None where some can."""
     variants = sorted(rows["variant"].unique())
     if baseline not in variants:
-        return f"--baseline {baseline}: no such variant; the store has {', '.join(variants)}"
+        return f"--baseline {baseline}: no such variant here; there is {', '.join(variants)}"
     if len(variants) == 1:
         return f"{baseline} is the only variant: there is nothing to compare it with"
     is_baseline = pl.col("variant") == baseline
@@ -59,6 +59,14 @@ def unpaired(rows: pl.DataFrame, baseline: str) -> str | None:
             "paired by task and prompt_id, so sample both from the same prompts"
         )
     return None
+
+
+def without_baseline(rows: pl.DataFrame, baseline: str) -> str | None:
+    """The variants that no row compares, as their family and task has no baseline; None where all are."""
+    keys = rows.select("family", "task", "variant").unique().sort("family", "task", "variant")
+    based = keys.filter(variant=baseline).select("family", "task")
+    left = keys.join(based, on=["family", "task"], how="anti")
+    return ", ".join(f"{v} of {f} on {t}" for f, t, v in left.iter_rows()) or None
 
 
 class _Prompts:

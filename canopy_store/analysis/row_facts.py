@@ -9,7 +9,7 @@ import numpy as np
 import polars as pl
 
 from canopy_store.analysis.bootstrap import Array
-from canopy_store.analysis.pairing import Cells, Key, Side
+from canopy_store.analysis.pairing import Cells, Key, Side, without_baseline
 
 _OF_A_RUN = ("cap", "allowed", "unrecorded")
 
@@ -30,6 +30,7 @@ class RowFacts:
             "baseline_variant": baseline,
             "selection": prompts["selection"][0],
             "selection_rule": _column(prompts, "selection_rule")[0],
+            "without_baseline": without_baseline(prompts, baseline),
         }
         self.treatments = {(m["family"], m["variant"]): m["treatment"] for m in models.to_dicts()}
         runs = {name: _column(prompts, name) for name in ("run_id", *_OF_A_RUN)}

@@ -141,10 +141,12 @@ def _sentence(first: Row, second: Row | None) -> str:
             f"{first['baseline_variant']}: {change}, {where}"
         )
     else:
-        text = f"{first['variant']}: no change of {label(first)} can be told: {change}, {where}"
+        holm = " after Holm" if first["p"] is not None and first["p"] < 1 - first["confidence"] else ""
+        text = f"{first['variant']}: no change of {label(first)} can be told{holm}: {change}, {where}"
     if second is not None and second["delta"] is not None:
         rises = "falls" if second["delta"] < 0 else "rises"
         told = "" if _told(second) else ", not distinguishable from 0 after Holm"
+        told = ", with too few prompts to tell" if second["p"] is None else told
         amount = f"{abs(second['delta']):.2g} {unit(second['metric'])}".strip()
         text += f"; {label(second)} {rises} by {amount}{told}"
     text += "."
@@ -172,7 +174,9 @@ def _change(row: Row) -> str:
         return ""
     text = f"{row['delta']:+.3g} {unit(row['metric'])}".strip()
     low, high = row["percent_delta_ci_low"], row["percent_delta_ci_high"]
-    if row["percent_delta"] is not None and low is not None:
+    # of the two intervals the one that agrees with p: with few prompts they may differ
+    agrees = row["p"] is None or (low is not None and low * high > 0) == (row["p"] < 1 - row["confidence"])
+    if row["percent_delta"] is not None and low is not None and agrees:
         return f"{text}, {row['percent_delta']:+.1f}% [{low:.0f}, {high:.0f}]"
     if row["delta_ci_low"] is not None:
         return f"{text} [{row['delta_ci_low']:.3g}, {row['delta_ci_high']:.3g}]"
@@ -204,6 +208,8 @@ def notes(frame: pl.DataFrame) -> list[str]:
             for row in lost.unique("metric", maintain_order=True).to_dicts()
         ]
         out.append("left out, as one variant lacks them or has no value of them: " + ", ".join(told))
+    for text in frame["without_baseline"].drop_nulls().unique():
+        out.append(f"not compared, as there is no baseline of the same family and task: {text}")
     unrecorded = [name for text in frame["unrecorded"].drop_nulls() for name in text.split(", ")]
     if unrecorded:
         names = ", ".join(dict.fromkeys(unrecorded))
