@@ -487,3 +487,39 @@ def test_a_golden_panel_says_that_its_errors_are_not_known(canopy) -> None:
     code, out, _ = canopy("regress", "--model", "main", "--panel", GOLDEN / "panel.csv")
     assert code == 0
     assert "how reliable R_bar is cannot be told" in out
+
+
+def test_a_variant_whose_errors_are_not_known_is_not_left_out_in_silence() -> None:
+    """Of two rollouts cov_RD is not known: 2 (M - 1) / (M - 2) is infinite."""
+    panel = study(16, within=(0.2, 0.2, 0.2), samples=40)
+    two = pl.col("variant") == "rl"
+    for nothing in (None, float("nan"), float("inf")):
+        unknown = panel.with_columns(cov_RD=pl.when(two).then(nothing).otherwise("cov_RD"))
+        with pytest.raises(FitError, match=r"no row of rl has all of var_R.*--errors none"):
+            regress(unknown, "interaction", drop=ONE)
+        every = panel.with_columns(cov_RD=pl.lit(nothing, pl.Float64))
+        assert regress(every, "interaction", drop=ONE).errors == "none"
+        with pytest.raises(DataError, match="3 rollouts a prompt"):
+            regress(every, "interaction", drop=ONE, errors="moments")
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "words"),
+    [
+        ("n_rollouts", 0.0, "n_rollouts is 0; "),
+        ("n_rollouts", float("nan"), "n_rollouts is nan; "),
+        ("n_rollouts", None, "n_rollouts is missing; "),
+        ("var_R", -0.1, "var_R is -0.1; "),
+        ("var_N", float("inf"), "var_N is inf; "),
+    ],
+)
+@pytest.mark.parametrize("errors", [None, "none"])
+def test_errors_that_no_rollouts_have_are_refused(
+    column: str, value: Any, words: str, errors: Any
+) -> None:
+    third = pl.int_range(pl.len()) == 2
+    panel = study(17, prompts=20).with_columns(
+        pl.when(third).then(value).otherwise(column).alias(column)
+    )
+    with pytest.raises(DataError, match=f"row 3 of the panel: {words}"):
+        regress(panel, "interaction", drop=ONE, errors=errors)

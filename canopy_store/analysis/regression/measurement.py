@@ -16,6 +16,7 @@ from canopy_store.analysis.regression.reliability import (
     ERRORS,
     no_errors,
     reliability,
+    require_possible,
     samples_for,
 )
 from canopy_store.analysis.regression.slopes import Z95
@@ -38,7 +39,10 @@ def way_of(errors: str | None, model: str, outcome: str, panel: pl.DataFrame, of
     if errors not in (None, *get_args(Errors)):
         raise UsageError(f"--errors {errors}: one of {', '.join(get_args(Errors))}")
     missing = [c for c in (*ERRORS, "n_rollouts") if c not in panel.columns]
-    empty = not missing and panel.select(pl.all_horizontal(pl.col(ERRORS).is_null()).all()).item()
+    if not missing:
+        require_possible(panel)
+    whole = pl.all_horizontal(pl.col(ERRORS).is_finite().fill_null(False))
+    empty = not missing and not panel.select(whole.any()).item()
     if errors is None:
         possible = model in CORRECTED and outcome == "D" and not missing and not empty
         return "moments" if possible else "none"
@@ -137,9 +141,9 @@ def refusal(data: PanelData) -> str:
 def _partials(data: PanelData) -> dict[str, float]:
     """The share of R_bar in each variant, given all other terms, that is not error; nan: not known.
 
-    A term of the regression is what the others leave of it, v'Z with v the others' coefficients less a
-    share of each prompt's sum. Errors leave of slopes that are alike the share 1 − Σ (A v) / S, S the sum
-    of squares that is left and Σ over the variants' rates (A as in `errors`).
+    A term of the regression is what the others leave of it, Zv with v their coefficients and Z less a
+    share of each prompt's sum. Errors leave of slopes that are alike the share 1 − Σ (A v) / v'Z'Zv, the
+    sum over the variants' rates (A as in `errors`).
     """
     names, prompt, variant = data.levels["variant"], data.codes["prompt"], data.codes["variant"]
     own = {name: data.r * (variant == code) for code, name in enumerate(names)}
