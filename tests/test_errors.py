@@ -14,8 +14,8 @@ from stores import GOLDEN, import_golden
 
 import canopy_store
 from canopy_store.analysis.regression import as_object, regress, reliability, samples_for
-from canopy_store.analysis.regression.errors import by_moments, share_of
-from canopy_store.analysis.regression.linear import linear_design
+from canopy_store.analysis.regression.errors import by_moments
+from canopy_store.analysis.regression.linear import linear_design, share_of
 from canopy_store.analysis.regression.panel import PanelData, one_panel, panel_data
 from canopy_store.analysis.regression.scores import Bootstrap, Equations, contrast, solve
 from canopy_store.analysis.regression.splits import by_splits, halves_of
@@ -266,6 +266,47 @@ def test_variance_between_tasks_does_not_count_as_reliability_of_a_slope() -> No
     assert "below 0.8" in fit.warnings[0]
 
 
+def test_what_the_variants_share_of_a_prompt_does_not_count_as_reliability_of_a_slope() -> None:
+    """Prompts far apart in R_bar and in D: a slope is estimated within them, where errors are large."""
+    rng = np.random.default_rng(0)
+    panel = study(4, prompts=300, within=(0.2, 0.2), slopes=0.0, spread=0.0)
+    prompt, own = np.repeat(rng.normal(size=(2, 300)), 2, axis=1), rng.normal(size=600)
+    true = 0.3 * prompt[0] + 0.05 * own  # the rows of a prompt are beside each other
+    level = 0.3 * prompt[1] + true
+    panel = panel.with_columns(R_bar=pl.col("R_bar") + true, D=pl.col("D") + level)
+    fit = regress(panel, "interaction", drop=ONE, errors="none")
+    assert fit.reliability["reliability"].min() > 0.9
+    of_truth = fit.slopes.filter(pl.col("name") != "ratio")["estimate"]
+    assert of_truth.max() < 0.75  # of 1
+    assert fit.reliability["partial"].to_list() == pytest.approx(of_truth.to_list(), abs=0.1)
+    assert "given the other terms" in fit.warnings[0]
+
+
+def test_errors_that_lengths_share_count_in_the_reliability_of_a_slope() -> None:
+    """Lengths follow true rates one way, and errors the other: adjusting for them adds to the error."""
+    rng = np.random.default_rng(1)
+    rows, M = 600, 16
+    true = np.repeat(rng.normal(size=300), 2) * 0.1 + rng.normal(size=rows)
+    error = np.sqrt(0.05) * rng.normal(size=rows)
+    R, N = true + error, 100 + 3 * true - 6 * error + 0.3 * rng.normal(size=rows)
+    panel = pl.DataFrame({"prompt": np.repeat(np.arange(300), 2).astype(str), "R_bar": R, "N_bar": N})
+    variances = {"var_R": 0.05, "var_N": 36 * 0.05, "cov_RN": -6 * 0.05, "cov_RD": 0.0, "cov_ND": 0.0}
+    panel = panel.with_columns(
+        pl.lit("f").alias("family"),
+        pl.lit("t").alias("task"),
+        pl.Series("variant", ["base", "sft"] * 300),
+        pl.Series("D", true + 0.1 * rng.normal(size=rows)),
+        *(pl.lit(value).alias(name) for name, value in variances.items()),
+        pl.lit(M).alias("n_rollouts"),
+    )
+    fit = regress(panel, "interaction", drop=ONE, errors="none")
+    assert fit.reliability["reliability"].min() > 0.9
+    found = fit.slopes.filter(pl.col("name") != "ratio")["estimate"]
+    assert found.max() < 0.8
+    assert fit.reliability["partial"].to_list() == pytest.approx(found.to_list(), abs=0.1)
+    assert fit.warnings
+
+
 # ---------------------------------------------------------------------------- defaults and refusals
 
 
@@ -446,3 +487,39 @@ def test_a_golden_panel_says_that_its_errors_are_not_known(canopy) -> None:
     code, out, _ = canopy("regress", "--model", "main", "--panel", GOLDEN / "panel.csv")
     assert code == 0
     assert "how reliable R_bar is cannot be told" in out
+
+
+def test_a_variant_whose_errors_are_not_known_is_not_left_out_in_silence() -> None:
+    """Of two rollouts cov_RD is not known: 2 (M - 1) / (M - 2) is infinite."""
+    panel = study(16, within=(0.2, 0.2, 0.2), samples=40)
+    two = pl.col("variant") == "rl"
+    for nothing in (None, float("nan"), float("inf")):
+        unknown = panel.with_columns(cov_RD=pl.when(two).then(nothing).otherwise("cov_RD"))
+        with pytest.raises(FitError, match=r"no row of rl has all of var_R.*--errors none"):
+            regress(unknown, "interaction", drop=ONE)
+        every = panel.with_columns(cov_RD=pl.lit(nothing, pl.Float64))
+        assert regress(every, "interaction", drop=ONE).errors == "none"
+        with pytest.raises(DataError, match="3 rollouts a prompt"):
+            regress(every, "interaction", drop=ONE, errors="moments")
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "words"),
+    [
+        ("n_rollouts", 0.0, "n_rollouts is 0; "),
+        ("n_rollouts", float("nan"), "n_rollouts is nan; "),
+        ("n_rollouts", None, "n_rollouts is missing; "),
+        ("var_R", -0.1, "var_R is -0.1; "),
+        ("var_N", float("inf"), "var_N is inf; "),
+    ],
+)
+@pytest.mark.parametrize("errors", [None, "none"])
+def test_errors_that_no_rollouts_have_are_refused(
+    column: str, value: Any, words: str, errors: Any
+) -> None:
+    third = pl.int_range(pl.len()) == 2
+    panel = study(17, prompts=20).with_columns(
+        pl.when(third).then(value).otherwise(column).alias(column)
+    )
+    with pytest.raises(DataError, match=f"row 3 of the panel: {words}"):
+        regress(panel, "interaction", drop=ONE, errors=errors)

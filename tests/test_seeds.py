@@ -317,6 +317,20 @@ def test_a_sweep_repeats_the_fit_and_shows_the_spread(canopy, tmp_path: Path) ->
     assert "ratio of sft-1, fits by embedder 2: " in out
 
 
+@pytest.mark.parametrize("form", ["table", "json", "csv", "parquet"])
+def test_a_sweep_of_uncorrected_fits_warns(canopy, tmp_path: Path, form: str) -> None:
+    noisy = draw(families=2, seeds=1).with_columns(var_R=pl.lit(1e3), n_rollouts=pl.lit(8))
+    file = tmp_path / "panel.csv"
+    pl.concat(noisy.with_columns(embedder=pl.lit(name)) for name in "ab").write_csv(file)
+    command = ("regress", "--model", "quadratic", "--panel", file, "--sweep", "embedder")
+    code, out, err = canopy(*command, "--format", form)
+    assert code == 0
+    if form != "json":
+        assert (out if form == "table" else err).count("reliability is below 0.8") == 2
+    if form in ("json", "csv"):
+        assert out.count("reliability is below 0.8") == 2
+
+
 def test_a_sweep_over_nothing_or_of_nothing_is_refused() -> None:
     frame = draw(families=2, seeds=1)
     with pytest.raises(DataError, match="the panel has no column embedder"):

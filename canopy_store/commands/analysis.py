@@ -420,9 +420,14 @@ def _print_sweep(panel: Any, over: str, form: str, **options: Any) -> None:
     from canopy_store.analysis.regression import spread, sweep
 
     rows = sweep(panel, over, **options)  # type: ignore[arg-type]
-    print_rows(
-        duckdb.from_arrow(rows.drop("refused").to_arrow() if form == "table" else rows.to_arrow()), form
-    )
+    warned = rows.drop_nulls("warnings").unique("value", maintain_order=True)
+    shown = rows.drop("warnings", "refused") if form == "table" else rows
+    print_rows(duckdb.from_arrow(shown.to_arrow()), form)
+    for value, warning in warned.select("value", "warnings").iter_rows():
+        if form == "table":
+            echo(f"warning: {value}: {warning}")
+        elif form != "json":
+            echo(f"canopy: {value}: {warning}", err=True)
     if form != "table":
         return
     for value, reason in rows.drop_nulls("refused").select("value", "refused").iter_rows():

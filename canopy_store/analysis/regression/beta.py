@@ -350,7 +350,8 @@ def fit_beta(
             raise
         raise FitError(
             f"beta: the log precision grows without bound in {exact} of {n} rows: "
-            "too few prompts for its terms, or an outcome without noise"
+            "too few prompts for its terms, which --precision variant has fewer of, or an outcome "
+            "without noise"
         ) from error
     full = np.full((len(theta), len(theta)), np.nan)
     full[np.ix_(free, free)] = back[np.ix_(free, free)] @ cov @ back[np.ix_(free, free)].T

@@ -24,7 +24,7 @@ import polars as pl
 from canopy_store.analysis.regression.beta import Array, Codes
 from canopy_store.analysis.regression.design import matrix_of
 from canopy_store.analysis.regression.fit import Fit
-from canopy_store.analysis.regression.linear import best_ratio, linear_design, shares
+from canopy_store.analysis.regression.linear import kept_of, less_share, linear_design, share_of
 from canopy_store.analysis.regression.measurement import Errors, refusal
 from canopy_store.analysis.regression.panel import Columns, PanelData
 from canopy_store.analysis.regression.scores import (
@@ -44,12 +44,6 @@ from canopy_store.errors import FitError
 LEAST = 1.2816  # standard errors, one-sided 10%: below, the errors may have left nothing of R_bar
 
 
-def less_share(columns: Array, share: Array, prompt: Codes) -> Array:
-    """(rows, k) columns less the share (P,) of their prompt's sum."""
-    sums = np.stack([np.bincount(prompt, column, len(share)) for column in columns.T], axis=-1)
-    return np.asarray(columns - (share[:, None] * sums)[prompt])
-
-
 def by_prompt(rows: Array, prompt: Codes) -> Array:
     """(P, ...) the sums of rows (rows, ...) over each prompt."""
     order = np.argsort(prompt, kind="stable")
@@ -67,12 +61,6 @@ def loadings(data: PanelData, design_of: Callable[[PanelData], Columns]) -> Arra
     return np.stack([at_r - at_zero, at_n - at_zero], axis=-1)
 
 
-def share_of(data: PanelData, X: Array) -> Array:
-    """(P,) the share of REML's fit that takes the regressors as exact."""
-    y, prompt = data.y / data.y.std(), data.codes["prompt"]
-    return shares(np.bincount(prompt), best_ratio(y, X, prompt, True)[0])
-
-
 def by_moments(
     data: PanelData, model: str, design_of: Callable[[PanelData], Columns] | None = None
 ) -> Equations:
@@ -85,8 +73,7 @@ def by_moments(
     X, prompt = matrix_of(design, model), data.codes["prompt"]
     share = share_of(data, X)
     Z = less_share(np.column_stack([X, data.y]), share, prompt)
-    e, s, n = data.errors, share[prompt], np.bincount(prompt)[prompt]
-    t = (1 - s) ** 2 + (n - 1) * s**2
+    e, t = data.errors, kept_of(share, prompt)
     L = loadings(data, design_of)
     sigma = np.stack([e["var_R"], e["cov_RN"], e["cov_RN"], e["var_N"]], -1).reshape(-1, 2, 2)
     with_outcome = np.stack([e["cov_RD"], e["cov_ND"]], axis=-1)

@@ -66,6 +66,24 @@ def best_ratio(y: Array, X: Array, prompt: Codes, reml: bool) -> tuple[float, fl
     return (0.0, at_zero) if at_zero >= -found.fun - 1e-6 else (float(np.exp(found.x)), -found.fun)
 
 
+def share_of(data: PanelData, X: Array) -> Array:
+    """(P,) the share of REML's fit that takes the regressors as exact."""
+    y, prompt = data.y / data.y.std(), data.codes["prompt"]
+    return shares(np.bincount(prompt), best_ratio(y, X, prompt, True)[0])
+
+
+def less_share(columns: Array, share: Array, prompt: Codes) -> Array:
+    """(rows, k) columns less the share (P,) of their prompt's sum."""
+    sums = np.stack([np.bincount(prompt, column, len(share)) for column in columns.T], axis=-1)
+    return np.asarray(columns - (share[:, None] * sums)[prompt])
+
+
+def kept_of(share: Array, prompt: Codes) -> Array:
+    """(rows,) how much of the variance of a row's error its prompt's rows keep."""
+    s, n = share[prompt], np.bincount(prompt)[prompt]
+    return np.asarray((1 - s) ** 2 + (n - 1) * s**2)
+
+
 def estimates_of(y: Array, design: Columns, prompt: Codes, model: str) -> tuple[Array, Array]:
     """Return the estimates and their covariance by REML, at the maximum of the exact profile."""
     X = matrix_of(design, model)

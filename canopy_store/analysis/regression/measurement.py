@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import numpy as np
 import polars as pl
 
+from canopy_store.analysis.regression.design import matrix_of
+from canopy_store.analysis.regression.linear import kept_of, less_share, linear_design, share_of
 from canopy_store.analysis.regression.panel import PanelData
 from canopy_store.analysis.regression.reliability import (
     ENOUGH,
     ERRORS,
     no_errors,
     reliability,
+    require_possible,
     samples_for,
 )
 from canopy_store.analysis.regression.slopes import Z95
-from canopy_store.errors import DataError, UsageError
+from canopy_store.errors import DataError, FitError, UsageError
 
 Errors = Literal["none", "moments", "split"]
 CORRECTED = ("main", "interaction")
@@ -36,7 +39,10 @@ def way_of(errors: str | None, model: str, outcome: str, panel: pl.DataFrame, of
     if errors not in (None, *get_args(Errors)):
         raise UsageError(f"--errors {errors}: one of {', '.join(get_args(Errors))}")
     missing = [c for c in (*ERRORS, "n_rollouts") if c not in panel.columns]
-    empty = not missing and panel.select(pl.all_horizontal(pl.col(ERRORS).is_null()).all()).item()
+    if not missing:
+        require_possible(panel)
+    whole = pl.all_horizontal(pl.col(ERRORS).is_finite().fill_null(False))
+    empty = not missing and not panel.select(whole.any()).item()
     if errors is None:
         possible = model in CORRECTED and outcome == "D" and not missing and not empty
         return "moments" if possible else "none"
@@ -66,15 +72,14 @@ def way_of(errors: str | None, model: str, outcome: str, panel: pl.DataFrame, of
 def reliability_of(data: PanelData) -> pl.DataFrame:
     """`reliability` of a fit's rows, and the column ``partial``; no rows where errors are not known.
 
-    ``partial`` is the same share of what N_bar, task and family leave of the variance of R_bar: that
-    is what draws a slope towards 0.
+    ``partial`` is the same share of what the other terms of the model interaction, prompts included,
+    leave of R_bar: that is what draws a slope towards 0.
     """
     if not {"var_R", "n_rollouts"} <= set(data.errors):
         return pl.DataFrame()
     names = {key: np.array(data.levels[key])[data.codes[key]] for key in ("variant", "prompt")}
     rows = pl.DataFrame({**names, "R_bar": data.r, **data.errors}).fill_nan(None)
-    partial = {v: _partial(data, code)[0] for code, v in enumerate(data.levels["variant"])}
-    shares = pl.col("variant").replace_strict(partial, return_dtype=pl.Float64)
+    shares = pl.col("variant").replace_strict(_partials(data), return_dtype=pl.Float64)
     return reliability(rows).with_columns(partial=shares.fill_nan(None))
 
 
@@ -119,9 +124,10 @@ def _two(share: float | None) -> str:
 
 def refusal(data: PanelData) -> str:
     """What to say where errors leave too little of R_bar: of which variant, and what would do."""
-    parts = {v: _partial(data, code) for code, v in enumerate(data.levels["variant"])}
-    variant = min(parts, key=lambda v: parts[v][0])
-    left, upper, samples, prompts = parts[variant]
+    parts = _partials(data)
+    variant = min(parts, key=lambda v: parts[v])
+    left, (samples, prompts) = parts[variant], _size(data, data.levels["variant"].index(variant))
+    upper = 1 - (1 - left) / (1 + Z95 * np.sqrt(2 / prompts))
     # a share that stands out from 0 when it is estimated from so many prompts
     wanted = min(0.9, 1.5 * max(left, Z95 * np.sqrt(2 / prompts)))
     share, about = (left, "about") if left > 0.05 else (max(upper, 0.05), "at least")
@@ -132,17 +138,43 @@ def refusal(data: PanelData) -> str:
     )
 
 
-def _partial(data: PanelData, code: int) -> tuple[float, float, int, int]:
-    """Reliability of R_bar in a variant given other terms, its upper limit, samples and prompts."""
+def _partials(data: PanelData) -> dict[str, float]:
+    """The share of R_bar in each variant, given all other terms, that is not error; nan: not known.
+
+    A term of the regression is what the others leave of it, Zv with v their coefficients and Z less a
+    share of each prompt's sum. Errors leave of slopes that are alike the share 1 − Σ (A v) / v'Z'Zv, the
+    sum over the variants' rates (A as in `errors`).
+    """
+    names, prompt, variant = data.levels["variant"], data.codes["prompt"], data.codes["variant"]
+    own = {name: data.r * (variant == code) for code, name in enumerate(names)}
+    design = linear_design(data, "interaction")[0]
+    rest = {k: x for k, x in design.items() if k != "R_bar" and not k.startswith("R_bar:variant[")}
+    try:
+        X = matrix_of({**{f"R_bar in {k}": x for k, x in own.items()}, **rest}, "interaction")
+        share = share_of(data, X)
+    except (FitError, np.linalg.LinAlgError):
+        return dict.fromkeys(names, np.nan)
+    Z = less_share(X, share, prompt)
+    scale = np.linalg.norm(Z, axis=0)
+    inverse = np.linalg.pinv((Z / scale).T @ (Z / scale), hermitian=True) / np.outer(scale, scale)
+    zero = np.zeros_like(data.r)
+    var_R, cov_RN = (data.errors.get(name, zero).copy() for name in ("var_R", "cov_RN"))
+    for code in range(len(names)):  # a row whose errors are not known has those of its variant
+        of = variant == code
+        for error in (var_R, cov_RN):
+            some = error[of & np.isfinite(error)]
+            error[of & ~np.isfinite(error)] = some.mean() if some.size else np.nan
+    kept = kept_of(share, prompt)
+    at_N = [*own, *rest].index("N_bar")
+    shares = {}
+    for j, name in enumerate(names):
+        v = inverse[j] / inverse[j, j]
+        shares[name] = 1 - inverse[j, j] * float((kept * (v[variant] * var_R + v[at_N] * cov_RN)).sum())
+    return shares
+
+
+def _size(data: PanelData, code: int) -> tuple[int, int]:
+    """Rollouts a prompt, as `reliability` has them, and prompts of a variant."""
     of = data.codes["variant"] == code
-    others: Sequence[Any] = [data.n, *data.dummies("task").values(), *data.dummies("family").values()]
-    X = np.column_stack([np.ones(of.sum()), *(column[of] for column in others)])
-    r, error = data.r[of], float(np.nanmean(data.errors["var_R"][of]))
-    rest = r - X @ np.linalg.lstsq(X, r, rcond=None)[0]
-    between = float((rest**2).sum()) / max(len(r) - np.linalg.matrix_rank(X), 1)
-    if not between > 0:
-        return np.nan, np.nan, 0, 0
-    prompts = len(np.unique(data.codes["prompt"][of]))
-    largest = between * (1 + Z95 * np.sqrt(2 / prompts))
-    samples = round(float(1 / (1 / data.errors["n_rollouts"][of]).mean()))
-    return 1 - error / between, 1 - error / largest, samples, prompts
+    samples = data.errors["n_rollouts"][of]
+    return round(float(1 / (1 / samples).mean())), len(np.unique(data.codes["prompt"][of]))

@@ -149,6 +149,7 @@ def panel_data(
     finite = pl.col(*{outcome, "R_bar", "N_bar", *known}).is_finite().fill_null(False)
     kept = frame.with_row_index("row").filter(pl.all_horizontal(finite))
     present = {f: kept[f].unique().sort().to_list() for f in KEYS}
+    _require_errors(frame, outcome, present["variant"], known)
     variants = ", ".join(present["variant"]) or "none"
     if baseline not in present["variant"]:
         raise FitError(f"no rows of the baseline variant {baseline!r}; there is {variants}")
@@ -195,6 +196,20 @@ def panel_data(
     return PanelData(
         outcome, y, r, n, levels, codes, len(frame) - len(kept), checkpoints, places, errors
     )
+
+
+def _require_errors(
+    frame: pl.DataFrame, outcome: str, variants: Sequence[str], known: Sequence[str]
+) -> None:
+    """Raises FitError for a variant that has values, but no row whose errors are known."""
+    finite = pl.col(outcome, "R_bar", "N_bar").is_finite().fill_null(False)
+    values = frame.filter(pl.all_horizontal(finite))["variant"].drop_nulls().unique().sort().to_list()
+    lost = [name for name in values if name not in variants]
+    if known and lost:
+        raise FitError(
+            f"no row of {', '.join(lost)} has all of {', '.join(known)}, so their errors cannot be "
+            "taken out (they need 3 rollouts a prompt or more); --errors none shows the uncorrected fit"
+        )
 
 
 def _first(name: str, names: list[str]) -> list[str]:

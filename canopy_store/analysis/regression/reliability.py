@@ -54,6 +54,30 @@ def reliability(panel: pl.DataFrame) -> pl.DataFrame:
         ).pl()
 
 
+def require_possible(panel: pl.DataFrame) -> None:
+    """Raises DataError for errors that no rollouts have: a variance below 0, rollouts that are none."""
+    known = pl.col("var_R").is_finite().fill_null(False)
+    rollouts = (pl.col("n_rollouts") >= 1) & pl.col("n_rollouts").is_finite()
+    checks = [
+        ("n_rollouts", known & ~rollouts.fill_null(False), "with var_R it needs 1 or more"),
+        *(
+            (
+                name,
+                (pl.col(name) < 0) | pl.col(name).is_infinite(),
+                "a variance is 0 or more, and finite",
+            )
+            for name in ("var_R", "var_N")
+            if name in panel.columns
+        ),
+    ]
+    for name, wrong, rule in checks:
+        rows = panel.with_row_index("row").filter(wrong)
+        if len(rows):
+            place, value = rows.select("row", name).row(0)
+            shown = "is missing" if value is None else f"is {value:g}"
+            raise DataError(f"row {place + 1} of the panel: {name} {shown}; {rule}")
+
+
 def no_errors(missing: list[str]) -> str:
     """What to say of a panel without the columns of errors."""
     return (

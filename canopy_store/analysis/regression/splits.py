@@ -18,8 +18,8 @@ from canopy_store import sql
 from canopy_store.analysis.bootstrap import diversity_of_sum
 from canopy_store.analysis.regression.beta import Array
 from canopy_store.analysis.regression.design import matrix_of
-from canopy_store.analysis.regression.errors import by_prompt, less_share, share_of
-from canopy_store.analysis.regression.linear import linear_design
+from canopy_store.analysis.regression.errors import by_prompt
+from canopy_store.analysis.regression.linear import less_share, linear_design, share_of
 from canopy_store.analysis.regression.panel import PanelData
 from canopy_store.analysis.regression.scores import Equations
 from canopy_store.errors import DataError

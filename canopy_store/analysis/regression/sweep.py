@@ -21,6 +21,7 @@ SWEEP = {
     "variant": pl.String,
     "n_prompts": pl.Int64,
     **dict.fromkeys(("beta", "beta+eta", "ratio", "ratio_ci_low", "ratio_ci_high", "p"), pl.Float64),
+    "warnings": pl.String,
     "refused": pl.String,
 }
 
@@ -29,8 +30,8 @@ def sweep(panel: pl.DataFrame | str | Path, over: Swept, model: Model, **options
     """Return the slopes of one regression for every embedder, or selection: a row each and variant.
 
     Columns: value (the embedder or selection), variant, n_prompts, beta, beta+eta, ratio, ratio_ci_low,
-    ratio_ci_high, p (eta is 0, Wald), refused (why there is no fit). The intervals are those of
-    `Fit.slopes`: of these checkpoints alone.
+    ratio_ci_high, p (eta is 0, Wald), warnings (what to know first), refused (why there is no fit). The
+    intervals are those of `Fit.slopes`: of these checkpoints alone.
 
     Parameters
     ----------
@@ -64,7 +65,8 @@ def sweep(panel: pl.DataFrame | str | Path, over: Swept, model: Model, **options
             rows.append((value, *[None] * (len(SWEEP) - 2), str(error)))
         else:
             fits += 1
-            rows.extend((value, *row, None) for row in _slopes(fit))
+            warned = "; ".join(fit.warnings) or None
+            rows.extend((value, *row, warned, None) for row in _slopes(fit))
     return pl.DataFrame(rows, schema=SWEEP, orient="row")
 
 
