@@ -15,6 +15,8 @@ from canopy_store import store
 from canopy_store.errors import StoreError, UsageError
 from canopy_store.ingest.sources import check_model, resolve_model
 
+# In one of these every tokenizer keeps itself; without them transformers may make an empty one up.
+_TOKENIZERS = ("tokenizer*", "vocab*", "*.model", "*.tiktoken", "merges.txt", "tekken.json")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -46,7 +48,7 @@ def load_model(
     Raises
     ------
     StoreError
-        Nothing to load there, or only pickled weights.
+        Nothing to load there, only pickled weights, not all of the weights, or no tokenizer.
     UsageError
         An unknown dtype.
     """
@@ -61,15 +63,27 @@ def load_model(
     folder = path
     if path.is_file():
         folder, kwargs["gguf_file"] = path.parent, path.name
+    elif not any(any(path.glob(pattern)) for pattern in _TOKENIZERS):
+        raise StoreError(f"{path}: no tokenizer; save it there with its save_pretrained")
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, **kwargs)
         if "gguf_file" not in kwargs:
             kwargs["use_safetensors"] = True
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPES[dtype], **kwargs)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise StoreError(f"{path}: cannot be loaded: {' '.join(str(error).split())[:300]}") from None
+        model, loading = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=DTYPES[dtype], output_loading_info=True, **kwargs
+        )
+    except Exception as error:  # its files are anyone's: what reads them may raise anything
+        raise StoreError(f"{path}: cannot be loaded: {_reason(error)}") from None
+    if loading["missing_keys"]:
+        # transformers would make them up: what is sampled would be noise
+        raise StoreError(f"{path}: no weights for {min(loading['missing_keys'])}; take it from a copy")
     model.to(device)  # type: ignore[arg-type]  # its decorator hides the signature
     return model.eval(), tokenizer, path
+
+
+def _reason(error: BaseException) -> str:
+    """An error's words in one line, or its kind where it has none."""
+    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 def read_config(path: Path) -> Any:
@@ -91,10 +105,8 @@ def read_config(path: Path) -> Any:
             found["config"] = AutoConfig.from_pretrained(path, trust_remote_code=False)
         if (path / "generation_config.json").exists():
             found["generation_config"] = GenerationConfig.from_pretrained(path)
-    except (OSError, ValueError, KeyError) as error:
-        raise StoreError(
-            f"{path}: its config cannot be read: {' '.join(str(error).split())[:300]}"
-        ) from None
+    except Exception as error:
+        raise StoreError(f"{path}: its config cannot be read: {_reason(error)}") from None
     return SimpleNamespace(**found)
 
 

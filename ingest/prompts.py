@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from canopy_store import store
-from canopy_store.errors import DataError, StoreError
+from canopy_store.errors import DataError
 
 _COLUMNS = ("text", "prompt", "messages", "prompt_id", "id", "reference", "source", "license")
 _DELIMITERS = {".csv": ",", ".tsv": "\t"}
@@ -36,15 +36,13 @@ def read_prompts(path: str | Path, limit: int | None = None) -> list[dict[str, A
     """
     path = Path(path)
     kind = path.suffix.lower()
+    content = store.read_input(path)
     if kind == ".parquet":
-        records = _parquet_records(path)
+        records = _parquet_records(path, content)
+    elif kind in _DELIMITERS:
+        records = _csv_records(path, content)
     else:
-        try:
-            content = path.read_bytes()
-        except OSError as error:
-            raise StoreError(f"{path}: cannot be read: {error.strerror}") from None
-        table = kind in _DELIMITERS
-        records = _csv_records(path, content) if table else _jsonl_records(path, content)
+        records = _jsonl_records(path, content)
     prompts: list[dict[str, Any]] = []
     seen: dict[str, tuple[int, str]] = {}
     for number, where, record in records:
@@ -58,7 +56,9 @@ def read_prompts(path: str | Path, limit: int | None = None) -> list[dict[str, A
             )
         prompts.append(prompt)
     if not prompts:
-        raise DataError(f'{path}: holds no prompts; one JSON object a line: {{"text": "…"}}')
+        table = kind == ".parquet" or kind in _DELIMITERS
+        form = "a row each, with a column text" if table else 'one JSON object a line: {"text": "…"}'
+        raise DataError(f"{path}: holds no prompts; {form}")
     return prompts[:limit]
 
 
@@ -83,28 +83,15 @@ def _jsonl_records(path: Path, content: bytes) -> _Placed:
 
 def _csv_records(path: Path, content: bytes) -> _Placed:
     """Number, place and values of each row after the header; an empty cell is no value."""
-    try:
-        text = content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = content[: error.start].count(b"\n") + 1
-        raise DataError(f"{path}: line {line}: not UTF-8; save the file as UTF-8") from None
-    rows = csv.reader(io.StringIO(text, newline=""), delimiter=_DELIMITERS[path.suffix.lower()])
     names: list[str] | None = None
-    line = 1
-    while True:
-        try:
-            row = next(rows)
-        except StopIteration:
-            return
-        except csv.Error as error:
-            raise DataError(f"{path}: line {line}: not CSV ({error})") from None
-        where = f"{path}: line {line}"  # that a row begins on: a quoted cell may have several
-        number, line = line, rows.line_num + 1
+    rows = _csv_rows(path, content)
+    for number, row in rows:
+        where = f"{path}: line {number}"
         if names is None:
             names = [name.strip() for name in row]
             _check_columns(names, where)
         elif not any(cell.strip() for cell in row):
-            if any(any(cell.strip() for cell in rest) for rest in rows):
+            if any(any(cell.strip() for cell in rest) for _, rest in rows):
                 raise DataError(f"{where}: empty line; remove it")
             return
         elif len(row) != len(names):
@@ -116,14 +103,41 @@ def _csv_records(path: Path, content: bytes) -> _Placed:
             yield number, where, _record(dict(zip(names, row, strict=True)), where)
 
 
-def _parquet_records(path: Path) -> _Placed:
+def _csv_rows(path: Path, content: bytes) -> Iterator[tuple[int, list[str]]]:
+    """Each row and the line that it begins on: a quoted cell may have several."""
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content[: error.start].count(b"\n") + 1
+        raise DataError(f"{path}: line {line}: not UTF-8; save the file as UTF-8") from None
+    delimiter = _DELIMITERS[path.suffix.lower()]
+    # strict: a quote that is not closed would take all that follows into one cell
+    rows = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    line = 1
+    while True:
+        # the longest cell, a limit that every reader of the process shares
+        limit = csv.field_size_limit(max(len(text), 1))
+        try:
+            row = next(rows, None)
+        except csv.Error as error:
+            raise DataError(
+                f"{path}: line {line}: not CSV ({error}); put a cell with a quote in it in double "
+                'quotes, and write that quote twice: "he said ""so"""'
+            ) from None
+        finally:
+            csv.field_size_limit(limit)
+        if row is None:
+            return
+        yield line, row
+        line = rows.line_num + 1
+
+
+def _parquet_records(path: Path, content: bytes) -> _Placed:
     """Number, place and values of each row."""
     import polars as pl
 
     try:
-        frame = pl.read_parquet(path)
-    except OSError as error:
-        raise StoreError(f"{path}: cannot be read: {error.strerror or error}") from None
+        frame = pl.read_parquet(io.BytesIO(content))
     except pl.exceptions.PolarsError as error:
         reason = " ".join(str(error).split())[:150]
         raise DataError(f"{path}: not a readable Parquet file ({reason})") from None

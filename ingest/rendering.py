@@ -73,9 +73,9 @@ def read_system(option: str) -> str:
         return option
     path = Path(option[1:]).expanduser()
     try:
-        return path.read_bytes().decode().rstrip("\n")
-    except OSError as error:
-        raise StoreError(f"--system @{path}: cannot be read: {error.strerror}") from None
+        return store.read_input(path).decode().rstrip("\n")
+    except StoreError as error:
+        raise StoreError(f"--system @{error}") from None
     except UnicodeDecodeError:
         raise DataError(f"{path}: not UTF-8 text") from None
 

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from canopy_store.errors import DataError, StoreError
+from canopy_store import store
+from canopy_store.errors import DataError
 
 _FORMS = '{"messages": […]}, {"prompt": …, "completion": …} or {"text": …}'
 
@@ -22,17 +23,16 @@ def read_records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     DataError
         A line that is none of the forms; names file and line.
     """
-    try:
-        lines = path.read_bytes().rstrip().split(b"\n")
-    except OSError as error:
-        raise StoreError(f"{path}: cannot be read: {error.strerror}") from None
+    lines = store.read_input(path).rstrip().split(b"\n")
     for number, line in enumerate(lines, 1):
         where = f"{path}: line {number}"
         yield where, _read_record(line, where)
 
 
 def check_records(path: Path) -> None:
-    """Raises as `read_records` does for a file that cannot be trained on."""
+    """Raises as `read_records` does for a file that cannot be trained on, as for one that is no file."""
+    if path.exists() and not path.is_file():
+        raise DataError(f"{path}: not a file, and training reads it more than once; save it as one")
     for _ in read_records(path):
         pass
 

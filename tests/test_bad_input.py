@@ -311,6 +311,38 @@ def test_pickled_weights_are_not_loaded(tmp_path, chain, canopy):
     refused(canopy(*ingest_arguments(tmp_path / "s", folder, prompts)), 1, "only pickled weights")
 
 
+def _layers(folder: Path, count: object) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "num_hidden_layers": count}))
+
+
+def _cut(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        # transformers would sample from a layer of random weights
+        (lambda folder: _layers(folder, 3), "no weights for model.layers."),
+        (
+            lambda folder: _cut(folder / "model.safetensors"),
+            "cannot be loaded: Error while",
+        ),
+        (lambda folder: (folder / "model.safetensors").write_bytes(b""), "cannot be loaded: "),
+        (lambda folder: (folder / "tokenizer.json").write_text("{}"), "cannot be loaded: "),
+        (lambda folder: _layers(folder, "two"), "cannot be loaded: "),
+        (lambda folder: [file.unlink() for file in folder.glob("tokenizer*")], "no tokenizer; save it"),
+    ],
+)
+def test_a_model_that_is_not_whole(tmp_path, chain, canopy, spoil, message):
+    folder = shutil.copytree(chain, tmp_path / "spoilt")
+    spoil(folder)
+    prompts = write_prompts(tmp_path / "p.jsonl", "a")
+    refused(canopy(*ingest_arguments(tmp_path / "s", folder, prompts)), 1, str(folder), message)
+    assert not (tmp_path / "s").exists()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

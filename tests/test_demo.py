@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import canopy_store
-from canopy_store import StoreError
+from canopy_store import StoreError, store
 from canopy_store.sharing.example import unpack_example
 
 ROOT = Path(__file__).parent.parent
@@ -117,3 +117,12 @@ def test_a_second_demo_uses_the_store_again_and_a_folder_of_others_is_refused(ex
     with pytest.raises(StoreError, match="not a store and not an empty folder"):
         unpack_example(tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["mine.txt"]
+
+
+def test_no_demo_inside_a_store(tmp_path, canopy):
+    root = store.init(tmp_path / "s")
+    for out in (root / "demo", root / "rollouts" / "demo"):
+        code, shown, said = canopy("demo", "--out", out)
+        assert (code, shown) == (2, "")
+        assert f"inside the store {root}" in said
+        assert not out.exists()

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import csv
 import json
+import os
+from threading import Thread
 
 import polars as pl
 import pytest
@@ -12,8 +15,10 @@ from transformers import PreTrainedTokenizerFast
 
 import canopy_store
 from canopy_store import DataError, StoreError, UsageError, store
+from canopy_store.analysis.regression.panel import panel_file
 from canopy_store.ingest.prompts import read_prompts
 from canopy_store.ingest.rendering import Context, read_context, read_system, render
+from canopy_store.ingest.training_data import check_records
 
 TURNS = [{"role": "user", "content": "a, or b?"}, {"role": "assistant", "content": 'say "c"'}]
 LINES = [
@@ -58,6 +63,10 @@ def test_jsonl_csv_and_parquet_are_the_same_prompts(tmp_path):
         ("p.csv", "text\n", "holds no prompts"),
         ("p.csv", "", "holds no prompts"),
         ("p.csv", b"text\ncaf\xe9\n", "line 2: not UTF-8; save the file as UTF-8"),
+        ("p.csv", 'text\n"a\nb\nc\n', "line 2: not CSV (unexpected end of data)"),
+        ("p.csv", 'text\n"so" he said\n', "line 2: not CSV"),
+        ("p.csv", 'text\na\n\n"b\n', "line 4: not CSV"),
+        ("p.tsv", 'text\n"So," he said\nb\n', "line 2: not CSV"),
         ("p.jsonl", "text\na\n", "line 1: not JSON"),
         ("p.jsonl", "text\na\n", "name a CSV file .csv"),
         ("p.parquet", "no parquet", "not a readable Parquet file"),
@@ -68,6 +77,63 @@ def test_a_table_that_is_refused(tmp_path, canopy, name, content, message):
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     refused(canopy(*ingest_arguments(tmp_path / "s", tmp_path, path)), 1, str(path), message)
     assert not (tmp_path / "s").exists()
+
+
+def test_a_cell_of_a_csv_file_is_as_long_as_it_likes(tmp_path):
+    text = "word " * 40_000
+    (tmp_path / "p.csv").write_text(f"text,id\n{text},1\n")
+    limit = csv.field_size_limit()
+    assert [prompt["text"] for prompt in read_prompts(tmp_path / "p.csv")] == [text]
+    assert csv.field_size_limit() == limit
+
+
+def test_brackets_in_a_file_name_are_no_pattern(tmp_path):
+    for name, text in (("p[1].parquet", "this"), ("p1.parquet", "another")):
+        with (tmp_path / name).open("wb") as file:
+            pl.DataFrame({"text": [text]}).write_parquet(file)
+    assert read_prompts(tmp_path / "p[1].parquet")[0]["text"] == "this"
+    assert panel_file(tmp_path / "p[1].parquet")["text"].to_list() == ["this"]
+    for name, text in (("p[1].csv", "this"), ("p1.csv", "another")):
+        (tmp_path / name).write_text(f"text\n{text}\n")
+    assert panel_file(tmp_path / "p[1].csv")["text"].to_list() == ["this"]
+
+
+READERS = [read_prompts, lambda path: read_context(None, path), panel_file, check_records]
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet"])
+@pytest.mark.parametrize("read", [*READERS, lambda path: read_system(f"@{path}")])
+def test_a_device_is_refused_before_it_is_read(tmp_path, read, kind):
+    path = tmp_path / f"p.{kind}"
+    path.symlink_to("/dev/zero")
+    with pytest.raises(DataError, match=f"{path}: (a device, not a file|not a file)"):
+        read(path)
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet"])
+@pytest.mark.parametrize("read", READERS)
+def test_a_pipe_that_nobody_writes_to_is_not_waited_for(tmp_path, read, kind):
+    path = tmp_path / f"p.{kind}"
+    os.mkfifo(path)
+    with pytest.raises(DataError, match=str(path)):
+        read(path)
+
+
+def test_prompts_come_through_a_pipe():
+    # more than a pipe holds, so its writer waits for the reader
+    lines = [json.dumps({"text": "word " * 50, "prompt_id": str(i)}) for i in range(500)]
+    out, into = os.pipe()
+
+    def write() -> None:
+        with os.fdopen(into, "w") as file:
+            file.write("\n".join(lines))
+
+    Thread(target=write, daemon=True).start()
+    try:
+        prompts = read_prompts(f"/dev/fd/{out}")
+    finally:
+        os.close(out)
+    assert [prompt["prompt_id"] for prompt in prompts] == [str(i) for i in range(500)]
 
 
 def test_rollouts_of_a_csv_file(tmp_path, chain, canopy):

@@ -76,11 +76,11 @@ def typed(lines: list[str], *arguments: object, **environment: str) -> str:
     while time.monotonic() < end:
         if select.select([terminal], [], [], 1)[0]:
             try:
-                shown += os.read(terminal, 65536).decode()
+                shown += os.read(terminal, 65536).decode(errors="replace")
             except OSError:  # the other side is closed
                 break
         if left and re.search(r"(canopy>|\.\.\.>| D) $", re.sub(r"\x1b\[[?\d;]*[a-zA-Z]", "", shown)):
-            os.write(terminal, left.pop(0).encode())
+            os.write(terminal, left.pop(0).encode(errors="surrogateescape"))
             shown += "\n"
     os.close(terminal)
     _, status = os.waitpid(pid, 0)
@@ -96,6 +96,7 @@ def test_the_shell_reads_statements_of_several_lines_and_goes_on_after_errors(ro
             "select 'x;\n",
             "y' as b, 40 + 2 as n;\n",
             "selec 1;\n",
+            "select '\udcff\udcfe';\n",  # bytes that are no UTF-8
             f"copy (select 1) to '{stolen}';\n",
             "select 1 +\n",
             "\x03",  # Ctrl-C: the line is dropped, the shell goes on
@@ -109,6 +110,7 @@ def test_the_shell_reads_statements_of_several_lines_and_goes_on_after_errors(ro
     )
     assert re.search(r"│ x;\s+┆ 42 +│", shown)
     assert 'canopy: Parser Error: syntax error at or near "selec"' in shown
+    assert "canopy: this line is not UTF-8 text" in shown
     assert "COPY is refused" in shown
     assert not stolen.exists()
     assert re.search(r"│ runs │\s+╞═+╡\s+│ 8 +│", shown)

@@ -38,6 +38,9 @@ def demo_command(out: str) -> None:
     folder = Path(out)
     if folder.is_dir() and any(folder.iterdir()) and not (folder / "store" / "canopy.json").exists():
         raise UsageError(f"--out {out}: exists and is not empty; choose a new folder")
+    inside = next((at for at in folder.resolve().parents if (at / "canopy.json").exists()), None)
+    if inside:
+        raise UsageError(f"--out {out}: inside the store {inside}; choose a folder outside of it")
     root = unpack_example(folder / "store")
     echo(f"{root}: the example store: SmolLM2-135M-Instruct, and a fine-tuned child of it")
     with sql.connect(root) as con:

@@ -184,6 +184,9 @@ def _plain_shell(root: str, form: str, incomplete: bool) -> None:
             echo("")
             lines = []
             continue
+        if not _is_text(line):
+            echo("canopy: this line is not UTF-8 text; write it again", err=True)
+            continue
         if not lines and line.strip().rstrip(";") in (".quit", ".exit", ".q"):
             return
         if not lines and line.strip().startswith("."):
@@ -203,6 +206,11 @@ def _dot(word: str) -> None:
         echo(_SHELL_HELP)
     else:
         echo(f"canopy: {word}: no such command; see .help", err=True)
+
+
+def _is_text(line: str) -> bool:
+    """Whether a line is Unicode; bytes typed that are not UTF-8 come as halves of characters."""
+    return line == line.encode(errors="ignore").decode()
 
 
 def _is_whole(text: str) -> bool:

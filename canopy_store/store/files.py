@@ -128,6 +128,29 @@ def read_bytes(path: Path, most: int = 64 << 20) -> bytes:
     return data
 
 
+def read_input(path: Path) -> bytes:
+    """A file that a caller names, whole: of a store or not, and a pipe too, as of ``<(command)``.
+
+    A pipe that nobody writes to is empty: opening it does not wait for a writer.
+
+    Raises
+    ------
+    StoreError
+        It cannot be read.
+    DataError
+        A device or a socket, which may never end.
+    """
+    try:
+        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
+            kind = os.fstat(file.fileno()).st_mode
+            if not (stat.S_ISREG(kind) or stat.S_ISFIFO(kind) or stat.S_ISDIR(kind)):
+                raise DataError(f"{path}: a device, not a file; save what it gives in a file")
+            os.set_blocking(file.fileno(), True)
+            return file.read()
+    except OSError as error:
+        raise StoreError(f"{path}: cannot be read: {error.strerror}") from None
+
+
 def read_many(paths: list[Path]) -> list[Any]:
     """The values of many small JSON files on object storage, asked for at once.
 

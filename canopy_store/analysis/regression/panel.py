@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 
+from canopy_store import store
 from canopy_store.analysis.bootstrap import varies
 from canopy_store.analysis.regression.beta import Array, Codes
 from canopy_store.analysis.regression.reliability import ERRORS
@@ -76,11 +78,19 @@ def read_panel(
 
 
 def panel_file(path: str | Path) -> pl.DataFrame:
-    """Return every row and column of a CSV or Parquet file; one that cannot be read is a DataError."""
+    """Return every row and column of a CSV or Parquet file.
+
+    Raises
+    ------
+    StoreError, DataError
+        A file that cannot be read, or is neither.
+    """
+    # as bytes: in a path a bracket would be a pattern, and name other files
+    content = io.BytesIO(store.read_input(Path(path)))
     try:
         if Path(path).suffix == ".parquet":
-            return pl.read_parquet(path)
-        return pl.read_csv(path, infer_schema_length=None)
+            return pl.read_parquet(content)
+        return pl.read_csv(content, infer_schema_length=None)
     except (OSError, pl.exceptions.PolarsError) as error:
         raise DataError(f"{path}: not a readable panel ({str(error).splitlines()[0]})") from error
 
