@@ -45,6 +45,7 @@ def make_store(root: Path, prompts: int, samples: int, runs: int = RUNS, shards:
         settings = {"run_id": run_id, "engine": "benchmark", **keys}
         store.plan(root, "run", run_id, settings)
         where = store.folder(root, "rollouts", run=run_id, **keys)
+        rollouts, embedded = [], []
         for shard, members in enumerate(np.array_split(np.arange(prompts), shards)):
             ids = [f"p{p:04d}" for p in members]
             rows = len(ids) * samples
@@ -60,8 +61,9 @@ def make_store(root: Path, prompts: int, samples: int, runs: int = RUNS, shards:
 
             prompt_ids = [p for p in ids for _ in range(samples)]
             sample = [s for _ in ids for s in range(samples)]
+            rollouts.append(store.shard_path(where, shard))
             write_shard(
-                store.shard_path(where, shard),
+                rollouts[-1],
                 {
                     "run_id": [run_id] * rows,
                     "prompt_id": prompt_ids,
@@ -76,19 +78,25 @@ def make_store(root: Path, prompts: int, samples: int, runs: int = RUNS, shards:
             )
             centre = rng.normal(size=(len(ids), 1, DIMENSION))
             vectors = (centre + rng.normal(size=(len(ids), samples, DIMENSION))).reshape(rows, -1)
-            write_embeddings(root, "minilm", run_id, shard, prompt_ids, sample, vectors)
+            embedded += write_embeddings(root, "minilm", run_id, shard, prompt_ids, sample, vectors)
         store.add_model(root, {k: keys[k] for k in ("family", "variant")})
+        rows_of_prompts = [{"prompt_id": f"p{p:04d}"} for p in range(prompts)]
+        prompt_files = store.add_prompts(root, keys["task"], rows_of_prompts)
+        store.commit(root, "embeddings", {"embedder": "minilm", "run": run_id}, embedded, {})
         store.complete_run(
             root,
-            where,
+            rollouts,
             {
                 "run_id": run_id,
                 **keys,
                 "model_id": f"{keys['family']}/{keys['variant']}",
                 "rendering": "plain",
                 "engine": "benchmark",
-                "settings": "{}",
+                "settings": store.canonical(settings),
+                "versions": "{}",
             },
+            settings,
+            prompt_files,
         )
     sql.write_database(root)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import inspect
 from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
@@ -69,6 +70,41 @@ def test_what_a_script_takes_of_the_package_is_there(path):
     for module, name in taken(path):
         there = hasattr(import_module(module), name) or is_module(f"{module}.{name}")
         assert there, f"{module} has no {name}"
+
+
+def misfitting(path: Path) -> Iterator[str]:
+    """Each call of a function of the package in a script that does not fit the function's parameters."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    functions = {}
+    for module, name in taken(path):
+        function = getattr(import_module(module), name, None)
+        if inspect.isfunction(function):
+            functions[name] = functions[f"{module.split('.')[-1]}.{name}"] = function
+    for call in (node for node in ast.walk(tree) if isinstance(node, ast.Call)):
+        function = functions.get(ast.unparse(call.func))
+        unpacked = any(isinstance(given, ast.Starred) for given in call.args)
+        if function and not unpacked and all(keyword.arg for keyword in call.keywords):
+            try:
+                inspect.signature(function).bind(
+                    *call.args, **{str(keyword.arg): keyword.value for keyword in call.keywords}
+                )
+            except TypeError as error:
+                yield f"line {call.lineno}: {ast.unparse(call.func)}: {error}"
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: f"{path.parent.name}/{path.name}")
+def test_what_a_script_calls_of_the_package_takes_its_arguments(path):
+    assert list(misfitting(path)) == []
+
+
+def test_arguments_that_are_gone_are_noticed(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(
+        "from canopy_store import store\nfrom canopy_store.store import complete_run\n"
+        "store.complete_run(1, 2, 3)\nstore.complete_run(1, 2, 3, 4, 5)\ncomplete_run(*given)\n"
+        "complete_run(1, 2, 3, 4, prompts=5)\ncomplete_run(1, 2, 3, 4, 5, rows=6)\n"
+    )
+    assert sorted(line.split(":")[0] for line in misfitting(script)) == ["line 3", "line 7"]
 
 
 def test_names_that_are_gone_are_noticed(tmp_path):
