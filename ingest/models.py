@@ -69,15 +69,16 @@ def load_model(
         tokenizer = AutoTokenizer.from_pretrained(folder, **kwargs)
         if "gguf_file" not in kwargs:
             kwargs["use_safetensors"] = True
-        model, loading = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder, dtype=DTYPES[dtype], output_loading_info=True, **kwargs
         )
     except Exception as error:  # its files are anyone's: what reads them may raise anything
         raise StoreError(f"{path}: cannot be loaded: {_reason(error)}") from None
+    model, loading = loaded
     if loading["missing_keys"]:
         # transformers would make them up: what is sampled would be noise
         raise StoreError(f"{path}: no weights for {min(loading['missing_keys'])}; take it from a copy")
-    model.to(device)  # type: ignore[arg-type]  # its decorator hides the signature
+    model.to(device)
     return model.eval(), tokenizer, path
 
 

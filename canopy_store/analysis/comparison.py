@@ -126,7 +126,7 @@ def compare(
     reason : why a value is NULL, where there is something to say
     allowed : the differences that ``allow`` let pass, in words
     unrecorded : settings that one side does not record
-    without_baseline : variants of the store that no row compares, for want of a baseline; NULL where none
+    without_baseline : variants of the store that no row compares, for want of a baseline
     baseline, treated, delta, percent_delta : values, each with ``_se``, ``_ci_low`` and ``_ci_high``
     interval, confidence : as given
     p : of delta = 0, by Student's t. Degrees of freedom are the prompts less one a task (the rollouts

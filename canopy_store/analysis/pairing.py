@@ -62,7 +62,7 @@ def unpaired(rows: pl.DataFrame, baseline: str) -> str | None:
 
 
 def without_baseline(rows: pl.DataFrame, baseline: str) -> str | None:
-    """The variants that no row compares, as their family and task has no baseline; None where all are."""
+    """The variants whose family and task has no baseline, so that no row compares them; or None."""
     keys = rows.select("family", "task", "variant").unique().sort("family", "task", "variant")
     based = keys.filter(variant=baseline).select("family", "task")
     left = keys.join(based, on=["family", "task"], how="anti")

@@ -175,7 +175,8 @@ def _change(row: Row) -> str:
     text = f"{row['delta']:+.3g} {unit(row['metric'])}".strip()
     low, high = row["percent_delta_ci_low"], row["percent_delta_ci_high"]
     # of the two intervals the one that agrees with p: with few prompts they may differ
-    agrees = row["p"] is None or (low is not None and low * high > 0) == (row["p"] < 1 - row["confidence"])
+    apart = low is not None and low * high > 0
+    agrees = row["p"] is None or apart == (row["p"] < 1 - row["confidence"])
     if row["percent_delta"] is not None and low is not None and agrees:
         return f"{text}, {row['percent_delta']:+.1f}% [{low:.0f}, {high:.0f}]"
     if row["delta_ci_low"] is not None:

@@ -102,6 +102,8 @@ def _measure(row: Row) -> str:
 
 
 def _pair(one: object, other: object) -> str:
+    if one is None and other is None:
+        return ""
     return str(one) if one == other else f"{one} / {other}"
 
 
