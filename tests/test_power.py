@@ -124,6 +124,15 @@ def test_the_best_number_of_samples_costs_least(lost, delta):
         assert best == round(np.sqrt(2 / 0.09 * 50))
 
 
+def test_few_prompts_are_not_best_where_prompts_hardly_differ():
+    """The formula alone takes 1182 samples of the five prompts that a plan must have."""
+    of, ratio, aim = Pilot(20, 1, 16, 1.0, 16.0), 50.0, Aim(0.2)
+    costs = {m: prompts_for(of.variance(m), aim) * (ratio + m) for m in (287, 1182)}
+    best = best_samples(of, aim, ratio)
+    cost = prompts_for(of.variance(best), aim) * (ratio + best)
+    assert cost <= 1.05 * costs[287] < 0.85 * costs[1182]
+
+
 def test_costs_name_the_best_row(pilot):
     options = {"metric": "entropy_rate", "delta": 0.02}
     frame = canopy_store.power(pilot, **options, cost_prompt=30, cost_rollout=2)
