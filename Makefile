@@ -94,6 +94,7 @@ simulate: install
 	$(PYTHON) benchmarks/simulation_power.py
 	$(PYTHON) benchmarks/simulation_estimators.py
 	$(PYTHON) benchmarks/simulation_errors.py
+	$(PYTHON) benchmarks/simulation_beta_errors.py
 	$(PYTHON) benchmarks/simulation_checkpoints.py
 	$(PYTHON) benchmarks/simulation_precision.py
 

@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import os
 import time
+from collections.abc import Callable
 from multiprocessing import get_context
 from typing import NamedTuple
 
@@ -33,6 +34,7 @@ from canopy_store.analysis.regression.panel import PanelData, one_panel, panel_d
 from canopy_store.analysis.regression.scores import Bootstrap  # noqa: E402
 from canopy_store.analysis.regression.slopes import slopes_and_tests  # noqa: E402
 from canopy_store.analysis.regression.splits import by_splits, draw_halves  # noqa: E402
+from canopy_store.analysis.seeds import as_variants  # noqa: E402
 from canopy_store.errors import FitError  # noqa: E402
 
 VARIANTS = ("base", "sft")
@@ -78,7 +80,18 @@ class Rollouts(NamedTuple):
         return Rollouts(rate, length, self.level, own, pair)
 
 
-def draw(cell: Scenario, rng: np.random.Generator) -> Rollouts:
+Level = Callable[[Scenario, np.ndarray, np.ndarray, np.random.Generator], np.ndarray]
+
+
+def linear_level(
+    cell: Scenario, true: np.ndarray, length: np.ndarray, rng: np.random.Generator
+) -> np.ndarray:
+    """(P, 2) true diversities of the linear model."""
+    level = 0.2 + np.array(cell.slopes) * true + 2e-4 * length + rng.normal(0, 0.04, (len(true), 1))
+    return level + rng.normal(0, 0.04, true.shape)
+
+
+def draw(cell: Scenario, rng: np.random.Generator, level_of: Level = linear_level) -> Rollouts:
     """The rollouts of one study."""
     P, M = cell.prompts, cell.samples
     shape = (P, 2, M)
@@ -89,9 +102,7 @@ def draw(cell: Scenario, rng: np.random.Generator) -> Rollouts:
     wave = rng.standard_t(8, shape) / np.sqrt(8 / 6)
     length = np.exp(5 - 0.1 * true + 0.2 * rng.normal(size=(P, 2)))
     lengths = length[..., None] * (1 + 0.3 * (0.4 * wave + 0.9 * rng.normal(size=shape)))
-    prompt = rng.normal(0, 0.04, (P, 1))
-    level = 0.2 + np.array(cell.slopes) * true + 2e-4 * length + prompt
-    level = level + rng.normal(0, 0.04, (P, 2))
+    level = level_of(cell, true, length, rng)
     c = cell.correlation
     own = 0.04 * (c * wave + np.sqrt(1 - c**2) * rng.normal(size=shape))
     pair = rng.normal(0, np.sqrt(0.1 / 6), (*shape, 6))
@@ -164,6 +175,12 @@ def slopes(
     return corrected_slopes(data, way, equations, bootstrap)[2]
 
 
+def data_of(rows: pl.DataFrame) -> PanelData:
+    """What the fits take, of a panel of one task and family."""
+    frame = as_variants(one_panel(rows, "panel"), {})
+    return panel_data(frame, "D", "base", None, ("task", "family"))
+
+
 Row = dict[str, tuple[float, float, float]]
 
 
@@ -172,8 +189,7 @@ def one(job: tuple[Scenario, tuple[str, ...], int, list[int]]) -> dict[str, Row 
     cell, ways, replicates, seed = job
     rng = np.random.default_rng(seed)
     rollouts = draw(cell, rng)
-    frame = one_panel(panel(rollouts), "panel")
-    data = panel_data(frame, "D", "base", None, ("task", "family"))
+    data = data_of(panel(rollouts))
     out: dict[str, Row | None] = {}
     for way in ways:
         try:

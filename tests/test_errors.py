@@ -14,6 +14,7 @@ from stores import GOLDEN, import_golden
 
 import canopy_store
 from canopy_store.analysis.regression import as_object, regress, reliability, samples_for
+from canopy_store.analysis.regression.calibration import calibrated
 from canopy_store.analysis.regression.errors import by_moments
 from canopy_store.analysis.regression.linear import linear_design, share_of
 from canopy_store.analysis.regression.panel import PanelData, one_panel, panel_data
@@ -202,6 +203,61 @@ def test_a_ratio_that_measurement_made_is_taken_out(correlation: float) -> None:
     assert corrected[:, 1].mean() > 0.8
 
 
+def test_the_beta_models_ratio_that_measurement_made_is_taken_out() -> None:
+    found = {"none": [], "moments": []}
+    for seed in range(6):
+        panel = study(seed, prompts=100, spread=0.3)
+        for way, rows in found.items():
+            row = ratios(regress(panel, "beta", drop=ONE, errors=way, precision="variant"))
+            rows.append((row["estimate"], row["ci_low"] <= 1 <= row["ci_high"]))
+    plain, corrected = (np.array(found[way], float) for way in ("none", "moments"))
+    assert np.median(plain[:, 0]) > 1.25
+    assert np.median(corrected[:, 0]) == pytest.approx(1, abs=0.15)
+    assert corrected[:, 1].mean() > 0.8
+
+
+def test_calibration_predicts_from_all_rows_of_a_prompt() -> None:
+    """Two families, unbalanced: each prompt's matrices written out in full."""
+    panel = pl.concat(
+        [study(s, prompts=50, samples=8).with_columns(family=pl.lit(f)) for s, f in ((1, "f"), (2, "g"))]
+    )
+    panel = panel.filter(pl.Series(np.random.default_rng(0).random(len(panel)) < 0.8))
+    data = data_of(panel, ["task"])
+    found = calibrated(data)
+    w = np.column_stack([data.r, data.n])
+    cell = data.codes["checkpoint"]
+    means = np.stack([w[cell == c].mean(axis=0) for c in cell])
+    names = ("var_R", "cov_RN", "cov_RN", "var_N")
+    error = [np.array([data.errors[e][cell == c].mean() for e in names]).reshape(2, 2) for c in range(4)]
+    shared = [[data.errors[e][cell == c].mean() for e in ("cov_RD", "cov_ND")] for c in range(4)]
+    at = {(p, c): i for i, (p, c) in enumerate(zip(data.codes["prompt"], cell, strict=True))}
+
+    def moment(a: int, b: int) -> tuple[np.ndarray, int]:
+        pairs = [(at[p, a], at[p, b]) for p in range(50) if (p, a) in at and (p, b) in at]
+        return sum(np.outer((w - means)[i], (w - means)[j]) for i, j in pairs), len(pairs) - 1
+
+    kind = [(f, v) for f, v, _ in data.checkpoints]
+    true = np.zeros((4, 4, 2, 2))
+    for a, b in itertools.product(range(4), repeat=2):
+        same = kind[a][0] == kind[b][0]
+        alike = [
+            moment(c, d)
+            for c, d in itertools.product(range(4), repeat=2)
+            if (kind[c][1], kind[d][1]) == (kind[a][1], kind[b][1])
+            and (kind[c][0] == kind[d][0]) == same
+        ]
+        true[a, b] = sum(m for m, _ in alike) / sum(n for _, n in alike) - (a == b) * error[a]
+    for p in range(50):
+        rows = np.flatnonzero(data.codes["prompt"] == p)
+        T = np.block([[true[cell[i], cell[j]] for j in rows] for i in rows])
+        E = np.block([[error[cell[i]] * (i == j) for j in rows] for i in rows])
+        g = np.linalg.solve(T + E, (w - means)[rows].ravel())
+        np.testing.assert_allclose(found.r[rows], means[rows, 0] + (T @ g)[::2], rtol=1e-5)
+        np.testing.assert_allclose(found.n[rows], means[rows, 1] + (T @ g)[1::2], rtol=1e-5)
+        less = [np.dot(shared[cell[i]], g.reshape(-1, 2)[k]) for k, i in enumerate(rows)]
+        np.testing.assert_allclose(found.y[rows], data.y[rows] - less, rtol=1e-5)
+
+
 def test_three_variants_have_a_ratio_each_and_one_joint_test() -> None:
     panel = study(7, within=(0.4, 0.2, 0.6), slopes=(0.2, 0.2, 0.4), samples=30)
     fit = regress(panel, "interaction", drop=ONE)
@@ -331,14 +387,25 @@ def test_a_precise_panel_has_no_warning() -> None:
     assert "canopy regress --model interaction --panel FILE --drop task --drop family" in noisy[0]
 
 
-@pytest.mark.parametrize("model", ["beta", "quadratic"])
-def test_a_model_without_correction_warns_and_refuses(model: Any) -> None:
+def test_a_model_without_correction_warns_and_refuses() -> None:
     panel = study(12)
-    with pytest.raises(UsageError, match=f"not for the model {model}"):
-        regress(panel, model, drop=ONE, errors="moments")
-    warning = regress(panel, model, drop=ONE).warnings[0]
-    assert f"The model {model} has no correction" in warning
+    with pytest.raises(UsageError, match="not for the model quadratic"):
+        regress(panel, "quadratic", drop=ONE, errors="moments")
+    warning = regress(panel, "quadratic", drop=ONE).warnings[0]
+    assert "The model quadratic has no correction" in warning
     assert "--model interaction" in warning
+
+
+def test_the_beta_model_is_corrected_on_request() -> None:
+    fit = regress(study(12, prompts=60), "beta", drop=ONE, precision="variant")
+    assert fit.errors == "none"
+    assert "Corrected: canopy regress --model beta" in fit.warnings[0]
+    with pytest.raises(UsageError, match="beta, which has --errors moments"):
+        regress(study(12), "beta", drop=ONE, errors="split")
+    with pytest.raises(UsageError, match="--bootstrap: with --errors none"):
+        regress(study(12), "beta", drop=ONE, errors="moments", bootstrap=9)
+    with pytest.raises(FitError, match=r"of R_bar in base .* rollouts a prompt would do"):
+        regress(study(14, within=(4.0, 0.2), samples=8), "beta", drop=ONE, errors="moments")
 
 
 def test_errors_of_other_outcomes_are_not_known() -> None:

@@ -310,7 +310,7 @@ _POWER_DETAILS = ("metric", "delta", "n_rollouts_upper", "cost_upper", "pilot_pr
 @click.option(
     "--errors",
     type=click.Choice(["none", "moments", "split"]),
-    help="How the errors of R_bar, N_bar and D are taken out [default: moments, where it can be done].",
+    help="How errors of R_bar, N_bar and D are taken out [default: moments; beta, quadratic: none].",
 )
 @click.option("--splits", default=20, show_default=True, help="Halvings of the rollouts, for split.")
 @click.option(
@@ -349,13 +349,13 @@ def regress_command(
     R_bar, N_bar and D are means over the same rollouts. Their errors draw slopes towards 0 and can make
     a ratio of their own, so main and interaction take them out: moments by their known variances, split
     by halves of the rollouts as each other's instruments. Where too little is left it refuses, and says
-    how many rollouts would do. beta and quadratic have no correction, and warn.
+    how many rollouts would do. beta takes them out where moments is asked for; quadratic cannot.
 
     \b
     Examples:
       canopy regress --model interaction --store S
       canopy regress --model interaction --store S --errors split
-      canopy regress --model beta --panel panel.csv
+      canopy regress --model beta --panel panel.csv --errors moments
       canopy regress --model interaction --store S --drop family --format csv --table slopes
       canopy regress --model interaction --store S --drop family --seeds 'sft=sft-*'
       canopy regress --model beta --store S --bootstrap 199

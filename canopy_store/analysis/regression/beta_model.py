@@ -30,12 +30,12 @@ SDS = ["sd(prompt)", "sd(family)"]
 CLIP = 1e-6  # the beta distribution has no mass at 0 and 1
 
 
-def _standardised(x: Array) -> Array:
-    return (x - x.mean()) / x.std(ddof=1)
+def _standardised(x: Array, unit: float | None = None) -> Array:
+    return (x - x.mean()) / (unit or x.std(ddof=1))
 
 
-def _beta_designs(data: PanelData, precision: Precision) -> tuple[Columns, Columns]:
-    r, inverse = {"R_sc": _standardised(data.r)}, _standardised(1 / data.n)
+def _beta_designs(data: PanelData, precision: Precision, unit: float | None) -> tuple[Columns, Columns]:
+    r, inverse = {"R_sc": _standardised(data.r, unit)}, _standardised(1 / data.n)
     variant, task, family = (data.dummies(f) for f in ("variant", "task", "family"))
     four, three = (
         natural_spline(inverse, 4, "ns(invN_sc, 4)"),
@@ -71,8 +71,11 @@ class BetaProblem:
         return matrix_of(self.mean, "beta"), matrix_of(self.precision, "beta, log precision")
 
 
-def beta_problem(data: PanelData, precision: Precision) -> BetaProblem:
-    """Return the beta model of a panel, not fitted yet; an outcome it cannot take is a FitError."""
+def beta_problem(data: PanelData, precision: Precision, unit: float | None = None) -> BetaProblem:
+    """Return the beta model of a panel, not fitted yet; an outcome it cannot take is a FitError.
+
+    ``unit`` is what R_sc counts R_bar in, by default its standard deviation.
+    """
     if np.any(data.n <= 0):
         raise FitError("beta: N_bar must be positive, 1/N_bar is a term")
     size = np.abs(data.y)
@@ -83,20 +86,20 @@ def beta_problem(data: PanelData, precision: Precision) -> BetaProblem:
         )
     if data.outcome != "D" and data.y.min() < 0:
         raise FitError(f"beta: {data.outcome} must lie between 0 and 1, its least is {data.y.min():.4g}")
-    mean, log_precision = _beta_designs(data, precision)
+    mean, log_precision = _beta_designs(data, precision, unit)
     several = len(data.levels["family"]) > 1
     y, prompt, family = np.clip(size, CLIP, 1 - CLIP), data.codes["prompt"], data.codes["family"]
     return BetaProblem(y, mean, log_precision, prompt, family, several)
 
 
 def solve_beta(
-    data: PanelData, problem: BetaProblem, precision: Precision
+    data: PanelData, problem: BetaProblem, precision: Precision, fit: BetaFit | None = None
 ) -> tuple[Solved, str, list[str]]:
-    """Return the fit, its formula and the terms that have nothing to tell."""
+    """Return the fit, by default that of the problem, its formula and the terms with nothing to tell."""
     y, prompt, family, with_family = problem.y, problem.prompt, problem.family, problem.with_family
     X, W = problem.matrices()
     terms = [("conditional", t) for t in problem.mean] + [("dispersion", t) for t in problem.precision]
-    fit = problem.fit()
+    fit = fit or problem.fit()
     p, m = X.shape[1], len(terms)
     spread, errors = np.exp(fit.theta[m:]), np.sqrt(np.diag(fit.cov)[m:])
     random = [

@@ -46,7 +46,8 @@ class Fit:
         Means of the checkpoints' own slopes, each family alike; see `checkpoints`. Empty where nothing
         can be told, and ``fit['holds_for']`` says what the statements hold for.
     errors : how the errors of R_bar, N_bar and D were taken out: none, moments or split. Corrected fits
-        have intervals and p values by a bootstrap over prompts, and neither random terms nor residuals.
+        have intervals and p values by a bootstrap over prompts (the beta model by a jackknife), and
+        neither random terms nor residuals.
     reliability : `reliability` of the panel; no rows where it has no columns of errors.
     warnings : what to know before the slopes are believed.
     """
@@ -94,6 +95,7 @@ class Solved:
     zero_sd: list[str]
     observed: Array  # the outcome as it was fitted
     simulate: Callable[[np.random.Generator], Array]
+    df: float = np.inf  # degrees of freedom of the covariance
 
 
 def tables(
@@ -122,7 +124,13 @@ def tables(
     }
     baseline, *treated = data.levels["variant"]
     slopes, tests = slopes_and_tests(
-        solved.terms, solved.estimates, solved.cov, rate=rate, baseline=baseline, treated=treated
+        solved.terms,
+        solved.estimates,
+        solved.cov,
+        rate=rate,
+        baseline=baseline,
+        treated=treated,
+        df=solved.df,
     )
     return Fit(model, formula, _coefficients(solved), slopes, tests, fit, residuals, scaled)
 
@@ -130,8 +138,9 @@ def tables(
 def _coefficients(solved: Solved) -> pl.DataFrame:
     se = np.sqrt(np.diag(solved.cov))
     z = solved.estimates / se
+    half, of = float(stats.t.ppf(0.975, solved.df)), stats.t(solved.df)
     rows: list[tuple[Any, ...]] = [
-        (part, term, b, s, t, 2 * stats.norm.sf(abs(t)), b - Z95 * s, b + Z95 * s)
+        (part, term, b, s, t, 2 * of.sf(abs(t)), b - half * s, b + half * s)
         for (part, term), b, s, t in zip(solved.terms, solved.estimates, se, z, strict=True)
     ]
     for name, sd, log_se in solved.random:

@@ -48,7 +48,9 @@ def way_of(errors: str | None, model: str, outcome: str, panel: pl.DataFrame, of
         return "moments" if possible else "none"
     if errors == "none":
         return "none"
-    if model not in CORRECTED:
+    if model == "beta" and errors == "split":
+        raise UsageError("--errors split: not for the model beta, which has --errors moments")
+    if model not in (*CORRECTED, "beta"):
         raise UsageError(
             f"--errors {errors}: not for the model {model}, which has no correction that was shown to "
             f"work; --model interaction has one, and --errors none shows {model} as it is"
@@ -91,13 +93,13 @@ def warnings_of(
         return ()
     source = f"--store {root}" if root is not None else "--panel FILE"
     source += "".join(f" --drop {factor}" for factor in drop)
-    linear = model if model in CORRECTED else "interaction"
-    command = f"canopy regress --model {linear} {source} --errors moments"
-    if model in CORRECTED and outcome == "D":
+    possible = model if model != "quadratic" else "interaction"
+    command = f"canopy regress --model {possible} {source} --errors moments"
+    if model != "quadratic" and outcome == "D":
         remedy = f"corrected: {command}"
     else:
-        what = f"the model {model}" if model not in CORRECTED else f"the outcome {outcome}"
-        remedy = f"{what} has no correction; of D, the linear model has one: {command}"
+        what = "the model quadratic" if model == "quadratic" else f"the outcome {outcome}"
+        remedy = f"{what} has no correction; of D, the model {possible} has one: {command}"
     if table.is_empty():
         return (
             "R_bar, N_bar and D are taken as exact: the panel has no columns of their errors, so how "
@@ -136,6 +138,11 @@ def refusal(data: PanelData) -> str:
         f"of {max(left, 0):.2g}, too little with {samples} rollouts a prompt and {prompts} prompts; "
         f"{about} {samples_for(share, samples, wanted)} rollouts a prompt would do (see: canopy power)"
     )
+
+
+def least_partial(data: PanelData) -> float:
+    """The least share of R_bar in a variant, given all other terms, that is not error."""
+    return min(_partials(data).values())
 
 
 def _partials(data: PanelData) -> dict[str, float]:

@@ -25,7 +25,8 @@ import polars as pl
 from scipy import stats
 
 from canopy_store.analysis.comparable import store_panel
-from canopy_store.analysis.regression.beta_model import Precision, beta_problem, solve_beta
+from canopy_store.analysis.regression.beta_model import BetaProblem, Precision, beta_problem, solve_beta
+from canopy_store.analysis.regression.calibration import calibrated_fit, fit_calibrated
 from canopy_store.analysis.regression.checkpoints import ACROSS, ALONE, across, checkpoint_design
 from canopy_store.analysis.regression.design import cross, formula_of, intercept
 from canopy_store.analysis.regression.errors import by_moments, corrected, corrected_estimates
@@ -100,7 +101,8 @@ def regress(
     bootstrap : replicates of the parametric bootstrap of the beta model's test of the etas; 0 for none
     errors : how the errors of R_bar, N_bar and D, means over the same rollouts, are taken out of the
         models main and interaction of D: moments (`errors.by_moments`), split (`splits.by_splits`, of a
-        store) or none. By default moments where the panel has the columns for it
+        store) or none. By default moments where the panel has the columns for it. The beta model has
+        none, the default, and moments (`calibration.calibrated_fit`)
     splits : random halvings of each prompt's rollouts, for split
     replicates : of the bootstrap over prompts that gives a corrected fit its intervals
     seed : of the bootstraps and the splits, or of the simulated residuals
@@ -150,6 +152,10 @@ def regress(
     data = panel_data(frame, outcome, baseline, reference_task, drop, known=KNOWN[way])
     if way == "none":
         fit = _uncorrected(data, model, precision, bootstrap, seed, advance)
+    elif model == "beta":
+        if bootstrap:
+            raise UsageError("--bootstrap: with --errors none; it draws panels without errors")
+        fit = calibrated_fit(data, precision)
     elif way == "moments" or of_store is None:
         fit = corrected(data, model, way, by_moments(data, model), replicates, seed)
     else:
@@ -207,7 +213,7 @@ def beyond(
 ) -> tuple[pl.DataFrame, str]:
     """Return the table of `across`, and in words what the statements of the fit hold for.
 
-    ``corrected`` takes the errors of a linear model's R_bar, N_bar and D out, by their moments.
+    ``corrected`` takes the errors of R_bar, N_bar and D out, by their moments.
     """
     nothing, slopes, count = pl.DataFrame(schema=ACROSS), model != "main", len(data.checkpoints)
     if count == len({name for _, name, _ in data.checkpoints}):  # one checkpoint a variant
@@ -216,11 +222,14 @@ def beyond(
     def design_of(rows: PanelData) -> Columns:
         return checkpoint_design(rows, linear_design(rows, model)[0], "R_bar", slopes=slopes)
 
+    def own_slopes(rows: PanelData) -> BetaProblem:
+        problem = beta_problem(rows, precision, float(data.r.std(ddof=1)))
+        own = checkpoint_design(rows, problem.mean, "R_sc", slopes=True)
+        return replace(problem, mean=own, with_family=False)
+
     try:
         if model == "beta":
-            problem = beta_problem(data, precision)
-            own = checkpoint_design(data, problem.mean, "R_sc", slopes=True)
-            fit = replace(problem, mean=own, with_family=False).fit()
+            fit = fit_calibrated(data, own_slopes) if corrected else own_slopes(data).fit()
             values, cov = fit.theta, fit.cov
         elif corrected:
             values, cov = corrected_estimates(by_moments(data, model, design_of))

@@ -42,6 +42,7 @@ def slopes_and_tests(
     rate: str,
     baseline: str,
     treated: Sequence[str],
+    df: float = np.inf,
 ) -> tuple[pl.DataFrame, pl.DataFrame]:
     """Return the table of slopes and the joint Wald test of the etas.
 
@@ -49,14 +50,16 @@ def slopes_and_tests(
     ----------
     terms : part and name of each estimate (K,), in the order of the covariance (K, K)
     rate : the term that is the baseline's slope
+    df : degrees of freedom of the covariance
     """
     place = {term: i for i, (part, term) in enumerate(terms) if part == "conditional"}
     at = place[rate]
     etas = [place[f"{rate}:variant[{v}]"] for v in treated if f"{rate}:variant[{v}]" in place]
+    quantile = float(stats.t.ppf(0.975, df))
     beta, variance = float(estimates[at]), float(covariance[at, at])
 
     def wald(variant: str, name: str, value: float, se: float) -> tuple[Any, ...]:
-        return variant, name, value, se, value - Z95 * se, value + Z95 * se
+        return variant, name, value, se, value - quantile * se, value + quantile * se
 
     rows = [wald(baseline, "beta", beta, np.sqrt(variance))]
     for eta, variant in zip(etas, treated, strict=False):
@@ -68,13 +71,12 @@ def slopes_and_tests(
         gradient = np.array([1.0, -ratio]) / beta
         rows.append(wald(variant, "beta+eta", total, np.sqrt(cov[0, 0])))
         se = float(np.sqrt(gradient @ cov @ gradient))
-        rows.append((variant, "ratio", ratio, se, *fieller(total, beta, cov)))
+        rows.append((variant, "ratio", ratio, se, *fieller(total, beta, cov, quantile)))
     slopes = pl.DataFrame(rows, schema=SLOPES, orient="row")
     tests = []
     if etas:
         values = estimates[etas]
         statistic = float(values @ np.linalg.solve(covariance[np.ix_(etas, etas)], values))
-        tests = [
-            ("every eta is 0 (Wald)", statistic, len(etas), float(stats.chi2.sf(statistic, len(etas))))
-        ]
+        of = stats.chi2(len(etas)) if np.isinf(df) else stats.f(len(etas), df, scale=len(etas))
+        tests = [("every eta is 0 (Wald)", statistic, len(etas), float(of.sf(statistic)))]
     return slopes, pl.DataFrame(tests, schema=TESTS, orient="row")
