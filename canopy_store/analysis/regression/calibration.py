@@ -19,7 +19,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from canopy_store.analysis.regression.beta import Array, BetaFit, Laplace
+from canopy_store.analysis.regression.beta import Array, BetaFit, Codes, Laplace
 from canopy_store.analysis.regression.beta_model import (
     BetaProblem,
     Precision,
@@ -65,7 +65,7 @@ def calibrated(data: PanelData) -> PanelData:
     return replace(data, y=y, r=r, n=np.maximum(n, data.n.min() / 2))
 
 
-def _means(values: Array, group: Array) -> Array:
+def _means(values: Array, group: Codes) -> Array:
     """Each row's mean of its group."""
     _, of, count = np.unique(group, return_inverse=True, return_counts=True)
     sums = np.zeros((len(count), *values.shape[1:]))
@@ -73,7 +73,7 @@ def _means(values: Array, group: Array) -> Array:
     return np.asarray((sums.T / count).T[of])
 
 
-def _true_covariance(wide: Array, there: Array, error: Array, data: PanelData, first: Array) -> Array:
+def _true_covariance(wide: Array, there: Array, error: Array, data: PanelData, first: Codes) -> Array:
     """(K, 2, K, 2) of the true R_bar and N_bar, alike for all pairs of the same variants."""
     family, variant = (data.codes[f][first] for f in ("family", "variant"))
     cells, eye = len(first), np.eye(len(first))
@@ -141,9 +141,17 @@ def calibrated_fit(data: PanelData, precision: Precision) -> Fit:
     return replace(fit, errors="moments", residuals={}, quantile_residuals=np.empty(0))
 
 
-def _without(data: PanelData, out: Array) -> PanelData:
+def _without(data: PanelData, out: np.ndarray) -> PanelData:
     codes = {f: c[~out] for f, c in data.codes.items()}
     codes["prompt"] = np.unique(codes["prompt"], return_inverse=True)[1]
     errors = {c: x[~out] for c, x in data.errors.items()}
-    y, r, n, rows = (x[~out] for x in (data.y, data.r, data.n, data.rows))
-    return replace(data, y=y, r=r, n=n, rows=rows, codes=codes, errors=errors)
+    kept = ~out
+    return replace(
+        data,
+        y=data.y[kept],
+        r=data.r[kept],
+        n=data.n[kept],
+        rows=data.rows[kept],
+        codes=codes,
+        errors=errors,
+    )
