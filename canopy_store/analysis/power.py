@@ -16,7 +16,7 @@ from canopy_store.analysis.bootstrap import MEASURES, ROLLOUT_LEVEL
 from canopy_store.analysis.comparable import store_panel
 from canopy_store.analysis.comparison import SEED, compare
 from canopy_store.analysis.pairing import widest
-from canopy_store.errors import DataError, UsageError
+from canopy_store.errors import DataError, FitError, UsageError
 
 SAMPLES = (4, 8, 16, 32, 64, 128)
 FEWEST = 5  # prompts: with fewer, the spread between prompts is not known when the study is done
@@ -210,9 +210,11 @@ def power_of_regression(
 
     Returns
     -------
-    variant, n_prompts, n_samples and reliability (those of the store); wanted, and samples_wanted: the
-    rollouts a prompt that reach it, by the formula of Spearman and Brown; NULL where the store shows no
-    difference between prompts that more samples could bring out.
+    variant, n_prompts, n_samples, reliability and partial (those of the store, as `regress` shows them:
+    partial is what the other terms leave, which a slope is made from); wanted, and the rollouts a prompt
+    that reach it by the formula of Spearman and Brown, samples_wanted for reliability and
+    samples_wanted_partial for partial. NULL where the store shows no difference between prompts that
+    more samples could bring out; partial needs embeddings, too.
 
     Raises
     ------
@@ -226,13 +228,32 @@ def power_of_regression(
         raise UsageError(f"--reliability {reliability:g}: needs more than 0 and less than 1")
     panel = store_panel(root, selection=selection, embedder=embedder, runs=runs)
     rows = reliability_of(panel).select("variant", "n_prompts", "n_samples", "reliability")
-    needed = [
-        None if r is None or math.isnan(r) else samples_for(r, m, reliability)
-        for m, r in rows.select("n_samples", "reliability").iter_rows()
-    ]
-    return rows.with_columns(
-        pl.lit(reliability).alias("wanted"), pl.Series("samples_wanted", needed, pl.Int64)
-    )
+    shares = _partials(panel, root)
+    partial = pl.Series("partial", [shares.get(v) for v in rows["variant"]], pl.Float64)
+    rows = rows.with_columns(partial, pl.lit(reliability).alias("wanted"))
+    for needed, of in (("samples_wanted", "reliability"), ("samples_wanted_partial", "partial")):
+        samples = [
+            None if r is None or not 0 < r <= 1 else samples_for(r, m, reliability)
+            for m, r in rows.select("n_samples", of).iter_rows()
+        ]
+        rows = rows.with_columns(pl.Series(needed, samples, pl.Int64))
+    return rows
+
+
+def _partials(panel: pl.DataFrame, root: str | Path) -> dict[str, float]:
+    """The share of R_bar that is no error, given the other terms of a regression; {} where not known."""
+    from canopy_store.analysis.regression.measurement import reliability_of
+    from canopy_store.analysis.regression.panel import FACTORS, one_panel, panel_data
+    from canopy_store.analysis.seeds import as_variants
+
+    frame = as_variants(one_panel(panel, str(root)), {})
+    one_level = [factor for factor in FACTORS if frame[factor].n_unique() == 1]
+    try:
+        data = panel_data(frame, "D", frame["variant"][0], None, one_level)
+    except FitError:
+        return {}
+    table = reliability_of(data)
+    return {} if table.is_empty() else dict(table.select("variant", "partial").iter_rows())
 
 
 # ---------------------------------------------------------------- plans

@@ -24,6 +24,7 @@ from canopy_store.errors import DataError, FitError, UsageError
 
 Errors = Literal["none", "moments", "split"]
 CORRECTED = ("main", "interaction")
+SIMULATED = 60  # prompts: the fewest with which the coverage of corrected intervals is known
 # What a row must have for each way; two rollouts in either half are the fewest that have a diversity.
 KNOWN: dict[str, tuple[str, ...]] = {"none": (), "moments": ERRORS, "split": ERRORS}
 

@@ -35,6 +35,7 @@ from canopy_store.analysis.regression.fit import Fit, Model, tables
 from canopy_store.analysis.regression.linear import estimates_of, linear_design, solve_mixed
 from canopy_store.analysis.regression.measurement import (
     KNOWN,
+    SIMULATED,
     Errors,
     reliability_of,
     warnings_of,
@@ -164,6 +165,11 @@ def regress(
     table = reliability_of(data)
     root = None if of_store is None else str(panel)
     warnings = warnings_of(table, model, outcome, way, root, drop)
+    if way != "none" and (prompts := len(data.levels["prompt"])) < SIMULATED:
+        warnings += (
+            f"{prompts} prompts: intervals and p of a corrected fit were checked by simulation with "
+            f"{SIMULATED} and more; of fewer they may promise too much",
+        )
     fit = replace(fit, reliability=table, warnings=(*fit.warnings, *warnings))
     more, holds_for = fit.across, ALONE
     if checkpoints == "random" and model != "quadratic":
