@@ -295,7 +295,7 @@ def test_what_is_refused(golden, tmp_path, canopy):
 
     assert refused(golden, "--baseline", "sft") == (
         1,
-        "canopy: --baseline sft: no such variant; the store has base, instruct\n",
+        "canopy: --baseline sft: no such variant here; there is base, instruct\n",
     )
     for more, message in (
         (("--metric", "rho"), "--metric rho: one of ce_star"),

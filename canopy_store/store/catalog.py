@@ -38,7 +38,8 @@ def init(root: str | Path) -> Path:
         As `place`.
     """
     root, there = _placed(root)
-    if there:
+    # another job may have made it meanwhile; asked where asking is no request
+    if there or (not remote(root) and exists(root / "canopy.json")):
         return root
     if not remote(root):
         with writing(root):
