@@ -16,7 +16,7 @@ import canopy_store
 from canopy_store.analysis.regression import Fit, fieller, natural_spline, read_panel, regress
 from canopy_store.analysis.regression.beta import Laplace, log_density
 from canopy_store.analysis.regression.residuals import quantile_residuals
-from canopy_store.errors import DataError, FitError, UsageError
+from canopy_store.errors import DataError, FitError, StoreError, UsageError
 
 EXPECTED = json.loads((GOLDEN / "regression_expected.json").read_text())
 ETA = "R_bar:variant[instruct]"
@@ -503,7 +503,7 @@ def test_a_file_that_is_no_panel_is_named(tmp_path: Path) -> None:
     (tmp_path / "p.csv").write_text("task,D\nmath,0.1\n")
     with pytest.raises(DataError, match=r"p\.csv: no column family, variant, prompt, R_bar, N_bar"):
         read_panel(tmp_path / "p.csv")
-    with pytest.raises(DataError, match=r"none\.csv"):
+    with pytest.raises(StoreError, match=r"none\.csv: cannot be read"):
         read_panel(tmp_path / "none.csv")
 
 

@@ -69,8 +69,10 @@ def read_panel(
 
     Raises
     ------
+    StoreError
+        There is no such file, or it cannot be read.
     DataError
-        The file cannot be read, misses a column, or holds several embedders or selections, or several
+        It is no panel: it misses a column, or holds several embedders or selections, or several
         runs of one model and task, and none was named.
     """
     frame = panel_file(path)
