@@ -156,9 +156,9 @@ def test_an_export_neither_replaces_nor_nests_nor_passes_on_damage(origin, tmp_p
     assert not (tmp_path / "out").exists()
 
 
-def test_a_store_of_format_1_is_upgraded_before_it_is_exported(origin, tmp_path):
-    root = Path(shutil.copytree(origin, tmp_path / "s"))
-    (root / "canopy.json").write_text('{"format": "canopy_store", "version": 1}')
+def test_a_store_of_format_1_is_upgraded_before_it_is_exported(tmp_path):
+    old = Path(__file__).parent / "data" / "format1" / "sampled"
+    root = Path(shutil.copytree(old, tmp_path / "s"))
     with pytest.raises(canopy_store.StoreError, match="canopy upgrade --store"):
         export(root, tmp_path / "out")
     assert os.listdir(tmp_path) == ["s"]

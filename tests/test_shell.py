@@ -194,7 +194,7 @@ def test_completion_offers_what_the_store_has(root, full):
 def test_completion_offers_metrics(root):
     rho = [name for name in MEASURES if name.startswith("rho")]
     assert completed(f"canopy compare --store {root} --metric rho") == rho
-    assert completed("canopy compare --margin ce_star") == ["ce_star="]
+    assert completed("canopy compare --margin ce_star") == ["ce_star=", "ce_star_cv="]
     assert "vendi_score" not in completed(f"canopy power --store {root} --metric ")
 
 
