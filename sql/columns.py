@@ -20,7 +20,6 @@ def _count(name: str, doc: str, unit: str = "") -> Column:
 
 # Columns that mean the same in every view that has them. Definitions: docs/measures.md.
 METRICS: tuple[Column, ...] = (
-    _c("ce_star_cv", "CE* with the luck of stopping taken out, by a control variate.", "nats"),
     _c(
         "content_entropy_sum",
         "entropy_sum - stop_entropy_sum: what to say, given that the rollout goes on.",

@@ -10,6 +10,7 @@ from typing import Any
 
 import polars as pl
 
+from canopy_store.analysis.bootstrap import ESTIMATED
 from canopy_store.analysis.pairing import POOLED, widest
 from canopy_store.sql.columns import column_of
 
@@ -52,7 +53,8 @@ def label(row: Row) -> str:
 
 def unit(metric: str) -> str:
     """The metric's unit; '' where it has none."""
-    return column_of("model_metrics", metric).unit
+    # an estimate of CE* is no column of a view, and in its unit
+    return column_of("model_metrics", "ce_star" if metric in ESTIMATED else metric).unit
 
 
 def marks(row: Row) -> list[str]:
