@@ -297,6 +297,7 @@ def test_the_public_names_are_these():
         "merge",
         "open",
         "power",
+        "power_of_regression",
         "pull",
         "push",
         "read",
