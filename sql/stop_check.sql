@@ -10,7 +10,8 @@ with excess as (
 ),
 summed as (
     select family, variant, task, run_id, selection,
-        count(*) as n_rollouts, avg(x) as mean_excess, stddev_samp(x) as sd
+        -- in one order, so that the last bits do not depend on how the files are cut
+        count(*) as n_rollouts, avg(x order by x) as mean_excess, stddev_samp(x order by x) as sd
     from excess
     group by all
 )
