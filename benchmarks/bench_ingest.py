@@ -89,10 +89,10 @@ def ours(
     model: Any, prompts: list[list[int]], end: int, samples: int, steps: int, width: int = 0
 ) -> list[Any]:
     """The sampler's rollouts, of all prompts, at a width; by default as wide as the work is."""
-    from canopy_store.ingest import sample
+    from canopy_store.ingest import draw, sample
 
     jobs = [
-        sample.Job(ids, range(samples), lambda s, p=p: sample.uniforms("bench", 0, str(p), s, steps))
+        draw.Job(ids, range(samples), lambda s, p=p: draw.uniforms("bench", 0, str(p), s, steps))
         for p, ids in enumerate(prompts)
     ]
     sampling = policy(end, steps, width or min(128, samples * len(prompts)))

@@ -17,6 +17,8 @@ from demo_real import save_base
 
 ARCHIVE = steps.ROOT / "canopy_store" / "example.zip"
 TASKS = ("math", "stories")
+# what an export has beside a store's own files: of the SQL that made it, or of files that work adds to
+EXPORTED = ("MANIFEST", "croissant.json", "views.sql", "canopy.duckdb")
 SYSTEM = "Answer in one short sentence."
 
 
@@ -47,14 +49,17 @@ def export(out: Path) -> None:
 
 
 def pack(folder: Path, archive: Path) -> None:
-    """Packs a folder so that the same files give the same archive."""
+    """Packs a store, no export, of an exported folder; the same files give the same archive."""
     with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED, compresslevel=9) as packed:
         for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-            name = path.relative_to(folder).as_posix()
-            if name != "canopy.duckdb":  # views alone: made anew where it is unpacked
-                entry = zipfile.ZipInfo(name)
-                entry.compress_type, entry.external_attr = zipfile.ZIP_DEFLATED, 0o644 << 16
-                packed.writestr(entry, path.read_bytes())
+            name, data = path.relative_to(folder).as_posix(), path.read_bytes()
+            if name in EXPORTED:
+                continue
+            if name == "README.md":  # how an export is loaded and merged follows
+                data = data.partition(b"\n## Use\n")[0]
+            entry = zipfile.ZipInfo(name)
+            entry.compress_type, entry.external_attr = zipfile.ZIP_DEFLATED, 0o644 << 16
+            packed.writestr(entry, data)
 
 
 def main() -> None:

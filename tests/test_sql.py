@@ -214,7 +214,7 @@ def test_the_plain_shell_runs_every_view(golden, tmp_path):
             assert shell(moved, f"select count(*) as n from {view}") == [{"n": count}]
         for name in AT_HORIZON:
             with canopy_store.open(moved) as con:
-                (count,) = con.sql(f"select count(*) from {name}_at(7)").fetchone()
+                [(count,)] = con.sql(f"select count(*) from {name}_at(7)").fetchall()
             assert shell(moved, f"select count(*) as n from {name}_at(7)") == [{"n": count}]
         assert shell(moved, "select round(vendi_score([0.5, 0.5], 2), 6) as v") == [{"v": 2.0}]
     finally:

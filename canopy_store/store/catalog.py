@@ -21,7 +21,7 @@ from canopy_store.store.commits import (
     remove_record,
     uncommitted,
 )
-from canopy_store.store.files import exists, locate, matching, reaching, remote, write_json, writing
+from canopy_store.store.files import create_json, exists, locate, matching, reaching, remote, writing
 from canopy_store.store.layout import commit_path, content_id, folder, now, plan_path, shard_path
 from canopy_store.store.parquet import read_rows, write_rows
 from canopy_store.store.plans import plans, read_plan, require_own_name
@@ -38,13 +38,12 @@ def init(root: str | Path) -> Path:
         As `place`.
     """
     root, there = _placed(root)
-    # another job may have made it meanwhile; asked where asking is no request
-    if there or (not remote(root) and exists(root / "canopy.json")):
+    if there:
         return root
     if not remote(root):
         with writing(root):
             root.mkdir(parents=True, exist_ok=True)
-    write_json(root / "canopy.json", {"format": "canopy_store", "version": FORMAT_VERSION})
+    create_json(root / "canopy.json", {"format": "canopy_store", "version": FORMAT_VERSION})
     return root
 
 

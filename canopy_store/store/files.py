@@ -258,12 +258,14 @@ def _temporary(path: Path) -> tuple[Path, int]:
     while True:
         temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
         descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-        lock(descriptor)
         try:
-            if os.path.samestat(os.fstat(descriptor), os.stat(temporary)):
+            # one who tidies up may have locked it, or removed it, between the two steps
+            if lock(descriptor) is not False and os.path.samestat(
+                os.fstat(descriptor), os.stat(temporary)
+            ):
                 return temporary, descriptor
         except FileNotFoundError:
-            pass  # somebody tidied up between the two steps
+            pass
         os.close(descriptor)
 
 
