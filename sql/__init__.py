@@ -23,7 +23,7 @@ from canopy_store import store
 from canopy_store.errors import DataError, StoreError, UsageError
 from canopy_store.schema import TABLES, view_columns
 from canopy_store.sql.columns import column_of
-from canopy_store.sql.connection import Connection, spill_folder
+from canopy_store.sql.connection import Connection, set_list, spill_folder
 from canopy_store.sql.horizon import AT_HORIZON, file_at, macro_at
 from canopy_store.store import format1
 
@@ -284,7 +284,7 @@ def _create_views(
             paths = [f"{start}/{name}" for name in names]
             con.execute(f"set variable {variable} = ?", [paths[:1]])
             con.execute(_table_view(table, f"getvariable('{variable}')", old))
-            con.execute(f"set variable {variable} = ?", [paths])
+            set_list(con, variable, paths)
             variables[variable] = paths
     return variables
 

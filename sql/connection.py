@@ -185,6 +185,11 @@ def _remove(folder: str, process: int) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
+def set_list(con: duckdb.DuckDBPyConnection, variable: str, values: list[str]) -> None:
+    """Sets a variable to a list of texts, none with a zero byte: passed as one, which is far quicker."""
+    con.execute(f"set variable {variable} = string_split(?, chr(0))", ["\0".join(values)])
+
+
 class _Reader:
     """Those methods and properties of a DuckDB object that ``_reads`` names; the others are refused."""
 
@@ -346,7 +351,7 @@ class Connection(_Reader):
         """Another connection to the same views of the same files, as for another thread."""
         other = self._con.cursor()
         for variable, paths in self._files.items():  # each connection has variables of its own
-            other.execute(f"set variable {variable} = ?", [paths])
+            set_list(other, variable, paths)
         return Connection(other, self._files)
 
     duplicate = cursor

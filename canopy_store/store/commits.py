@@ -35,8 +35,9 @@ from canopy_store.store.layout import (
 )
 from canopy_store.store.parquet import check_file
 
-# a table's folder, no part that leaves it, a file's name; nothing that a pattern of files would mean
-_PLAIN = re.compile(r"(\w+)/(?:(?!\.\.?/)[^/*?\[\]\0\\]+/)*[^/*?\[\]\0\\]+\.parquet")
+# A file's folder (a table's, no part that leaves it) and the names in it: nothing that a pattern means.
+_FOLDER = re.compile(r"(\w+)(?:/(?!\.\.?(?:/|$))[^/*?\[\]\0\\]+)*")
+_NAMES = re.compile(r"(?:[^/*?\[\]\0\\\n]+\.parquet(?:\n(?!$)|$))*")
 
 
 @dataclass(frozen=True)
@@ -138,6 +139,11 @@ def read_record(root: Path, path: Path, value: Any = None) -> Record:
     DataError
         Not a record, of a newer version, or one that names what no store holds.
     """
+    return _read_record(root, path, value)[0]
+
+
+def _read_record(root: Path, path: Path, value: Any) -> tuple[Record, set[str]]:
+    """As `read_record`, and the folders of its files: few, where it names thousands of files."""
     value = read_json(path) if value is None else value
     try:
         version, kind, keys = value["version"], value["kind"], value["keys"]
@@ -153,11 +159,32 @@ def read_record(root: Path, path: Path, value: Any = None) -> Record:
             kind, keys
         ):
             raise ValueError
-        for name, said in record.files.items():
-            _check_entry(name, said)
+        return record, _checked_folders(record.files)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise DataError(f"{path}: not a readable record of a commit; take it from a copy") from None
-    return record
+
+
+def _checked_folders(entries: Mapping[str, Mapping[str, Any]]) -> set[str]:
+    """The folders of the files that a record names; ValueError for a path or number that none has.
+
+    As few steps for each file as can be: of tens of thousands of files this is what opening costs.
+    """
+    folders = {name[: name.rindex("/")] for name in entries}
+    for folder in folders:
+        plain = _FOLDER.fullmatch(folder)
+        if plain is None or plain[1] not in TABLES:
+            raise ValueError
+    if not _NAMES.fullmatch("\n".join([name[name.rindex("/") + 1 :] for name in entries])):
+        raise ValueError
+    for key in ("rows", "bytes"):
+        numbers = [said[key] for said in entries.values()]
+        if {*map(type, numbers)} - {int} or min(numbers, default=0) < 0:
+            raise ValueError
+        if max(numbers, default=0) >= 1 << 62:
+            raise ValueError
+    if {len(said["sha256"]) for said in entries.values()} - {64}:
+        raise ValueError
+    return folders
 
 
 def _place_of(kind: str, keys: Mapping[str, str]) -> tuple[str, ...]:
@@ -166,44 +193,31 @@ def _place_of(kind: str, keys: Mapping[str, str]) -> tuple[str, ...]:
     return ("commits", kind, *parts, f"{last}.json")
 
 
-def _require_own_files(root: Path, record: Record) -> Record:
-    """The record, unless it names files that a job of its kind and run does not make, or lacks some.
+def _own_record(root: Path, path: Path, value: Any = None) -> Record:
+    """As `read_record`; not one that names files that a job of its kind and run does not make.
 
     Raises
     ------
     DataError
-        It does; no query may go by it.
+        As `read_record`; or it names such a file, or lacks one; no query may go by it.
     """
+    record, folders = _read_record(root, path, value)
     key, value = record.subject
     tables = (record.kind, *TABLES[record.kind].brings)
     # what a job over no run took stands under its subject all the same: work has one key for both
     parts = {table: {key, "run"} & {*TABLES[table].partitions} for table in tables}
     needed = {table: [f"/{part}={quoted(value)}/" for part in parts[table]] for table in tables}
-    path = record.path(root)
-    for name in record.files:  # plain loops: of tens of thousands of files this is what opening costs
-        own = needed.get(name[: name.index("/")])
-        for part in own or ():
-            if part not in name:
-                own = None
-        if own is None:
-            raise DataError(f"{path}: names {name}, which is not of its job; see: canopy verify")
+    for folder in folders:
+        own = needed.get(folder.partition("/")[0])
+        if own is None or not all(part in f"{folder}/" for part in own):
+            raise DataError(
+                f"{path}: names files in {folder}, which is not of its job; see: canopy verify"
+            )
     if not record.files:
         raise DataError(f"{path}: lists no file; see: canopy verify")
     if record.kind == "rollouts" and not record.of("runs"):
         raise DataError(f"{path}: lists no file of runs, which every run has; see: canopy verify")
     return record
-
-
-def _check_entry(name: str, said: Mapping[str, Any]) -> None:
-    """Raises ValueError for what no record says of a file."""
-    plain = _PLAIN.fullmatch(name)
-    if plain is None or plain[1] not in TABLES:
-        raise ValueError
-    rows, size = said["rows"], said["bytes"]
-    if type(rows) is not int or type(size) is not int or len(said["sha256"]) != 64:
-        raise ValueError
-    if not (0 <= rows < 1 << 62 and 0 <= size < 1 << 62):
-        raise ValueError
 
 
 def records(root: Path, kind: str | None = None, **keys: str) -> list[Record]:
@@ -218,35 +232,35 @@ def records(root: Path, kind: str | None = None, **keys: str) -> list[Record]:
         One that cannot be read.
     """
     if format1.is_old(root):
-        listed = [Record(*each) for each in format1.records(root)]
-        if not listed and remote(root):
+        old_ones = [Record(*each) for each in format1.records(root)]
+        if not old_ones and remote(root):
             format1.require_layout(root, 1)
-        return [old for old in listed if kind in (None, old.kind) and keys.items() <= old.keys.items()]
-    paths = record_paths(root, kind)
-    if not paths and kind in (None, "models") and remote(root):
+        return [old for old in old_ones if kind in (None, old.kind) and keys.items() <= old.keys.items()]
+    listed = _listed(root, kind)
+    if not listed and kind in (None, "models") and remote(root):
         format1.require_layout(root, FORMAT_VERSION)
     if kind is not None and (above := TABLES[kind].parent) is not None:
-        paths += record_paths(root, above)
-    there = {_place(path, root) for path in paths}
+        listed += _listed(root, above)
+    places = [_place(name) for name in listed]
+    there = set(places)
     wanted = []
-    for path in paths:
-        of, key, value = _place(path, root)
+    for name, (of, key, value) in zip(listed, places, strict=True):
         parent = TABLES[of].parent if of in TABLES else None
         if (
             kind in (None, of)
             and keys.get(key, value) == value
             and (parent is None or (parent, key, value) in there)
         ):
-            wanted.append(path)
-    every = (read_record(root, path, value) for path, value in _read_all(root, wanted))
-    every = (_require_own_files(root, each) for each in every)
+            wanted.append(root / name)
+    every = (_own_record(root, path, value) for path, value in _read_all(root, wanted))
     return [each for each in every if keys.items() <= each.keys.items()]
 
 
-def _place(path: Path, root: Path) -> tuple[str, str, str]:
-    """A record's kind, and key and value of its subject, from its path."""
-    key, _, value = path.name.removesuffix(".json").partition("=")
-    return path.parts[len(root.parts) + 1], key, unquoted(value)
+def _place(name: str) -> tuple[str, str, str]:
+    """A record's kind, and key and value of its subject, from where it stands in the store."""
+    parts = name.split("/")
+    key, _, value = parts[-1].removesuffix(".json").partition("=")
+    return parts[1], key, unquoted(value)
 
 
 def orphans(root: Path) -> list[Record]:
@@ -268,38 +282,51 @@ def record(root: Path, kind: str, **keys: str) -> Record | None:
     if format1.is_old(root):
         return next(iter(records(root, kind, **keys)), None)
     path = commit_path(root, kind, keys)
-    return _require_own_files(root, read_record(root, path)) if exists(path) else None
+    return _own_record(root, path) if exists(path) else None
 
 
 def record_paths(root: Path, kind: str | None = None) -> list[Path]:
-    """Where records stand, of one kind or of all, in path order, at one moment.
+    """Where records stand, of one kind or of all, in path order, at one moment."""
+    return [root / name for name in _listed(root, kind)]
+
+
+def _listed(root: Path, kind: str | None = None) -> list[str]:
+    """As `record_paths`, below the store: text, which sorts in a tenth of the time of paths.
 
     Listed until two listings are alike: so a run that is added or removed meanwhile is there with all
     that came with it, or not at all.
     """
-    top = root / "commits" if kind is None else root / "commits" / kind
+    top = "commits" if kind is None else f"commits/{kind}"
     if remote(root):
         with reaching(root):
-            return sorted(top.rglob("*.json"))
+            found = (path.relative_to(root).as_posix() for path in (root / top).rglob("*.json"))
+            return sorted(found, key=_parts)
     _require_folder(root / "commits")
-    paths, before = sorted(_walk(top)), None
+    names, before = sorted(_walk(root, top), key=_parts), None
     for _ in range(20):
-        if paths == before:
+        if names == before:
             break
-        paths, before = sorted(_walk(top)), paths
-    return paths
+        names, before = sorted(_walk(root, top), key=_parts), names
+    return names
 
 
-def _walk(top: Path) -> Iterator[Path]:
-    folders = [top]
+def _parts(name: str) -> list[str]:
+    return name.split("/")
+
+
+def _walk(root: Path, top: str) -> Iterator[str]:
+    start, folders = str(root), [top]
     while folders:
         folder = folders.pop()
-        with suppress(FileNotFoundError, NotADirectoryError), os.scandir(folder) as entries:
+        with (
+            suppress(FileNotFoundError, NotADirectoryError),
+            os.scandir(f"{start}/{folder}") as entries,
+        ):
             for each in entries:
                 if each.name.endswith(".json") and not each.name.startswith("."):
-                    yield folder / each.name
+                    yield f"{folder}/{each.name}"
                 elif each.is_dir(follow_symlinks=False):
-                    folders.append(folder / each.name)
+                    folders.append(f"{folder}/{each.name}")
 
 
 def _read_all(root: Path, paths: list[Path]) -> Iterator[tuple[Path, Any]]:
@@ -352,11 +379,11 @@ def remove_unnamed(root: Path, candidates: Iterable[str]) -> int:
     """How many of these files were removed: those that no record names, parent or none."""
     left = set(candidates)
     runs = {(path_keys(name.partition("/")[0], name) or {}).get("run", "") for name in left}
-    for path in record_paths(root):
+    for record_name in _listed(root):
         # a file of a run is named by that run's records alone; of a prompts file, any may be
-        _, key, value = _place(path, root)
+        _, key, value = _place(record_name)
         if left and ("" in runs or (key == "run" and value in runs)):
-            left -= read_record(root, path).files.keys()
+            left -= read_record(root, root / record_name).files.keys()
             runs = {(path_keys(name.partition("/")[0], name) or {}).get("run", "") for name in left}
     count = 0
     for name in sorted(left):
@@ -418,9 +445,11 @@ def check_folders(root: Path, writing: bool = False) -> list[str]:
         folder = waiting.pop()
         with suppress(FileNotFoundError), os.scandir(root / folder) as entries:
             for each in entries:
+                if each.is_file(follow_symlinks=False):
+                    continue
                 if each.is_dir(follow_symlinks=False) and not each.name.endswith(".parquet"):
                     waiting.append(f"{folder}/{each.name}")
-                elif not each.is_file(follow_symlinks=False):
+                else:
                     _check_link(root / folder / each.name, inside)
     return [folder for folder in folders if folder in TABLES]
 

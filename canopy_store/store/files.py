@@ -122,10 +122,9 @@ def read_bytes(path: Path, most: int = 64 << 20) -> bytes:
             return path.fs.cat_file(path.path, start=0)  # type: ignore[attr-defined]  # one request
     require_regular(path)
     with open(path, "rb") as file:
-        data = file.read(most + 1)
-    if len(data) > most:
-        raise DataError(f"{path}: over {most:,} bytes; take it from a copy")
-    return data
+        if os.fstat(file.fileno()).st_size > most:
+            raise DataError(f"{path}: over {most:,} bytes; take it from a copy")
+        return file.read()
 
 
 def read_input(path: Path) -> bytes:
@@ -188,7 +187,7 @@ def read_json(path: Path) -> Any:
         Not JSON, nested without end, or not a regular file of a bearable size.
     """
     try:
-        return json.loads(read_bytes(path))
+        return json.loads(read_bytes(path).decode())
     except (ValueError, RecursionError):
         raise DataError(f"{path}: not readable as JSON; take it from a copy") from None
 
