@@ -3,6 +3,7 @@
 #   make test       format, types, layers and every test
 #   make demo-real  the same job on SmolLM2-135M-Instruct and a fine-tuned child
 #   make bench, make bench-ingest   the benchmarks of docs/performance.md
+#   make gpu        the jobs on an NVIDIA GPU, right and fast, within eight minutes; DEVICE=cpu: small
 #   make faults     what docs/reliability.md says of kills, full disks and flipped bytes
 #   make mutants    faults planted in code and SQL, which a test must fail on: hours, no part of make test
 #   make simulate   the simulation study of docs/measures.md
@@ -18,7 +19,7 @@ TORCH ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && echo torch || echo tor
 
 SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
 
-.PHONY: install demo demo-real test test-vllm lint browser bench bench-ingest faults mutants simulate docs clean
+.PHONY: install demo demo-real test test-vllm lint browser bench bench-ingest gpu faults mutants simulate docs clean
 
 install: $(VENV)/.installed
 
@@ -79,6 +80,12 @@ bench-ingest: install
 	test -e demo-real-output/base || $(PYTHON) demo/demo_real.py
 	$(PYTHON) benchmarks/bench_ingest.py demo-real-output/base
 	$(PYTHON) benchmarks/bench_memory.py
+
+# writes its table into docs/performance.md. A machine whose python has torch, transformers and the rest
+# needs no installing: PYTHONPATH=. python3 benchmarks/gpu.py
+DEVICE ?= cuda
+gpu: install
+	$(PYTHON) benchmarks/gpu.py --device $(DEVICE) $(if $(filter cuda,$(DEVICE)),--write docs/performance.md)
 
 # writes the table of docs/reliability.md
 faults: install

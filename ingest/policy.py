@@ -6,9 +6,98 @@ The sampler takes its tokens and its record from this one place, so what is logg
 from __future__ import annotations
 
 import functools
+import importlib.util
+import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+
+from canopy_store.ingest.draw import Sampling
+
+
+class Ends:
+    """The tokens that end a rollout: their ``ids``, and the vocabulary's ``member`` (V,) they are."""
+
+    def __init__(self, ids: Sequence[int], size: int, device: torch.device) -> None:
+        inside = [i for i in ids if i < size]
+        self.ids = torch.tensor(inside, dtype=torch.long, device=device)
+        self.member = torch.zeros(size, dtype=torch.bool, device=device)
+        self.member[inside] = True
+
+
+@dataclass(frozen=True)
+class Step:
+    """One token of each row, with the exact statistics of the distribution that it came from.
+
+    ``tokens`` (B,); ``record`` (3, B), float32 nats: logprob, entropy, eos_logprob; the ids and
+    log-probabilities (B, k) of the likeliest tokens, where they were asked for.
+    """
+
+    tokens: torch.Tensor
+    record: torch.Tensor
+    top: tuple[torch.Tensor, torch.Tensor] | None = None
+
+
+def take_step(
+    logits: torch.Tensor,
+    sampling: Sampling,
+    ends: Ends,
+    *,
+    uniform: torch.Tensor | None = None,
+    tokens: torch.Tensor | None = None,
+    best: int = 0,
+) -> Step:
+    """The step of ``logits`` (B, V) under the policy: ``tokens`` (B,), or drawn by ``uniform`` (B,).
+
+    On a GPU a policy that keeps all tokens is never whole in float32: its sums come from one pass.
+    """
+    if fused(logits.device, sampling):
+        from canopy_store.ingest import kernels
+
+        tokens, record = kernels.softmax_steps(
+            logits, sampling.temperature, ends.ids, uniform=uniform, tokens=tokens
+        )
+        top = None
+        if best:
+            found = logits.topk(min(best, logits.shape[-1]), dim=-1)
+            values = found.values.float() / sampling.temperature - record[3][:, None]
+            top = found.indices, values.clamp(max=0)
+        return Step(tokens, record[:3], top)
+    policy = sampling_policy(logits, sampling.temperature, sampling.top_k, sampling.top_p)
+    if tokens is None:
+        assert uniform is not None
+        tokens, logprob = policy.sample(uniform)
+    else:
+        logprob = policy.logprob(tokens)
+    record = torch.stack([logprob, policy.entropy(), policy.event_logprob(ends.member)])
+    return Step(tokens, record, policy.top(best) if best else None)
+
+
+def fused(device: torch.device, sampling: Sampling) -> bool:
+    """Whether the step is one of `canopy_store.ingest.kernels`: a softmax over all tokens, on a GPU."""
+    plain = sampling.temperature > 0 and sampling.top_k == 0 and sampling.top_p == 1
+    return plain and device.type == "cuda" and has_kernels()
+
+
+@functools.cache
+def has_kernels() -> bool:
+    """Whether `canopy_store.ingest.kernels` run on this GPU and are right, which is tried once.
+
+    They need Triton, which torch for NVIDIA and AMD brings on Linux, and a C compiler. Without them
+    torch's own operations sample the same rollouts, slower.
+    """
+    if not torch.cuda.is_available() or importlib.util.find_spec("triton") is None:
+        return False
+    from canopy_store.ingest import kernels
+
+    try:
+        kernels.check(torch.device("cuda"))
+    except Exception as error:  # whatever a compiler, a driver or a wrong sum raises
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        warnings.warn(f"sampling without the GPU's own kernels, slower: {reason}", stacklevel=2)
+        return False
+    return True
 
 
 @dataclass(frozen=True)
@@ -38,6 +127,12 @@ class Policy:
             return self.logprobs[:, member].logsumexp(-1).clamp(max=0)
         inside = self.logprobs.masked_fill(~member[self.ids], -torch.inf)
         return inside.logsumexp(-1).clamp(max=0)
+
+    def logprob(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Log-probabilities (B,) of ``tokens`` (B,); -inf outside the support."""
+        if self.ids is None:
+            return self.logprobs.gather(-1, tokens[:, None])[:, 0]
+        return self.logprobs.masked_fill(self.ids != tokens[:, None], -torch.inf).amax(-1)
 
     def sample(self, uniform: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Token ids (B,) and their log-probabilities (B,), by inversion of ``uniform`` (B,) in [0, 1).

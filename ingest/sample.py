@@ -12,9 +12,9 @@ import psutil
 import torch
 
 from canopy_store.errors import DataError
-from canopy_store.ingest import shared_prompt
+from canopy_store.ingest import captured, shared_prompt
 from canopy_store.ingest.draw import Job, Rollout, Sampling
-from canopy_store.ingest.policy import sampling_policy
+from canopy_store.ingest.policy import Ends, fused, has_kernels, take_step
 
 
 def width_for(
@@ -31,7 +31,9 @@ def width_for(
     """
     if budget is None:
         if model.device.type == "cuda":
-            free = torch.cuda.mem_get_info(model.device)[0]
+            # what torch holds and does not use is free to it
+            held = torch.cuda.memory_reserved(model.device) - torch.cuda.memory_allocated(model.device)
+            free = torch.cuda.mem_get_info(model.device)[0] + held
         else:
             free = psutil.virtual_memory().available
         budget = free // 2
@@ -61,7 +63,12 @@ def footprint(model: Any, sampling: Sampling, prompt_lengths: Sequence[int]) -> 
     # a layer's scores, weights and their parts in float32; its states and its two inner products
     layer = 4 * 4 * heads * (longest + steps) + size * (6 * hidden + 3 * inner)
     reading = longest * size * (6 * hidden + 3 * inner)  # of one prompt at a time
-    if shared_prompt.prepare(model):
+    if _loop_for(model) is _sample_captured:
+        own, prompts = token * steps, token * sum(prompt_lengths)
+        if fused(model.device, sampling):  # the logits, and once more where a step is made ready
+            vocabulary = 2 * config.vocab_size * size
+        layer = size * (8 * hidden + 3 * inner) + 4 * heads * per_head
+    elif shared_prompt.prepare(model):
         room = -(-steps // shared_prompt.GROWTH) * shared_prompt.GROWTH
         own, prompts = token * room, token * sum(prompt_lengths)
     else:  # the prompt's are copied for each rollout, and each layer's once more when a step adds to it
@@ -99,12 +106,12 @@ def sample_prompts(
         Logits that are NaN or +inf; names the prompt, the sample and the step. Out of memory at a
         width of 1.
     """
-    loop = _sample_shared if shared_prompt.prepare(model) else _sample_repeated
+    loop = _loop_for(model)
     done: list[list[Any]] = [[None] * len(job.samples) for job in jobs]
     width = max(1, min(sampling.width, sum(len(job.samples) for job in jobs)))
     while True:
         try:
-            loop(model, jobs, replace(sampling, width=width), done, on_tokens)
+            loop(model, jobs, replace(sampling, width=width), done, on_tokens, say)
             return done
         except (RuntimeError, MemoryError) as error:
             if not _out_of_memory(error):
@@ -122,11 +129,42 @@ def sample_prompts(
         width //= 2
 
 
+def _loop_for(model: Any) -> Callable[..., None]:
+    if not shared_prompt.prepare(model):
+        return _sample_repeated
+    return _sample_captured if model.device.type == "cuda" and has_kernels() else _sample_shared
+
+
 def _out_of_memory(error: BaseException) -> bool:
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
     words = ("out of memory", "can't allocate memory", "not enough memory", "ALLOC_FAILED", "bad_alloc")
     return any(word in str(error) for word in words)
+
+
+def _sample_captured(
+    model: Any,
+    jobs: Sequence[Job],
+    sampling: Sampling,
+    done: list[list[Any]],
+    on_tokens: Callable[[int], None] | None,
+    say: Callable[[str], None] | None = None,
+) -> None:
+    """The loop on a GPU, for the models of `_sample_shared`."""
+
+    def keep(j: int, place: int, log: np.ndarray) -> None:
+        whole = log.view(np.int32)
+        best = (log.shape[1] - 4) // 2
+        done[j][place] = _rollout(
+            jobs[j],
+            place,
+            sampling,
+            whole[:, 0].copy(),
+            log[:, 1:4].T.copy(),
+            (whole[:, 4 : 4 + best].copy(), log[:, 4 + best :].copy()) if best else None,
+        )
+
+    captured.sample(model, jobs, sampling, _missing(done), keep, on_tokens, say)
 
 
 def _sample_shared(
@@ -135,6 +173,7 @@ def _sample_shared(
     sampling: Sampling,
     done: list[list[Any]],
     on_tokens: Callable[[int], None] | None,
+    say: Callable[[str], None] | None = None,
 ) -> None:
     """The loop for models that share a prompt's cache: slots that are refilled."""
     queue = _missing(done)[::-1]
@@ -187,6 +226,7 @@ def _sample_repeated(
     sampling: Sampling,
     done: list[list[Any]],
     on_tokens: Callable[[int], None] | None,
+    say: Callable[[str], None] | None = None,
 ) -> None:
     """The loop for any other model: a prompt's cache repeated over the batch, finished rows dropped."""
     for number, job in enumerate(jobs):
@@ -242,7 +282,7 @@ class _Log:
         self.noise = torch.zeros(width, steps, dtype=wide, device=device)
         self.top_ids = torch.zeros(width, steps, best, dtype=torch.int32, device=device)
         self.top_logprobs = torch.full((width, steps, best), -torch.inf, device=device)
-        self.is_end: torch.Tensor | None = None  # (V,)
+        self.ends: Ends | None = None
 
     def begin(self, row: int, job: Job, place: int) -> None:
         """Gives a row to a new rollout."""
@@ -261,25 +301,19 @@ class _Log:
         """Samples a token for each of ``rows`` from its ``logits`` (B, V) and logs it; rows that end."""
         row = torch.tensor(rows, device=self.device)
         at = torch.from_numpy(self.length[rows]).to(self.device)
-        policy = sampling_policy(
-            logits, self.sampling.temperature, self.sampling.top_k, self.sampling.top_p
-        )
-        token, logprob = policy.sample(self.noise[row, at])
-        self.last[row] = token
-        self.tokens[row, at] = token.int()
-        if self.is_end is None:
-            self.is_end = torch.zeros(logits.shape[-1], dtype=torch.bool, device=self.device)
-            self.is_end[[i for i in self.sampling.end_ids if i < len(self.is_end)]] = True
-        eos_logprob = policy.event_logprob(self.is_end)
-        self.record[row, :, at] = torch.stack([logprob, policy.entropy(), eos_logprob], -1)
-        if self.best:
-            ids, values = policy.top(self.best)
+        self.ends = self.ends or Ends(self.sampling.end_ids, logits.shape[-1], self.device)
+        step = take_step(logits, self.sampling, self.ends, uniform=self.noise[row, at], best=self.best)
+        self.last[row] = step.tokens
+        self.tokens[row, at] = step.tokens.int()
+        self.record[row, :, at] = step.record.T
+        if step.top is not None:
+            ids, values = step.top
             self.top_ids[row, at, : ids.shape[1]] = ids.int()
             self.top_logprobs[row, at, : ids.shape[1]] = values
         self.length[rows] += 1
         if on_tokens:
             on_tokens(len(rows))
-        over = self.is_end[token].tolist()  # the one thing a step waits for
+        over = self.ends.member[step.tokens].tolist()  # the one thing a step waits for
         return [
             r
             for r, stop in zip(rows, over, strict=True)
@@ -292,17 +326,35 @@ class _Log:
         # copies: on the CPU a tensor's array is the tensor's own memory, which the next rollout takes
         tokens = self.tokens[row, :n].cpu().numpy().copy()
         logged = self.record[row, :, :n].cpu().numpy().copy()
-        _check_finite(logged, job.samples[place], job.name)
-        return Rollout(
-            sample=job.samples[place],
-            token_ids=tokens,
-            logprob=logged[0],
-            entropy=logged[1],
-            eos_logprob=logged[2],
-            finish_reason="stop" if int(tokens[-1]) in self.sampling.end_ids else "length",
-            top_token_ids=self.top_ids[row, :n].cpu().numpy().copy() if self.best else None,
-            top_logprobs=self.top_logprobs[row, :n].cpu().numpy().copy() if self.best else None,
-        )
+        top = None
+        if self.best:
+            top = (
+                self.top_ids[row, :n].cpu().numpy().copy(),
+                self.top_logprobs[row, :n].cpu().numpy().copy(),
+            )
+        return _rollout(job, place, self.sampling, tokens, logged, top)
+
+
+def _rollout(
+    job: Job,
+    place: int,
+    sampling: Sampling,
+    tokens: np.ndarray,
+    logged: np.ndarray,
+    top: tuple[np.ndarray, np.ndarray] | None,
+) -> Rollout:
+    """The rollout of ``tokens`` (N,), its record ``logged`` (3, N) and its likeliest tokens (N, k)."""
+    _check_finite(logged, job.samples[place], job.name)
+    return Rollout(
+        sample=job.samples[place],
+        token_ids=tokens,
+        logprob=logged[0],
+        entropy=logged[1],
+        eos_logprob=logged[2],
+        finish_reason="stop" if int(tokens[-1]) in sampling.end_ids else "length",
+        top_token_ids=top[0] if top else None,
+        top_logprobs=top[1] if top else None,
+    )
 
 
 def _check_finite(logged: np.ndarray, sample: int, name: str) -> None:

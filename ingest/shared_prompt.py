@@ -157,11 +157,16 @@ class Slots:
             logits_to_keep=1,
         )
         if now.layers != len(self.cache.layers):
-            raise CanopyError(
-                f"transformers {transformers.__version__}: the attention of "
-                f"{self.model.config.model_type} does not get the cache's own keys; install another"
-            )
+            raise not_ours(self.model)
         return out.logits[:, -1].contiguous()
+
+
+def not_ours(model: Any) -> CanopyError:
+    """The error where a model's attention was not given the keys that the cache gave."""
+    return CanopyError(
+        f"transformers {transformers.__version__}: the attention of "
+        f"{model.config.model_type} does not get the cache's own keys; install another"
+    )
 
 
 def _attend(
@@ -174,6 +179,9 @@ def _attend(
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """Attention (W, 1, H, D) of each slot's query (W, H, 1, D) over its prompt and its own tokens."""
+    captured = getattr(key, "attend", None)
+    if captured is not None:  # the loop of `canopy_store.ingest.captured`
+        return captured(query, key, value, scaling or query.shape[-1] ** -0.5), None
     step: _Step | None = getattr(key, "step", None)
     if step is None:  # reading a prompt
         return sdpa_attention_forward(

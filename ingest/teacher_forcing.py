@@ -10,7 +10,7 @@ import torch
 
 from canopy_store.errors import DataError
 from canopy_store.ingest.draw import Sampling
-from canopy_store.ingest.policy import Policy, sampling_policy
+from canopy_store.ingest.policy import Ends, take_step
 
 
 @torch.inference_mode()
@@ -43,6 +43,7 @@ def score_tokens(
         apart from its body.
     """
     split = _SplitModel(model)
+    ends: Ends | None = None
     scores: list[np.ndarray] = [np.empty(0)] * len(rollouts)
     # rollouts of like length share a batch: little padding
     order = sorted(range(len(rollouts)), key=lambda i: len(prompts[i]) + len(rollouts[i]))
@@ -50,23 +51,15 @@ def score_tokens(
         batch = order[start : start + sampling.width]
         states = split.states([prompts[i] for i in batch], [rollouts[i] for i in batch])  # (S, d)
         tokens = torch.tensor([t for i in batch for t in rollouts[i]], device=model.device)  # (S,)
-        record = (
-            torch.cat(
-                [
-                    _statistics(
-                        split.logits(states[at : at + chunk_tokens]),
-                        tokens[at : at + chunk_tokens],
-                        sampling,
-                    )
-                    for at in range(0, len(tokens), chunk_tokens)
-                ],
-                dim=1,
-            )
-            .cpu()
-            .numpy()
-        )
-        ends = np.cumsum([len(rollouts[i]) for i in batch])
-        for i, row in zip(batch, np.split(record, ends[:-1], axis=1), strict=True):
+        steps = []
+        for at in range(0, len(tokens), chunk_tokens):
+            logits = split.logits(states[at : at + chunk_tokens])
+            ends = ends or Ends(sampling.end_ids, logits.shape[-1], logits.device)
+            step = take_step(logits, sampling, ends, tokens=tokens[at : at + chunk_tokens])
+            steps.append(step.record)
+        record = torch.cat(steps, dim=1).cpu().numpy()
+        stops = np.cumsum([len(rollouts[i]) for i in batch])
+        for i, row in zip(batch, np.split(record, stops[:-1], axis=1), strict=True):
             _check_finite(row, names[i] if names else f"rollout {i}")
             scores[i] = row
         if on_tokens:
@@ -137,21 +130,6 @@ class _SplitModel:
                 f"{type(self.model).__name__}: its head does not run apart from its body; not scored"
             )
         self.checked = True
-
-
-def _statistics(logits: torch.Tensor, tokens: torch.Tensor, sampling: Sampling) -> torch.Tensor:
-    """Log-probability of ``tokens`` (S,), entropy and eos_logprob (3, S) under the policy's logits."""
-    policy = sampling_policy(logits, sampling.temperature, sampling.top_k, sampling.top_p)
-    ends = torch.zeros(logits.shape[-1], dtype=torch.bool, device=logits.device)  # (V,)
-    ends[[i for i in sampling.end_ids if i < len(ends)]] = True
-    return torch.stack([_logprob(policy, tokens), policy.entropy(), policy.event_logprob(ends)])
-
-
-def _logprob(policy: Policy, tokens: torch.Tensor) -> torch.Tensor:
-    """Log-probabilities (S,) of ``tokens`` (S,); -inf outside the support."""
-    if policy.ids is None:
-        return policy.logprobs.gather(-1, tokens[:, None])[:, 0]
-    return policy.logprobs.masked_fill(policy.ids != tokens[:, None], -torch.inf).amax(-1)
 
 
 def _check_finite(row: np.ndarray, name: str) -> None:

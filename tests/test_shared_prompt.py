@@ -8,7 +8,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from canopy_store.errors import CanopyError
-from canopy_store.ingest import shared_prompt
+from canopy_store.ingest import sample, shared_prompt
 from canopy_store.ingest.draw import Job, Sampling, uniforms
 from canopy_store.ingest.sample import sample_prompts
 
@@ -41,6 +41,10 @@ def jobs(samples: int, steps: int) -> list[Job]:
         Job(prompt, range(samples), lambda s, p=p: uniforms("r", 1, str(p), s, steps), f"prompt {p}")
         for p, prompt in enumerate(PROMPTS)
     ]
+
+
+def flat(rollouts: list) -> list:
+    return [rollout for each in rollouts for rollout in each]
 
 
 def check(model, width: int, sampling: Sampling, samples: int = 7) -> None:
@@ -144,3 +148,45 @@ def test_keys_that_do_not_come_from_the_cache_are_refused(monkeypatch):
     shared_prompt.prepare(model)
     with pytest.raises(CanopyError, match="the attention of llama does not get the cache's own keys"):
         sample_prompts(model, jobs(2, 4), Sampling(1.0, 0, 1.0, 4, (0,), 0, 8))
+
+
+@pytest.mark.parametrize(
+    "policy", [{}, {"top_logprobs": 5}, {"top_k": 9, "temperature": 1.4}, {"top_p": 0.8}]
+)
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_the_loop_for_a_gpu_samples_the_same_rollouts(family, policy):
+    """Fixed slots, positions and lengths kept on the device: run here in torch's own operations."""
+    model = tiny(family)
+    sampling = Sampling(max_new_tokens=30, end_ids=(0, 3), width=5, **policy)
+    assert shared_prompt.prepare(model)
+    want = sample_prompts(model, jobs(7, 30), sampling)
+    got = [[None] * 7 for _ in PROMPTS]
+    counted = []
+    with torch.inference_mode():
+        sample._sample_captured(model, jobs(7, 30), sampling, got, counted.append)
+    assert sum(counted) == sum(len(r.token_ids) for each in got for r in each)
+    for a, b in zip(flat(want), flat(got), strict=True):
+        assert a.sample == b.sample
+        assert a.finish_reason == b.finish_reason
+        assert np.array_equal(a.token_ids, b.token_ids)
+        for column in ("logprob", "entropy", "eos_logprob"):
+            assert getattr(a, column) == pytest.approx(getattr(b, column), abs=1e-5)
+        if "top_logprobs" in policy:
+            assert a.top_logprobs == pytest.approx(b.top_logprobs, abs=1e-5)
+            assert np.array_equal(a.top_token_ids, b.top_token_ids)
+
+
+def test_the_loop_for_a_gpu_resumes():
+    """Rollouts that are there are not sampled again, and the rest are what they would have been."""
+    model = tiny("llama")
+    sampling = Sampling(max_new_tokens=20, end_ids=(0,), width=4)
+    assert shared_prompt.prepare(model)
+    whole = [[None] * 5 for _ in PROMPTS]
+    with torch.inference_mode():
+        sample._sample_captured(model, jobs(5, 20), sampling, whole, None)
+        part = [[r if place % 2 else None for place, r in enumerate(each)] for each in whole]
+        kept = part[1][1]
+        sample._sample_captured(model, jobs(5, 20), sampling, part, None)
+    assert part[1][1] is kept
+    for a, b in zip(flat(whole), flat(part), strict=True):
+        assert np.array_equal(a.token_ids, b.token_ids)
