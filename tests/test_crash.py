@@ -11,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
 import torch
 from polars.testing import assert_frame_equal
 from stores import ingest_arguments, rollouts, table_hashes, write_prompts
@@ -162,6 +163,25 @@ def test_an_incomplete_run_is_hidden_unless_asked_for(tmp_path, chain, canopy):
     assert "incomplete: chain.base.walk: 2 of 3 shards" in out
     assert canopy(*ingest_arguments(root, chain, prompts))[0] == 0
     assert len(canopy_store.read(root, "rollouts")) == 90
+
+
+@pytest.mark.parametrize("tidier", ["holds", "removed"])
+def test_a_temporary_file_that_a_tidier_came_upon_first_is_not_written_to(tmp_path, monkeypatch, tidier):
+    """Between its making and its locking a new file is anybody's to tidy: then another is made."""
+    path, lock, names = tmp_path / "a.json", store.files.lock, []
+
+    def beaten_to_it(descriptor, *exclusive):
+        names.append(os.readlink(f"/proc/self/fd/{descriptor}"))
+        if len(names) == 1:
+            if tidier == "holds":
+                return False
+            os.unlink(names[0])
+        return lock(descriptor, *exclusive)
+
+    monkeypatch.setattr(store.files, "lock", beaten_to_it)
+    store.write_json(path, {"a": 1})
+    assert json.loads(path.read_text()) == {"a": 1}
+    assert len(set(names)) == len(names) >= 2
 
 
 def test_who_writes_a_file_again_removes_what_a_dead_writer_left_of_it(tmp_path):
