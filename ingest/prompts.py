@@ -6,6 +6,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -217,6 +218,8 @@ def _prompt(record: Any, where: str) -> dict[str, Any]:
 def _reference(record: dict[str, Any], where: str) -> str | None:
     """The right answer, as text: a number counts as it is written."""
     value = record.get("reference")
+    if isinstance(value, float) and math.isnan(value):
+        return None  # as a table of numbers writes what it lacks
     if value is not None and (isinstance(value, bool) or not isinstance(value, (str, int, float))):
         raise DataError(f"{where}: reference needs text or a number")
     return None if value is None else str(value)

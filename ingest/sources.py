@@ -26,6 +26,8 @@ def resolve_model(source: str, revision: str | None = None) -> Path:
     StoreError
         It is neither here nor on the hub.
     """
+    if not source.strip():
+        raise StoreError("no model is named: give a folder, a .gguf file, a hub id or package:NAME")
     if source.startswith("package:"):
         return _packaged(source.removeprefix("package:"))
     path = Path(source).expanduser()

@@ -45,6 +45,7 @@ def bad_calls(folder: Path) -> dict[str, tuple[list[object], str]]:
     model = ["--model", folder / "empty"]
     return {
         "no model": ([*rollouts, "--model", "nothing", "--prompts", good], "no such folder or file"),
+        "empty": ([*rollouts, "--model", "", "--prompts", good], "no model is named"),
         "no package": (
             [*rollouts, "--model", "package:no_such", "--prompts", good],
             "no package",

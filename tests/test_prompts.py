@@ -146,6 +146,13 @@ def test_rollouts_of_a_csv_file(tmp_path, chain, canopy):
     ]
 
 
+def test_a_reference_that_a_table_of_numbers_lacks_is_none(tmp_path):
+    pl.DataFrame({"text": ["a", "b"], "reference": [1.5, float("nan")]}).write_parquet(
+        tmp_path / "p.parquet"
+    )
+    assert [row["reference"] for row in read_prompts(tmp_path / "p.parquet")] == ["1.5", None]
+
+
 # ---------------------------------------------------------------- before each prompt
 
 

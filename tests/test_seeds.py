@@ -35,6 +35,12 @@ def test_a_variant_may_give_its_name_to_its_other_checkpoints() -> None:
     assert rows["variant"].to_list() == ["base", "sft-1", "sft-1", "dpo_a", "dpo_b"]
 
 
+def test_a_name_with_brackets_is_a_name() -> None:
+    rows = pl.DataFrame({"variant": ["base", "sft[1]", "sft[2]", "sft1"]})
+    named = as_variants(rows, {"sft": "sft[1],sft[2]"})
+    assert named["variant"].to_list() == ["base", "sft", "sft", "sft1"]
+
+
 def test_without_seeds_a_variant_is_its_own_checkpoint_unless_the_rows_say_more() -> None:
     assert as_variants(ROWS, {})["checkpoint"].to_list() == ROWS["variant"].to_list()
     tuned = pl.DataFrame({"variant": ["base", "sft", "sft"], "seed": [None, 1, 2]})

@@ -23,7 +23,7 @@ def as_variants(
     ----------
     rows : with a column ``variant``
     seeds : pattern of the checkpoints by the name of their variant, ``{"sft": "sft-*"}``; a pattern is
-        one or several shell patterns, separated by commas
+        one or several names or shell patterns, separated by commas
     baseline : the variant that others are compared with: only checkpoints of its own name may hold it
 
     Raises
@@ -39,7 +39,11 @@ def as_variants(
     variants: list[str] = rows["variant"].drop_nulls().unique().sort().to_list()
     names: dict[str, str] = {}
     for name, pattern in seeds.items():
-        matching = [v for v in variants if any(fnmatchcase(v, one) for one in _patterns(pattern))]
+        wanted = [part.strip() for part in pattern.split(",") if part.strip()]
+        patterns = [
+            one for one in wanted if one not in variants
+        ]  # a name is no pattern, brackets or not
+        matching = [v for v in variants if v in wanted or any(fnmatchcase(v, p) for p in patterns)]
         if not matching:
             raise UsageError(
                 f"--seeds {name}={pattern}: no such variant; there is {', '.join(variants)}"
@@ -57,10 +61,6 @@ def as_variants(
             names[variant] = name
     renamed = pl.col("variant").replace(names)
     return rows.with_columns(variant=renamed, checkpoint=pl.col("variant"))
-
-
-def _patterns(text: str) -> list[str]:
-    return [part.strip() for part in text.split(",") if part.strip()]
 
 
 def _own_checkpoints(rows: pl.DataFrame) -> pl.Expr:

@@ -55,7 +55,11 @@ def verify_command(root: str, deep: bool, form: str) -> None:
     help="Take only these tables along [default: all]; models, prompts, runs and rollouts always go.",
 )
 @click.option("--where", metavar="SQL", help="Only runs for which this is true: \"family = 'llama'\".")
-@click.option("--no-text", is_flag=True, help="Leave out texts and token ids; no measure is lost.")
+@click.option(
+    "--no-text",
+    is_flag=True,
+    help="Leave out texts and token ids; no measure is lost. --system and --examples stay.",
+)
 @click.option("--no-embeddings", is_flag=True, help="Leave out embeddings; their spectra stay.")
 @click.option("--license", metavar="ID", help="Licence of the rollouts, as in cc-by-4.0.")
 def export_command(
