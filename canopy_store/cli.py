@@ -17,6 +17,7 @@ from canopy_store.commands import sharing as cli_sharing
 from canopy_store.commands.completion import add_completions
 from canopy_store.commands.demo import demo_command
 from canopy_store.commands.query import sql_command
+from canopy_store.commands.regress import regress_command
 from canopy_store.commands.shared import FORMAT, STORE, bar, echo, print_rows, require_ingest
 from canopy_store.errors import CanopyError
 from canopy_store.readers.importing import import_rollouts
@@ -212,7 +213,7 @@ for command in (
     cli_analysis.select,
     cli_analysis.compare_command,
     cli_analysis.power_command,
-    cli_analysis.regress_command,
+    regress_command,
     cli_analysis.report_command,
     cli_ingest.ingest,
     cli_sharing.verify_command,
