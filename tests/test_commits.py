@@ -196,17 +196,17 @@ def test_a_job_over_more_runs_than_files_may_be_open(tmp_path):
     root = tmp_path / "s"
     rows = [
         {**row, "text": "yes", "reference": "yes"}
-        for task in range(240)
+        for task in range(120)
         for row in rollout_rows(task=f"t{task}", lengths=(1,))
     ]
     import_rows(root, rows)
     script = (
-        "import resource, sys; resource.setrlimit(resource.RLIMIT_NOFILE, (200, 200));"
+        "import resource, sys; resource.setrlimit(resource.RLIMIT_NOFILE, (100, 100));"
         "from canopy_store.ingest.grade import ingest_grades; ingest_grades(sys.argv[1], 'exact')"
     )
     done = subprocess.run([sys.executable, "-c", script, root], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert canopy_store.read(root, "grades")["correct"].to_list() == [True] * 240
+    assert canopy_store.read(root, "grades")["correct"].to_list() == [True] * 120
 
 
 def test_grades_by_text_and_by_pattern(tmp_path, canopy):
