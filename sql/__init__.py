@@ -59,7 +59,7 @@ def source(name: str) -> str:
     return resources(__name__).joinpath(f"{name}.sql").read_text(encoding="utf-8")
 
 
-def connect(root: str | Path, *, incomplete: bool = False) -> Connection:
+def connect(root: str | Path, *, incomplete: bool = False, relation: str | None = None) -> Connection:
     """A DuckDB connection that only reads: every table and view of the store, and no other file.
 
     It shows the store as its commits were when the connection was made: what is finished later is
@@ -69,6 +69,8 @@ def connect(root: str | Path, *, incomplete: bool = False) -> Connection:
     ----------
     root : path of the store
     incomplete : also shows rollouts of runs that are not complete
+    relation : the one table or view that is asked for; views that come after it are not made, which
+        saves most of the time that opening takes
 
     Raises
     ------
@@ -88,7 +90,7 @@ def connect(root: str | Path, *, incomplete: bool = False) -> Connection:
             con.register_filesystem(root.fs)  # type: ignore[attr-defined]
             # a file's entity tag goes with every request for it, so what was read of it stays true
             con.execute("set validate_external_file_cache = 'NO_VALIDATION'")
-        files = _create_views(con, root, shown)
+        files = _create_views(con, root, shown, only=relation)
     except duckdb.Error as error:
         con.close()
         raise explain(error) from None
@@ -127,7 +129,7 @@ def read(root: str | Path, relation: str, *, incomplete: bool = False) -> pl.Dat
         raise UsageError(f"no table or view {relation!r}: {hint}")
 
     def ask() -> pl.DataFrame:
-        with connect(root, incomplete=incomplete) as con:
+        with connect(root, incomplete=incomplete, relation=relation) as con:
             return con.sql(f"from {relation}").pl()
 
     try:
@@ -255,14 +257,20 @@ def statements(root: Path) -> list[str]:
     return texts + _views()
 
 
-def _views() -> list[str]:
-    """What makes every view, then every table macro at a horizon."""
-    made = [f"create or replace view {view} as\n{source(view).rstrip()}" for view in VIEWS]
-    return made + [macro_at(name, source(file_at(name))) for name in AT_HORIZON]
+def _views(only: str | None = None) -> list[str]:
+    """What makes every view, then every macro at a horizon; or one view and those before it."""
+    last = len(VIEWS) if only is None else VIEWS.index(only) + 1 if only in VIEWS else 0
+    made = [f"create or replace view {view} as\n{source(view).rstrip()}" for view in VIEWS[:last]]
+    macros = () if only is not None else AT_HORIZON
+    return made + [macro_at(name, source(file_at(name))) for name in macros]
 
 
 def _create_views(
-    con: duckdb.DuckDBPyConnection, root: Path, shown: dict[str, list[str]], relative: bool = False
+    con: duckdb.DuckDBPyConnection,
+    root: Path,
+    shown: dict[str, list[str]],
+    relative: bool = False,
+    only: str | None = None,
 ) -> dict[str, list[str]]:
     """The lists of files that the views read, by the name of the variable that holds each."""
     variables: dict[str, list[str]] = {}
@@ -270,7 +278,7 @@ def _create_views(
     old, start = format1.is_old(root), _escaped(root)
     statements = [source("macros")]
     statements += [_table_view(table, None, old) for table in TABLES]
-    statements += _views()
+    statements += _views(only)
     con.execute(";\n".join(statements))
     for table, names in shown.items():
         if not names:
