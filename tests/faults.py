@@ -12,6 +12,7 @@ import io
 import multiprocessing
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -414,7 +415,8 @@ def main() -> None:
                     lines.append(line)
     before, _, rest = DOCS.read_text().partition(BEGIN)
     stood, _, after = rest.partition(END)
-    rows = {line.split("|")[1]: line for line in [*stood.strip().splitlines()[2:], *lines]}
+    all_lines = [*stood.strip().splitlines()[2:], *lines]
+    rows = {re.sub(r"\d+", "", line.split("|")[1]): line for line in all_lines}
     table = "\n".join(["| fault | how often | outcome |", "|---|---|---|", *rows.values()])
     DOCS.write_text(f"{before}{BEGIN}\n{table}\n{END}{after}")
     if any("**" in line for line in lines):

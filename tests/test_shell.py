@@ -73,16 +73,24 @@ def typed(lines: list[str], *arguments: object, **environment: str) -> str:
         os.environ.update({"TERM": "dumb", "COLUMNS": "200", **environment})
         os.execv(sys.executable, [*CANOPY, "sql", *map(str, arguments)])
     shown, left, end = "", list(lines), time.monotonic() + 180
-    prompt = r"(canopy>|\.\.\.>| D) $"
+    prompt, quiet = r"(canopy>|\.\.\.>| D) $", 0
+    dropped = False
     while time.monotonic() < end:
-        if select.select([terminal], [], [], 1)[0]:
+        if not select.select([terminal], [], [], 1)[0]:
+            # a Ctrl-C between the prompt and the wait for a key is seen with the next one, as by hand
+            quiet += 1
+            if dropped and quiet % 3 == 0:
+                os.write(terminal, b"\x03")
+        else:
+            quiet = 0
             try:
                 shown += os.read(terminal, 65536).decode(errors="replace")
             except OSError:  # the other side is closed
                 break
         if left and re.search(prompt, re.sub(r"\x1b\[[?\d;]*[a-zA-Z]", "", shown)):
             # after Ctrl-C the prompt of the line that is dropped may be shown once more
-            prompt = r"canopy> $" if left[0] == "\x03" else r"(canopy>|\.\.\.>| D) $"
+            dropped = left[0] == "\x03"
+            prompt = r"canopy> $" if dropped else r"(canopy>|\.\.\.>| D) $"
             os.write(terminal, left.pop(0).encode(errors="surrogateescape"))
             shown += "\n"
     os.close(terminal)
