@@ -19,6 +19,7 @@ def _list(kind: pa.DataType, size: int = -1) -> pa.DataType:
 
 _ARROW = {
     "VARCHAR": pa.string(),
+    "VARCHAR[]": _list(pa.string()),
     "INTEGER": pa.int32(),
     "BIGINT": pa.int64(),
     "DOUBLE": pa.float64(),
@@ -55,6 +56,7 @@ class Table:
     commit : keys of its commit record; none for tables whose files travel in records of other kinds
     brings : tables whose files its records name beside its own
     parent : the table whose removal removes it
+    refers : tables of which each of its rows names a row, by their key
     checks : names of the checks of `canopy_store.upkeep.verify_rows` that its rows must pass
     split : float lists that are smaller byte-stream-split (figures: docs/performance.md)
     texts : columns that hold text, which an export may leave out: every measure stays computable
@@ -69,6 +71,7 @@ class Table:
     commit: tuple[str, ...] = ()
     brings: tuple[str, ...] = ()
     parent: str | None = None
+    refers: tuple[str, ...] = ()
     checks: tuple[str, ...] = ()
     split: tuple[str, ...] = ()
     texts: tuple[str, ...] = ()
@@ -399,6 +402,36 @@ TABLES: dict[str, Table] = {
             plan="grader",
         ),
         Table(
+            "scorers",
+            "one row per scorer of documents or options",
+            ("scorer_id",),
+            (
+                _MODEL_ID,
+                _FAMILY,
+                _VARIANT,
+                _c(
+                    "context_sha256",
+                    "VARCHAR",
+                    "Hash of the context that everything is read after; NULL: none.",
+                    "",
+                    False,
+                ),
+                _c(
+                    "number_format",
+                    "VARCHAR",
+                    "Number format that is emulated; NULL: none, dtype computes.",
+                    "",
+                    False,
+                ),
+                _c("dtype", "VARCHAR", "Number format of the weights."),
+                _c("template", "VARCHAR", "How texts become tokens: plain or chat."),
+                _c("weights_sha256", "VARCHAR", "Hash of the weight files."),
+            ),
+            ("scorer_id",),
+            commit=("scorer_id",),
+            refers=("models",),
+        ),
+        Table(
             "work",
             "one row per shard of a job",
             ("run_id", "kind", "name", "shard"),
@@ -425,11 +458,14 @@ _PATH_DOCS = (
     _c("embedder", "VARCHAR", "Embedding model; 'none' in views where nothing is embedded."),
     _c("selection", "VARCHAR", "Named subset of the rollouts; 'all' is every one."),
     _c("reward_model", "VARCHAR", "Reward model."),
-    _c("scorer_id", "VARCHAR", "The scoring model."),
+    _c("scorer_id", "VARCHAR", "The scorer: a model, of documents and options as scorers describes it."),
     _c("grader", "VARCHAR", "Grader."),
     _c("kind", "VARCHAR", "Kind of job: the table that it fills."),
     _c("name", "VARCHAR", "Name of the job: its embedder, scorer, …; of rollouts, their run."),
 )
+
+# The tables that others refer to, in the order in which they need to be there: what jobs were done with.
+REGISTERS = tuple(name for name in TABLES if any(name in table.refers for table in TABLES.values()))
 
 # Keys and path columns, by name: they mean the same in every table and view.
 COLUMNS: dict[str, Column] = {}

@@ -91,8 +91,8 @@ def merge_source(
     """
     check_conflicts(source, store.locate(root))
     root = store.init(root)
-    for model in source.models:
-        _take(source, root, model, None)
+    for record in source.registered:
+        _take(source, root, record, None)
     for done, ((key, name), records) in enumerate(source.subjects.items(), 1):
         # ours alone, for what is there may be replaced; theirs shared with its other readers
         held = store.holding(source.folder, name, key=key) if source.live else nullcontext()

@@ -26,9 +26,10 @@ _SELECT = f"{COPY}, or remove its record and make the selection again"
 
 @dataclass(frozen=True)
 class Others:
-    """What runs refer to: the models that are stored, the prompts, and the settings of runs planned."""
+    """What runs and scores refer to: models, scorers and prompts, and the settings of runs planned."""
 
     models: frozenset[str]
+    scorers: frozenset[str]
     prompts: pl.DataFrame  # task, prompt_id
     plans: Mapping[str, Mapping[str, Any]]
 
@@ -73,6 +74,11 @@ def check_tables(report: Report, run: Run, others: Others) -> None:
     for table, frame in list(run.frames.items()):
         if len(frame):
             _check_keys(report, run, table)
+        if len(frame) and "scorers" in TABLES[table].refers:
+            lost = frame.filter(~pl.col("scorer_id").is_in(list(others.scorers)))
+            for scorer_id in sorted(set(lost["scorer_id"])):
+                where = lost.filter(scorer_id=scorer_id)["file"][0]
+                report.add(where, table, f"scorer {scorer_id} is not in scorers", AGAIN)
     _check_work(report, run)
 
 
