@@ -95,6 +95,9 @@ _MODEL_ID = _c("model_id", "VARCHAR", "The checkpoint: family/variant.")
 _FAMILY = _c("family", "VARCHAR", "Model family, held fixed in comparisons.")
 _VARIANT = _c("variant", "VARCHAR", "Variant of the family: base, sft, instruct, …")
 _TASK = _c("task", "VARCHAR", "Task the prompt belongs to: coding, math, …")
+_DOCUMENT_ID = _c(
+    "document_id", "VARCHAR", "The document: a content hash, or the id that its file gave."
+)
 _LOGPROB = _c(
     "logprob",
     "FLOAT[]",
@@ -432,6 +435,81 @@ TABLES: dict[str, Table] = {
             refers=("models",),
         ),
         Table(
+            "documents",
+            "one row per document of a corpus",
+            ("corpus", "document_id"),
+            (
+                _DOCUMENT_ID,
+                _c("text", "VARCHAR", "The document's text.", "", False),
+                _c("split", "VARCHAR", "Part of the corpus: train, test, …; all where none is named."),
+                _c(
+                    "cluster",
+                    "VARCHAR",
+                    "What the document shares with others that stand or fall with it; its own id where "
+                    "none is named.",
+                ),
+                _c("n_bytes", "BIGINT", "Bytes of the text as UTF-8.", "bytes"),
+                _c("source", "VARCHAR", "Where the document came from.", "", False),
+                _c("license", "VARCHAR", "Licence of the document.", "", False),
+            ),
+            ("corpus",),
+            commit=("corpus",),
+            texts=("text",),
+        ),
+        Table(
+            "document_scores",
+            "one row per document under a scorer",
+            ("corpus", "document_id", "scorer_id"),
+            (
+                _DOCUMENT_ID,
+                _c(
+                    "token_ids",
+                    "INTEGER[]",
+                    "Token ids of the whole text, without what stands before it.",
+                    "",
+                    False,
+                ),
+                _c(
+                    "tokens",
+                    "VARCHAR[]",
+                    "The text that each of token_ids stands for: end to end, the document's text.",
+                    "",
+                    False,
+                ),
+                _c(
+                    "logprob",
+                    "FLOAT[]",
+                    "Log-probability of each scored token, the last n_tokens of token_ids, given all "
+                    "before it in its window.",
+                    "nats",
+                ),
+                _c(
+                    "entropy",
+                    "FLOAT[]",
+                    "Entropy of the distribution that each scored token was expected from.",
+                    "nats",
+                ),
+                _c(
+                    "n_tokens",
+                    "INTEGER",
+                    "Scored tokens: all, or all but the first where no token stands before the text.",
+                    "tokens",
+                ),
+                _c("n_bytes", "BIGINT", "Bytes of the text of the scored tokens.", "bytes"),
+                _c("logprob_sum", "DOUBLE", "Sum of logprob.", "nats"),
+                _c("entropy_sum", "DOUBLE", "Sum of entropy.", "nats"),
+            ),
+            ("scorer_id", "corpus"),
+            commit=("scorer_id", "corpus"),
+            brings=("work",),
+            parent="documents",
+            refers=("scorers",),
+            checks=("document_scores",),
+            split=("logprob", "entropy"),
+            texts=("token_ids", "tokens"),
+            plan="document_scorer",
+        ),
+        Table(
             "work",
             "one row per shard of a job",
             ("run_id", "kind", "name", "shard"),
@@ -460,6 +538,7 @@ _PATH_DOCS = (
     _c("reward_model", "VARCHAR", "Reward model."),
     _c("scorer_id", "VARCHAR", "The scorer: a model, of documents and options as scorers describes it."),
     _c("grader", "VARCHAR", "Grader."),
+    _c("corpus", "VARCHAR", "Corpus: a set of documents, read once and never changed."),
     _c("kind", "VARCHAR", "Kind of job: the table that it fills."),
     _c("name", "VARCHAR", "Name of the job: its embedder, scorer, …; of rollouts, their run."),
 )

@@ -79,6 +79,7 @@ _OFFERS: dict[str, Offer] = {
     "selection": _selections,
     "embedder": _keys("embeddings", "embedder"),
     "reward_model": _keys("rewards", "reward_model"),
+    "corpus": _keys("documents", "corpus"),
 }
 # Where a file or a folder is meant, the shell's own completion goes on.
 _PLACES = {
@@ -86,6 +87,7 @@ _PLACES = {
     "out": "file",
     "figures": "dir",
     "prompts": "file",
+    "documents": "file",
     "examples": "file",
     "data": "file",
     "panel": "file",

@@ -223,7 +223,8 @@ def _pairs(rows: pa.Table, *names: str) -> list[tuple[Any, ...]]:
 
 def _sweep(root: Path, files: Files) -> None:
     """Removes what stands under a record's keys and is not of it: replaced, or left by a stopped job."""
-    shards = [name for name in files if "run" in TABLES[name.partition("/")[0]].partitions]
+    numbered = {t for t, each in TABLES.items() if each.commit or "run" in each.partitions}
+    shards = [name for name in files if name.partition("/")[0] in numbered]
     for folder, ending in {(Path(name).parent, _ending(name)) for name in shards}:
         for path in store.matching(root / folder, f"part-*.{ending}"):
             if _ending(path.name) == ending and path.relative_to(root).as_posix() not in files:

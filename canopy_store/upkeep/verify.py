@@ -17,7 +17,7 @@ import polars as pl
 from canopy_store import sql, store
 from canopy_store.errors import CanopyError, DataError
 from canopy_store.schema import REGISTERS, TABLES
-from canopy_store.sql.horizon import AT_HORIZON
+from canopy_store.sql.horizon import AT_HORIZON, BY_PATTERNS
 from canopy_store.upkeep.manifest import MANIFEST, manifest_problem, read_manifest
 from canopy_store.upkeep.verify_files import File, standing
 from canopy_store.upkeep.verify_records import (
@@ -179,7 +179,7 @@ def _check_database(report: Report) -> None:
     except (CanopyError, duckdb.Error, RuntimeError, UnicodeDecodeError) as error:
         report.add(path, "", f"cannot be opened: {short(error, path)[:100]}", todo)
         return
-    macros = {f"{name}_at" for name in AT_HORIZON}
+    macros = {f"{name}_at" for name in AT_HORIZON} | {f"{name}_by" for name in BY_PATTERNS}
     missing = sorted({*TABLES, *sql.VIEWS, *macros} - {name for (name,) in views})
     if missing:  # of another version: this package's own queries never read it
         report.add(path, "", f"lacks the views {', '.join(missing)}", todo, harmless=True)
