@@ -98,6 +98,8 @@ _TASK = _c("task", "VARCHAR", "Task the prompt belongs to: coding, math, …")
 _DOCUMENT_ID = _c(
     "document_id", "VARCHAR", "The document: a content hash, or the id that its file gave."
 )
+_ITEM_ID = _c("item_id", "VARCHAR", "The item, a question with options: the id that its file gave.")
+_OPTION = _c("option", "INTEGER", "Number of the option among those of its item, from 0.")
 _LOGPROB = _c(
     "logprob",
     "FLOAT[]",
@@ -426,9 +428,21 @@ TABLES: dict[str, Table] = {
                     "",
                     False,
                 ),
-                _c("dtype", "VARCHAR", "Number format of the weights."),
-                _c("template", "VARCHAR", "How texts become tokens: plain or chat."),
-                _c("weights_sha256", "VARCHAR", "Hash of the weight files."),
+                _c("dtype", "VARCHAR", "Number format of the weights; NULL of an import.", "", False),
+                _c(
+                    "template",
+                    "VARCHAR",
+                    "How texts become tokens: plain or chat; NULL of an import.",
+                    "",
+                    False,
+                ),
+                _c(
+                    "weights_sha256",
+                    "VARCHAR",
+                    "Hash of the weight files; NULL of an import.",
+                    "",
+                    False,
+                ),
             ),
             ("scorer_id",),
             commit=("scorer_id",),
@@ -508,6 +522,88 @@ TABLES: dict[str, Table] = {
             split=("logprob", "entropy"),
             texts=("token_ids", "tokens"),
             plan="document_scorer",
+        ),
+        Table(
+            "items",
+            "one row per option of an item",
+            ("task", "item_id", "option"),
+            (
+                _ITEM_ID,
+                _OPTION,
+                _c("prompt", "VARCHAR", "What stands before the option, as plain text.", "", False),
+                _c("messages", "VARCHAR", "The same as chat messages, JSON.", "", False),
+                _c(
+                    "text",
+                    "VARCHAR",
+                    "The option as it is scored, a space before it included.",
+                    "",
+                    False,
+                ),
+                _c(
+                    "n_chars",
+                    "INTEGER",
+                    "Characters of the text, less one space at its beginning.",
+                    "characters",
+                ),
+                _c("correct", "BOOLEAN", "Whether this option is the right one; one of an item is."),
+                _c(
+                    "split",
+                    "VARCHAR",
+                    "Part of the task: forward, reversal, …; all where none is named.",
+                ),
+                _c(
+                    "cluster",
+                    "VARCHAR",
+                    "What the item shares with others that stand or fall with it, as a fact; its own id "
+                    "where none is named.",
+                ),
+                _c("source", "VARCHAR", "Where the item came from.", "", False),
+                _c("license", "VARCHAR", "Licence of the item.", "", False),
+            ),
+            ("task",),
+            commit=("task",),
+            checks=("items",),
+            texts=("prompt", "messages", "text"),
+        ),
+        Table(
+            "option_scores",
+            "one row per option under a scorer",
+            ("task", "item_id", "option", "scorer_id"),
+            (
+                _ITEM_ID,
+                _OPTION,
+                _c(
+                    "n_tokens",
+                    "INTEGER",
+                    "Tokens of the option; NULL where an import does not tell.",
+                    "tokens",
+                    False,
+                ),
+                _c(
+                    "logprob",
+                    "FLOAT[]",
+                    "Log-probability of each of the option's tokens, given context, prompt and those "
+                    "before; NULL where an import tells the sum alone.",
+                    "nats",
+                    False,
+                ),
+                _c("logprob_sum", "DOUBLE", "Log-probability of the option: sum of logprob.", "nats"),
+                _c(
+                    "neutral_sum",
+                    "DOUBLE",
+                    "The same after the neutral prompt, not the item's; NULL where none is given.",
+                    "nats",
+                    False,
+                ),
+            ),
+            ("scorer_id", "task"),
+            commit=("scorer_id", "task"),
+            brings=("work",),
+            parent="items",
+            refers=("scorers",),
+            checks=("option_scores",),
+            split=("logprob",),
+            plan="option_scorer",
         ),
         Table(
             "work",

@@ -16,6 +16,7 @@ from canopy_store.ingest.corpus import read_documents, store_corpus, stored_docu
 from canopy_store.ingest.draw import Sampling
 from canopy_store.ingest.jobs import Columns, Job, Unit, run_job, shard_group
 from canopy_store.ingest.progress import Progress
+from canopy_store.ingest.rendering import leading_ids
 from canopy_store.ingest.scorer import open_scorer, register_scorer
 from canopy_store.ingest.settings import Checkpoint
 from canopy_store.ingest.sources import check_model, resolve_model
@@ -142,12 +143,8 @@ def open_documents(
 
 def _before(tokenizer: Any) -> list[int]:
     """What stands before a text: what the tokenizer puts there, else its BOS token, else nothing."""
-    bare = tokenizer("a", add_special_tokens=False)["input_ids"]
-    whole = tokenizer("a")["input_ids"]
-    at = next((i for i in range(len(whole)) if whole[i : i + len(bare)] == bare), 0)
-    if at:
-        return [int(i) for i in whole[:at]]
-    return [] if tokenizer.bos_token_id is None else [int(tokenizer.bos_token_id)]
+    bos = tokenizer.bos_token_id
+    return leading_ids(tokenizer) or ([] if bos is None else [int(bos)])
 
 
 # ---------------------------------------------------------------- a text as it is read

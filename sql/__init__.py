@@ -56,6 +56,8 @@ VIEWS = (
     "forgetting",
     "paired_documents",
     "token_type_contributions",
+    "item_metrics",
+    "option_accuracy",
 )
 
 

@@ -128,6 +128,8 @@ _PASSED = {
     "truncation": "runs",
     "document_metrics": "documents",
     "perplexity": "documents",
+    "item_metrics": "items",
+    "option_accuracy": "items",
     "forgetting": "documents",
     "paired_documents": "documents",
     "token_type_contributions": "documents",
@@ -173,6 +175,14 @@ _RHOS = (
 _SIDES = (("rho", "entropy rate"), ("rho_length_diversity", "semantic_distance"))
 
 _BASELINE = _c("baseline_id", "A plain scorer of the family's variant base.", type="VARCHAR")
+
+# What an option is chosen by.
+_CHOICES = {
+    "sum": ("logprob_sum", ""),
+    "token": ("logprob_sum / n_tokens", "; NULL where n_tokens is not known"),
+    "char": ("logprob_sum / n_chars", "; NULL where an option has no characters"),
+    "pmi": ("logprob_sum - neutral_sum", "; NULL where no neutral prompt was given"),
+}
 
 # What a view's columns mean where that is the view's own.
 VIEW_DOCS: dict[str, tuple[Column, ...]] = {
@@ -388,6 +398,49 @@ VIEW_DOCS: dict[str, tuple[Column, ...]] = {
             "nats",
         ),
         _c("kl_se", "Standard error of kl over active rollouts.", "nats"),
+    ),
+    "item_metrics": (
+        _count("n_options", "Options of the item."),
+        _c("chance", "1 / n_options: what guessing gets."),
+        *(
+            _c(
+                f"correct_{name}",
+                f"1 where the right option has the largest {measure}, 0 where a wrong one has, 1 / k "
+                f"where the right one is among k alike{when}.",
+            )
+            for name, (measure, when) in _CHOICES.items()
+        ),
+        _c("margin", "logprob_sum of the right option less that of the best wrong one.", "nats"),
+        _c(
+            "margin_token",
+            "The same of logprob_sum / n_tokens; NULL where n_tokens is not known.",
+            "nats per token",
+        ),
+        _c(
+            "margin_pmi",
+            "The same of logprob_sum - neutral_sum; NULL where no neutral prompt was given.",
+            "nats",
+        ),
+    ),
+    "option_accuracy": (
+        _count("n_items", "Items of the split."),
+        _count("n_clusters", "Clusters of these items."),
+        _c("chance", "Mean over items of 1 / options: what guessing gets."),
+        *(
+            column
+            for name, (measure, when) in _CHOICES.items()
+            for column in (
+                _c(
+                    f"accuracy_{name}",
+                    f"Mean over items of correct_{name}: the choice by {measure}{when}.",
+                ),
+                _c(
+                    f"accuracy_{name}_se",
+                    f"Standard error of accuracy_{name} over clusters; NULL of one.",
+                ),
+            )
+        ),
+        _c("margin", "Mean over items of their margin.", "nats"),
     ),
     "document_metrics": (
         _count("n_tokens", "Scored tokens of the document.", "tokens"),

@@ -104,3 +104,24 @@ create or replace macro token_type(token) as
 -- all of the token counts, else 'rest'.
 create or replace macro token_type_by(token, patterns) as
     coalesce(list_filter(patterns, lambda p: regexp_full_match(token, p.pattern))[1].type, 'rest');
+
+-- A sum that is NULL where a value is.
+create or replace macro sum_of_all(x) as case when count(x) = count(*) then sum(x) end;
+
+-- Of an item's options: 1 where the right one has the most, 0 where a wrong one has more, and where k
+-- have the most alike, the right one among them, 1 / k. NULL where an option has no value.
+create or replace macro share_of_best(x, best, correct) as
+    case when count(x) = count(*)
+        then coalesce(max((x = best)::integer) filter (where correct), 0)
+            / nullif(sum((x = best)::integer), 0)::double end;
+
+-- The right option's value less that of the best wrong one.
+create or replace macro margin_of(x, correct) as
+    case when count(x) = count(*)
+        then max(x) filter (where correct) - max(x) filter (where not correct) end;
+
+-- Standard error of a mean over items, from the sums over clusters of their deviations from it: what other
+-- clusters would change. NULL of one cluster.
+create or replace macro clustered_se(deviations, items) as
+    case when count(*) > 1 and count(deviations) = count(*)
+        then sqrt(count(*) / (count(*) - 1.0) * sum(deviations ** 2)) / sum(items) end;

@@ -42,7 +42,7 @@ def _no_database(monkeypatch):
     monkeypatch.setattr(sql, "write_database", lambda root: None)
 
 
-def save_tiny(folder: Path, seed: int, bos: bool = True) -> Path:
+def save_tiny(folder: Path, seed: int, bos: bool = True, window: int = WINDOW) -> Path:
     """Saves a random Llama with a byte-level tokenizer that was trained on the texts above."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -69,7 +69,7 @@ def save_tiny(folder: Path, seed: int, bos: bool = True) -> Path:
         intermediate_size=48,
         num_hidden_layers=2,
         num_attention_heads=4,
-        max_position_embeddings=WINDOW,
+        max_position_embeddings=window,
         initializer_range=0.3,
         bos_token_id=0,
         eos_token_id=1,

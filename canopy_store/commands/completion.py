@@ -44,6 +44,8 @@ def _tasks(context: click.Context) -> Iterator[str]:
     root = _root(context)
     for each in store.records(root, "rollouts"):
         yield str(each.settings.get("task", ""))
+    for each in store.records(root, "items"):
+        yield each.keys["task"]
 
 
 def _checkpoints(context: click.Context) -> Iterator[str]:
@@ -88,6 +90,8 @@ _PLACES = {
     "figures": "dir",
     "prompts": "file",
     "documents": "file",
+    "items": "file",
+    "context": "file",
     "examples": "file",
     "data": "file",
     "panel": "file",

@@ -21,7 +21,7 @@ SPECTRUM = 1e-9  # what summing in another order may change in a spectrum
 _SUM = 1e-10  # relative: the same of a sum
 _ABOVE = 1e-4  # nats: what float32 may leave above log |support|
 _UNIT = 1e-5
-_NAMING = ("prompt_id", "document_id", "sample")  # columns that say which row it is
+_NAMING = ("prompt_id", "document_id", "item_id", "option", "sample")  # columns that say which row it is
 
 
 def problems(table: str, rows: pa.Table, run: Mapping[str, Any] | None) -> Iterator[str]:
@@ -162,6 +162,36 @@ def _document_problems(rows: pa.Table, run: Mapping[str, Any] | None) -> Iterato
     yield from _token_problems(rows, wanted)
 
 
+def _item_problems(rows: pa.Table, run: Mapping[str, Any] | None) -> Iterator[str]:
+    wrong = np.flatnonzero((rows["n_chars"].to_numpy() < 0) | (rows["option"].to_numpy() < 0))
+    if len(wrong):
+        yield f"n_chars or option below 0 {_rows_at(rows, wrong)}"
+
+
+def _option_problems(rows: pa.Table, run: Mapping[str, Any] | None) -> Iterator[str]:
+    """What is wrong in scores of options: lengths, bounds (nats), sums."""
+    counts = rows["n_tokens"].combine_chunks().fill_null(-1).to_numpy(zero_copy_only=False)
+    values, lengths, starts = _flat(rows["logprob"])
+    wrong = np.flatnonzero((counts != lengths) & (lengths >= 0) | (counts == 0))
+    if len(wrong):
+        yield f"logprob is not as long as n_tokens, or of no token {_rows_at(rows, wrong)}"
+    at = np.flatnonzero(~(values <= 0))
+    if len(at):
+        owners = np.unique(np.searchsorted(starts, at, side="right") - 1)
+        yield f"logprob above 0, or missing {_rows_at(rows, owners)}"
+    else:
+        stored = rows["logprob_sum"].to_numpy().astype(np.float64)
+        same = np.isclose(stored, _sums(values, lengths, starts), rtol=_SUM, atol=_SUM)
+        wrong = np.flatnonzero(~same & (lengths >= 0))
+        if len(wrong):
+            yield f"logprob_sum is not the sum over logprob {_rows_at(rows, wrong)}"
+    for name in ("logprob_sum", "neutral_sum"):
+        sums = rows[name].to_numpy(zero_copy_only=False).astype(np.float64)
+        wrong = np.flatnonzero(~(sums <= 0) & rows[name].is_valid().to_numpy())
+        if len(wrong):
+            yield f"{name} above 0 {_rows_at(rows, wrong)}"
+
+
 def _token_problems(rows: pa.Table, wanted: np.ndarray) -> Iterator[str]:
     """What is wrong in the tokens of documents, where they were not left out."""
     for name in ("token_ids", "tokens"):
@@ -252,4 +282,6 @@ CHECKS: dict[str, Callable[[pa.Table, Mapping[str, Any] | None], Iterator[str]]]
     "rewards": _reward_problems,
     "grades": _grade_problems,
     "document_scores": _document_problems,
+    "items": _item_problems,
+    "option_scores": _option_problems,
 }

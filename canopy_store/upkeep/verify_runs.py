@@ -79,6 +79,7 @@ def check_tables(report: Report, run: Run, others: Others) -> None:
             for scorer_id in sorted(set(lost["scorer_id"])):
                 where = lost.filter(scorer_id=scorer_id)["file"][0]
                 report.add(where, table, f"scorer {scorer_id} is not in scorers", AGAIN)
+    _check_items(report, run)
     _check_work(report, run)
 
 
@@ -230,6 +231,27 @@ def _check_keys(report: Report, run: Run, table: str) -> None:
         one = TABLES[parent].grain.removeprefix("one row per ").split()[0]
         what = f"{len(lost)} rows have no {one}, first {which}"
         report.add(first["file"], table, what, AGAIN)
+
+
+def _check_items(report: Report, run: Run) -> None:
+    """Items of a task: their options numbered from 0, one of each right, and all of them scored."""
+    items, scores = run.frames["items"], run.frames["option_scores"]
+    if items.is_empty():
+        return
+    of_item = items.group_by("item_id", maintain_order=True).agg(
+        pl.len(), pl.col("option").max(), pl.col("correct").sum(), pl.col("file").first()
+    )
+    for row in of_item.filter(pl.col("correct") != 1).head(1).iter_rows(named=True):
+        what = f"item {row['item_id']} has {row['correct']} right options, needs one"
+        report.add(row["file"], "items", what, COPY)
+    for row in of_item.filter(pl.col("option") != pl.col("len") - 1).head(1).iter_rows(named=True):
+        report.add(row["file"], "items", f"item {row['item_id']} lacks an option", COPY)
+    for scorer_id in sorted(set(scores["scorer_id"])) if len(scores) else ():
+        mine = scores.filter(scorer_id=scorer_id)
+        lacking = items.join(mine, on=["item_id", "option"], how="anti")
+        if len(lacking):
+            what = f"lacks {len(lacking)} options, first of item {lacking['item_id'][0]}"
+            report.add(mine["file"][0].rpartition("/")[0], "option_scores", what, AGAIN)
 
 
 def _check_work(report: Report, run: Run) -> None:
