@@ -25,6 +25,7 @@ from canopy_store.errors import (
     UsageError,
 )
 from canopy_store.readers.importing import import_rollouts
+from canopy_store.readers.importing_options import import_options
 from canopy_store.sharing import export, pull, push
 from canopy_store.sharing.merge import merge
 from canopy_store.sql import connect as open
@@ -60,6 +61,7 @@ __all__ = [
     "compact",
     "compare",
     "export",
+    "import_options",
     "import_rollouts",
     "init",
     "merge",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from pathlib import Path
 from typing import Any
 
 import click
@@ -20,6 +21,8 @@ from canopy_store.commands.query import sql_command
 from canopy_store.commands.shared import FORMAT, STORE, bar, echo, print_rows, require_ingest
 from canopy_store.errors import CanopyError
 from canopy_store.readers.importing import import_rollouts
+from canopy_store.readers.importing_options import import_options
+from canopy_store.readers.lm_eval import holds_options
 from canopy_store.upkeep.status import made_of_runs, status
 
 # From here on small files cost a query more than what is in them.
@@ -87,7 +90,11 @@ def init(root: str) -> None:
     metavar="N",
     help="Marks rollouts of N tokens as cut, where finish_reason is absent.",
 )
-@click.option("--run", metavar="NAME", help="Name of the run [default: family.variant.task].")
+@click.option(
+    "--run",
+    metavar="NAME",
+    help="Name of the run [default: family.variant.task]; of options, of their scorer.",
+)
 @click.option(
     "--embedder",
     default="imported",
@@ -117,14 +124,27 @@ def import_command(source: str, root: str, tokenizer: str | None, **options: Any
     code, lm-evaluation-harness samples, Inspect .eval logs, OpenAI and vLLM batch output. The store is
     made if it is missing; the same source twice is once.
 
+    lm-evaluation-harness samples of a multiple-choice task become items and option_scores, as they
+    stand: canopy sql "from option_accuracy" has the accuracy of the log.
+
     \b
     Examples:
       canopy import rollouts.parquet --store S --max-new-tokens 256
       canopy import outputs/ --store S
       canopy import log.eval --store S --family llama --variant sft
+      canopy import samples_arc_easy_2026-11-21T11-14-57.020158.jsonl --store S \\
+          --family llama --variant sft
       canopy import batch_output.jsonl --requests batch_input.jsonl --store S \\
           --family gpt --variant base --task trivia --temperature 1
     """
+    if options["format"] in (None, "lm-eval") and holds_options(Path(source)):
+        named = {key: options[key] for key in ("family", "variant", "task")}
+        said: list[str] = []
+        scorer = import_options(root, source, name=options["run"], say=said.append, **named)
+        echo(f"{root}: items and their options, scored by {scorer}")
+        for line in said:
+            echo(line)
+        return
     loaded = None
     if tokenizer:
         require_ingest()

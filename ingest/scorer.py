@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from canopy_store import store
-from canopy_store.errors import ConflictError, UsageError, differences
+from canopy_store.errors import UsageError
 from canopy_store.ingest import models
 from canopy_store.ingest.settings import Checkpoint
-from canopy_store.schema import TABLES
+from canopy_store.store.scorers import add_scorer
 
 
 @dataclass(frozen=True)
@@ -128,18 +128,4 @@ def register_scorer(root: Path, scorer: Scorer) -> str:
         values; names each difference.
     """
     store.add_model(root, scorer.checkpoint)
-    keys = {key: scorer.row[key] for key in TABLES["scorers"].commit}
-    with store.waiting(root, "commit"):  # of two that begin at once, one writes the row
-        stored = {row["scorer_id"]: row for _, row in store.table_rows(root, "scorers")}
-        known = stored.get(scorer.scorer_id)
-        if known is not None and known != scorer.row:
-            raise ConflictError(
-                f"scorer {scorer.scorer_id} is stored with other settings: "
-                f"{differences(known, scorer.row)}; give it another name with --name"
-            )
-        if known is None:
-            store.require_own_name("scorer", scorer.scorer_id, stored)
-            path = store.shard_path(store.folder(root, "scorers", **keys), 0)
-            store.write_rows(path, "scorers", {key: [value] for key, value in scorer.row.items()})
-            store.commit(root, "scorers", keys, [path], {})
-    return scorer.scorer_id
+    return add_scorer(root, scorer.row)

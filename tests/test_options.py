@@ -331,6 +331,112 @@ def test_what_is_not_known_is_null(tmp_path):
     assert row["accuracy_sum_se"] == pytest.approx(0.5)
 
 
+# ---------------------------------------------------------------- lm-evaluation-harness
+
+# of version 0.4.13 on the chain; tests/data/readers/README.md says how it was made
+CHOICE = Path(__file__).parent / "data/readers/samples_choice_2026-11-21T11-14-57.020158.jsonl"
+NAMED = ("--family", "chain", "--variant", "base")
+
+
+def test_a_multiple_choice_log_as_it_stands(tmp_path, canopy):
+    code, out, err = canopy("import", CHOICE, "--store", tmp_path / "S", *NAMED)
+    assert (code, err) == (0, "")
+    assert "acc 0.6667 in the log, correct_sum 0.6667 here" in out
+    logged = [json.loads(line) for line in CHOICE.read_text().splitlines()]
+    metrics = canopy_store.read(tmp_path / "S", "item_metrics").sort("item_id")
+    assert metrics["correct_sum"].to_list() == [sample["acc"] for sample in logged]
+    assert metrics["margin"].to_list() == [
+        float(s["resps"][0][0][0]) - float(s["resps"][1][0][0]) for s in logged
+    ]
+    assert metrics["correct_token"].null_count() == 3
+    items = canopy_store.read(tmp_path / "S", "items")
+    assert items.row(0, named=True) | {"n_chars": 1} == items.row(0, named=True)
+    assert items["text"].to_list() == [" a", " b"] * 3
+    assert set(items["task"]) == {"choice"}
+    assert canopy("import", CHOICE, "--store", tmp_path / "S", *NAMED)[0] == 0
+    assert canopy_store.verify(tmp_path / "S").is_empty()
+    # and it travels as any other
+    canopy_store.pull(canopy_store.export(tmp_path / "S", tmp_path / "out"), tmp_path / "T")
+    assert tables(tmp_path / "T") == tables(tmp_path / "S")
+
+
+def sample(number: int, target: object, options: list[str], sums: list[float], **more: object) -> dict:
+    """A logged sample in the published form."""
+    return {
+        "doc_id": number,
+        "doc": {},
+        "target": str(target),
+        "arguments": {
+            f"gen_args_{at}": {"arg_0": more.get("prompts", ["Q:"] * 9)[at], "arg_1": option}
+            for at, option in enumerate(options)
+        },
+        "resps": [[[str(value), "False"]] for value in sums],
+        "filter": "none",
+        **{key: value for key, value in more.items() if key != "prompts"},
+    }
+
+
+def log(path: Path, *samples: dict) -> Path:
+    path.write_text("".join(json.dumps(each) + "\n" for each in samples))
+    return path
+
+
+def test_accuracies_are_the_harnesss(tmp_path, canopy):
+    rng = np.random.default_rng(0)
+    samples = []
+    for number in range(40):
+        texts = [" " + "x" * int(n) for n in rng.choice(9, 4, replace=False) + 1]
+        sums, bare = (-rng.uniform(1, 9, 4) for _ in range(2))
+        gold = int(rng.integers(4))
+        # as process_results of the harness has them, lengths being those without the delimiter
+        lengths = np.array([len(text) - 1 for text in texts])
+        chosen = {"acc": sums, "acc_norm": sums / lengths, "acc_mutual_info": sums - bare}
+        metrics = {name: float(values.argmax() == gold) for name, values in chosen.items()}
+        texts, values = texts * 2, [*sums, *bare]
+        samples.append(sample(number, gold, texts, values, **metrics))
+    file = log(tmp_path / "samples_made-up_2026-11-21T11-14-57.020158.jsonl", *samples)
+    out = canopy("import", file, "--store", tmp_path / "S", *NAMED)[1]
+    row = canopy_store.read(tmp_path / "S", "option_accuracy").row(0, named=True)
+    columns = {"acc": "sum", "acc_norm": "char", "acc_mutual_info": "pmi"}
+    for name, column in columns.items():
+        mean = sum(each[name] for each in samples) / 40
+        assert row[f"accuracy_{column}"] == pytest.approx(mean)
+        assert f"{name} {mean:.4f} in the log, correct_{column} {mean:.4f} here" in out
+    assert (row["task"], row["n_items"]) == ("made-up", 40)
+
+
+def test_what_tells_the_right_option(tmp_path):
+    of_two = {"prompts": ["A is", "B is"], "acc": 0.0}
+    file = log(
+        tmp_path / "log.jsonl",
+        sample(0, "dog", [" cat", " dog"], [-1.0, -2.0]),  # a text
+        sample(1, 1, [" 1", " 0"], [-1.0, -2.0]),  # a number is one, even of options that are numbers
+        sample(2, "so.", [" so.", " so."], [-1.0, -2.0], **of_two),  # a prompt an option: acc alone
+    )
+    canopy_store.import_options(tmp_path / "S", file, family="f", variant="v", task="t")
+    found = canopy_store.read(tmp_path / "S", "items").filter(correct=True).sort("item_id")
+    assert found["option"].to_list() == [1, 1, 1]
+    assert found["prompt"].to_list()[2] == "B is"
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ({"target": "bird"}, "line 1: target 'bird' is neither the number nor text of one option"),
+        ({"target": [0, 1]}, "line 1: 2 right options"),
+        ({"resps": [[["-1", "False"]]]}, "line 1: 2 arguments and 1 resps"),
+        ({"resps": [[["x", "False"]], [["-1", "False"]]]}, "needs a log-probability for each answer"),
+        ({"resps": [[["nan", "False"]], [["-1", "False"]]]}, "resps holds nan"),
+    ],
+)
+def test_a_log_that_cannot_be_read(tmp_path, canopy, more, said):
+    file = log(tmp_path / "log.jsonl", {**sample(0, 0, [" cat", " dog"], [-1.0, -2.0]), **more})
+    result = canopy("import", file, "--store", tmp_path / "S", *NAMED, "--task", "t")
+    refused(result, 1, "log.jsonl", said)
+    refused(canopy("import", file, "--store", tmp_path / "S", "--task", "t"), 2, "--family")
+    assert not (tmp_path / "S").exists()
+
+
 # ---------------------------------------------------------------- as a job
 
 

@@ -292,6 +292,7 @@ def test_the_public_names_are_these():
         "compact",
         "compare",
         "export",
+        "import_options",
         "import_rollouts",
         "init",
         "merge",
