@@ -205,19 +205,17 @@ class OptionReader:
         return _logprobs(logits, batch.rows, batch.targets)
 
     def _agrees(self, questions: Sequence[Question]) -> bool:
-        """Whether the first batch's last question gets what its options get alone, to rounding."""
+        """Whether the first batch's last option, after all the others, gets what it gets alone."""
         batch = next(self._batches(questions))
         question = questions[batch.numbers[-1]]
+        sequence, start = question.sequences[-1], question.starts[-1]
         try:
             scored = self._read(batch)
         except (AttributeError, TypeError, ValueError):  # its forward or its cache is of another kind
             return False
-        alone = []
-        for sequence, start in zip(question.sequences, question.starts, strict=True):
-            ids = torch.tensor([sequence[:-1]], device=self.model.device)
-            logits = self.model(input_ids=ids, use_cache=False).logits[0, start - 1 :]
-            alone.append(_logprobs(logits, range(len(logits)), sequence[start:]))
-        expected = np.concatenate(alone)
+        ids = torch.tensor([sequence[:-1]], device=self.model.device)
+        logits = self.model(input_ids=ids, use_cache=False).logits[0, start - 1 :]
+        expected = _logprobs(logits, range(len(logits)), sequence[start:])
         got = scored[len(scored) - len(expected) :]
         room = 1e-3 if self.model.dtype in (torch.float32, torch.float64) else 0.3
         off = np.abs(got - expected) > room * np.maximum(1, np.abs(expected))
