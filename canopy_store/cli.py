@@ -20,7 +20,7 @@ from canopy_store.commands.query import sql_command
 from canopy_store.commands.shared import FORMAT, STORE, bar, echo, print_rows, require_ingest
 from canopy_store.errors import CanopyError
 from canopy_store.readers.importing import import_rollouts
-from canopy_store.upkeep.status import made_of_runs, status
+from canopy_store.upkeep.status import corpora, made_of_documents, made_of_runs, status
 
 # From here on small files cost a query more than what is in them.
 MANY_SHARDS = 500
@@ -174,6 +174,10 @@ def status_command(root: str, form: str) -> None:
         for kind, rows in made_of_runs(there).group_by("kind", maintain_order=True):
             names = (f"{name} ({runs} of {complete} runs)" for _, name, runs, complete in rows.rows())
             echo(f"{str(kind[0]).replace('_', ' ')}s: {', '.join(names)}")
+        for corpus, documents, held in corpora(there).rows():
+            echo(f"corpus {corpus}: {documents:,} documents, {held:,} bytes with their scores")
+        for _, name, done, every in made_of_documents(there).rows():
+            echo(f"document scorer {name}: {done} of {every} corpora")
         for row in frame.filter(~frame["complete"]).iter_rows(named=True):
             planned = row["shards_planned"] or "?"
             echo(
@@ -222,6 +226,7 @@ for command in (
     cli_sharing.merge_command,
     cli_sharing.compact_command,
     cli_sharing.remove_run_command,
+    cli_sharing.remove_corpus_command,
     cli_sharing.upgrade_command,
 ):
     cli.add_command(command)
