@@ -303,6 +303,7 @@ def test_the_public_names_are_these():
         "read",
         "read_panel",
         "regress",
+        "remove_corpus",
         "remove_run",
         "select_lengths",
         "select_reward",
