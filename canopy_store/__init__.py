@@ -32,7 +32,7 @@ from canopy_store.sql import connect as open
 from canopy_store.sql import read
 from canopy_store.store import init
 from canopy_store.upkeep.compact import compact
-from canopy_store.upkeep.remove import remove_run
+from canopy_store.upkeep.remove import remove_corpus, remove_run, remove_task
 from canopy_store.upkeep.status import status
 from canopy_store.upkeep.upgrade import upgrade
 from canopy_store.upkeep.verify import verify
@@ -73,7 +73,9 @@ __all__ = [
     "read",
     "read_panel",
     "regress",
+    "remove_corpus",
     "remove_run",
+    "remove_task",
     "select_lengths",
     "select_reward",
     "status",

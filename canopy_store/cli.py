@@ -23,7 +23,14 @@ from canopy_store.errors import CanopyError
 from canopy_store.readers.importing import import_rollouts
 from canopy_store.readers.importing_options import import_options
 from canopy_store.readers.lm_eval import holds_options
-from canopy_store.upkeep.status import made_of_runs, status
+from canopy_store.upkeep.status import (
+    corpora,
+    made_of_documents,
+    made_of_items,
+    made_of_runs,
+    status,
+    tasks,
+)
 
 # From here on small files cost a query more than what is in them.
 MANY_SHARDS = 500
@@ -194,6 +201,14 @@ def status_command(root: str, form: str) -> None:
         for kind, rows in made_of_runs(there).group_by("kind", maintain_order=True):
             names = (f"{name} ({runs} of {complete} runs)" for _, name, runs, complete in rows.rows())
             echo(f"{str(kind[0]).replace('_', ' ')}s: {', '.join(names)}")
+        for corpus, documents, held in corpora(there).rows():
+            echo(f"corpus {corpus}: {documents:,} documents, {held:,} bytes with their scores")
+        for _, name, done, every in made_of_documents(there).rows():
+            echo(f"document scorer {name}: {done} of {every} corpora")
+        for task, items, held in tasks(there).rows():
+            echo(f"task {task}: {items:,} items, {held:,} bytes with their scores")
+        for _, name, done, every in made_of_items(there).rows():
+            echo(f"option scorer {name}: {done} of {every} tasks of items")
         for row in frame.filter(~frame["complete"]).iter_rows(named=True):
             planned = row["shards_planned"] or "?"
             echo(
@@ -242,6 +257,8 @@ for command in (
     cli_sharing.merge_command,
     cli_sharing.compact_command,
     cli_sharing.remove_run_command,
+    cli_sharing.remove_corpus_command,
+    cli_sharing.remove_task_command,
     cli_sharing.upgrade_command,
 ):
     cli.add_command(command)

@@ -8,7 +8,7 @@ select c.family, c.variant, d.corpus, d.document_id, d.split, d.cluster, s.score
     s.entropy_sum,
     -- of a document of one token that nothing stands before, nothing is scored
     -s.logprob_sum / nullif(s.n_tokens, 0) as nll,
-    s.entropy_sum / nullif(s.n_tokens, 0) as mean_entropy,
+    s.entropy_sum / nullif(s.n_tokens, 0) as expected_nll,
     -s.logprob_sum / nullif(s.n_bytes, 0) / ln(2) as bits_per_byte,
     exp(-s.logprob_sum / nullif(s.n_tokens, 0)) as perplexity
 from document_scores s

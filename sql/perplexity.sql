@@ -23,7 +23,7 @@ select family, variant, scorer_id, corpus, split,
     case when count(*) > 1 and count(rate) = count(*) and not isinf(any_value(rate))
         then sqrt(count(*) / (count(*) - 1) * sum((nlls - rate * tokens) ** 2)) / sum(tokens)
     end as nll_se,
-    sum(entropies) / nullif(sum(tokens), 0) as mean_entropy,
+    sum(entropies) / nullif(sum(tokens), 0) as expected_nll,
     sum(nlls) / nullif(sum(bytes), 0) / ln(2) as bits_per_byte,
     exp(any_value(rate)) as perplexity
 from pooled

@@ -14,7 +14,7 @@ import pytest
 import torch
 from chain import CHAIN_LOGITS, STATES, save_chain
 from polars.testing import assert_frame_equal
-from stores import contents, enter, refused, rewrite, tables
+from stores import contents, enter, refused, rewrite, rollout_rows, tables, write_parquet
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import canopy_store
@@ -298,8 +298,8 @@ def test_backward_transfer_against_a_matrix_worked_by_hand(tmp_path):
     after = frame.filter(variant="two", ancestor_variant="one", corpus="one")
     assert after["transfer"].to_list() == [pytest.approx(-1.5)]  # BWT of two stages: R[2, 1] - R[1, 1]
     with canopy_store.open(root) as con:
-        bwt = con.sql("select avg(transfer) from forgetting where corpus = ancestor_variant").fetchone()
-    assert bwt == (pytest.approx(-1.5),)
+        bwt = con.sql("select avg(transfer) from forgetting where corpus = ancestor_variant").pl()
+    assert bwt.rows() == [(pytest.approx(-1.5),)]
     first = frame.filter(variant="one", ancestor_variant="base").sort("corpus")
     assert first["transfer"].to_list() == [pytest.approx(3.0), pytest.approx(0.5)]
 
@@ -522,3 +522,47 @@ def test_verify_names_scores_of_a_scorer_that_is_gone(tmp_path, scored):
     root = Path(shutil.copytree(scored, tmp_path / "S"))
     store.remove_record(root, store.record(root, "scorers", scorer_id="tiny.base"))
     assert "scorer tiny.base is not in scorers" in canopy_store.verify(root)["what"].to_list()
+
+
+def test_a_compaction_leaves_every_row_and_jobs_go_on_after_it(
+    tmp_path, base, child, jsonl, small_shards
+):
+    root = tmp_path / "S"
+    score(root, base, jsonl)
+    score(root, child, shard="1/2")
+    with pytest.raises(DataError, match=r"corpus C: .* has 1 of 2 shards; finish its ingest"):
+        canopy_store.compact(root)
+    score(root, child)
+    before = tables(root)
+    assert canopy_store.compact(root) == {"corpus C": (2, 1)}
+    assert canopy_store.compact(root, corpora=["C"]) == {}
+    assert tables(root) == before
+    assert canopy_store.verify(root).is_empty()
+    score(root, base, jsonl)
+    score(root, base, name="third")
+    assert len(store.files(root, "document_scores")) == 3
+    assert canopy_store.verify(root).is_empty()
+    with pytest.raises(canopy_store.StoreError, match="--corpus D: no corpus of this name"):
+        canopy_store.compact(root, corpora=["D"])
+
+
+def test_a_corpus_is_told_of_removed_and_scored_again(tmp_path, base, jsonl, canopy):
+    root, name = tmp_path / "S", "f.base.t"
+    canopy_store.import_rollouts(root, write_parquet(tmp_path / "r.parquet", rollout_rows()))
+    score(root, base, jsonl)
+    score(root, base, jsonl, corpus=name)  # of a run's name
+    status = canopy("status", "--store", root)[1]
+    assert "corpus C: 4 documents, " in status
+    assert "document scorer tiny.base: 2 of 2 corpora" in status
+    canopy_store.remove_run(root, name)
+    assert len(canopy_store.read(root, "document_scores")) == 8
+    assert len(canopy_store.read(root, "work")) == 2
+    assert canopy("rm-corpus", name, "--store", root, "--yes")[0] == 0
+    refused(canopy("rm-corpus", name, "--store", root, "--yes"), 1, f"{name}: no corpus of this name")
+    assert set(canopy_store.read(root, "documents")["corpus"]) == {"C"}
+    assert not list(root.rglob(f"*={name}*"))
+    assert canopy_store.verify(root).is_empty()
+    canopy_store.remove_corpus(root, "C")
+    assert canopy_store.read(root, "perplexity").is_empty()
+    score(root, base, write(jsonl, TEXTS))  # other documents, once the first are gone
+    assert canopy_store.verify(root).is_empty()

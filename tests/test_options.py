@@ -635,3 +635,26 @@ def test_verify_names_a_scorer_that_is_gone(tmp_path, scored):
     root = Path(shutil.copytree(scored, tmp_path / "S"))
     store.record(root, "scorers", scorer_id="tiny.base").path(root).unlink()
     assert "scorer tiny.base is not in scorers" in canopy_store.verify(root)["what"].to_list()
+
+
+def test_items_are_compacted_told_of_and_removed(tmp_path, base, quiz, small_shards, canopy):
+    root = tmp_path / "S"
+    score(root, base, quiz, neutral="It is")
+    before = tables(root), canopy_store.read(root, "item_metrics").sort("item_id")
+    assert canopy_store.compact(root, tasks=["quiz"]) == {"task quiz": (4, 1)}
+    assert len(store.files(root, "option_scores")) == 1
+    assert tables(root) == before[0]
+    assert canopy_store.read(root, "item_metrics").sort("item_id").equals(before[1])
+    score(root, base, neutral="It is")  # done already
+    score(root, base, neutral="It is", name="again")
+    assert canopy_store.verify(root).is_empty()
+    told = canopy("status", "--store", root)[1]
+    assert "task quiz: 4 items" in told
+    assert "option scorer again: 1 of 1 tasks of items" in told
+    refused(canopy("compact", "--store", root, "--task", "none"), 1, "--task none: no task of this name")
+    assert canopy("rm-task", "quiz", "--store", root, "--yes")[0] == 0
+    assert canopy_store.read(root, "items").is_empty()
+    assert canopy_store.read(root, "option_accuracy").is_empty()
+    assert not list(root.rglob("task=*"))
+    assert canopy_store.verify(root).is_empty()
+    refused(canopy("rm-task", "quiz", "--store", root, "--yes"), 1, "quiz: no task of this name")

@@ -81,6 +81,7 @@ _OFFERS: dict[str, Offer] = {
     "selection": _selections,
     "embedder": _keys("embeddings", "embedder"),
     "reward_model": _keys("rewards", "reward_model"),
+    "corpora": _keys("documents", "corpus"),
     "corpus": _keys("documents", "corpus"),
 }
 # Where a file or a folder is meant, the shell's own completion goes on.

@@ -160,7 +160,7 @@ def _check_unfinished(root: Path, records: list[Record], key: str, subject: str)
     for path in store.uncommitted(root, subject, key):
         name = path.relative_to(root).as_posix()
         if name not in said or not stored_as(path, said[name]):
-            remove = ", or remove it: canopy rm-run" if key == "run" else ""
+            remove = f", or remove it: canopy rm-{key}" if key in ("run", "corpus", "task") else ""
             raise ConflictError(f"{path}: its {key} is begun here and not complete; finish it{remove}")
 
 
