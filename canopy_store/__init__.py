@@ -25,13 +25,14 @@ from canopy_store.errors import (
     UsageError,
 )
 from canopy_store.readers.importing import import_rollouts
+from canopy_store.readers.importing_options import import_options
 from canopy_store.sharing import export, pull, push
 from canopy_store.sharing.merge import merge
 from canopy_store.sql import connect as open
 from canopy_store.sql import read
 from canopy_store.store import init
 from canopy_store.upkeep.compact import compact
-from canopy_store.upkeep.remove import remove_run
+from canopy_store.upkeep.remove import remove_corpus, remove_run, remove_task
 from canopy_store.upkeep.status import status
 from canopy_store.upkeep.upgrade import upgrade
 from canopy_store.upkeep.verify import verify
@@ -60,6 +61,7 @@ __all__ = [
     "compact",
     "compare",
     "export",
+    "import_options",
     "import_rollouts",
     "init",
     "merge",
@@ -71,7 +73,9 @@ __all__ = [
     "read",
     "read_panel",
     "regress",
+    "remove_corpus",
     "remove_run",
+    "remove_task",
     "select_lengths",
     "select_reward",
     "status",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from pathlib import Path
 from typing import Any
 
 import click
@@ -21,7 +22,16 @@ from canopy_store.commands.regress import regress_command
 from canopy_store.commands.shared import FORMAT, STORE, bar, echo, print_rows, require_ingest
 from canopy_store.errors import CanopyError
 from canopy_store.readers.importing import import_rollouts
-from canopy_store.upkeep.status import made_of_runs, status
+from canopy_store.readers.importing_options import import_options
+from canopy_store.readers.lm_eval import holds_options
+from canopy_store.upkeep.status import (
+    corpora,
+    made_of_documents,
+    made_of_items,
+    made_of_runs,
+    status,
+    tasks,
+)
 
 # From here on small files cost a query more than what is in them.
 MANY_SHARDS = 500
@@ -88,7 +98,11 @@ def init(root: str) -> None:
     metavar="N",
     help="Marks rollouts of N tokens as cut, where finish_reason is absent.",
 )
-@click.option("--run", metavar="NAME", help="Name of the run [default: family.variant.task].")
+@click.option(
+    "--run",
+    metavar="NAME",
+    help="Name of the run [default: family.variant.task]; of options, of their scorer.",
+)
 @click.option(
     "--embedder",
     default="imported",
@@ -118,14 +132,27 @@ def import_command(source: str, root: str, tokenizer: str | None, **options: Any
     code, lm-evaluation-harness samples, Inspect .eval logs, OpenAI and vLLM batch output. The store is
     made if it is missing; the same source twice is once.
 
+    lm-evaluation-harness samples of a multiple-choice task become items and option_scores, as they
+    stand: canopy sql "from option_accuracy" has the accuracy of the log.
+
     \b
     Examples:
       canopy import rollouts.parquet --store S --max-new-tokens 256
       canopy import outputs/ --store S
       canopy import log.eval --store S --family llama --variant sft
+      canopy import samples_arc_easy_2026-11-21T11-14-57.020158.jsonl --store S \\
+          --family llama --variant sft
       canopy import batch_output.jsonl --requests batch_input.jsonl --store S \\
           --family gpt --variant base --task trivia --temperature 1
     """
+    if options["format"] in (None, "lm-eval") and holds_options(Path(source)):
+        named = {key: options[key] for key in ("family", "variant", "task")}
+        said: list[str] = []
+        scorer = import_options(root, source, name=options["run"], say=said.append, **named)
+        echo(f"{root}: items and their options, scored by {scorer}")
+        for line in said:
+            echo(line)
+        return
     loaded = None
     if tokenizer:
         require_ingest()
@@ -175,6 +202,14 @@ def status_command(root: str, form: str) -> None:
         for kind, rows in made_of_runs(there).group_by("kind", maintain_order=True):
             names = (f"{name} ({runs} of {complete} runs)" for _, name, runs, complete in rows.rows())
             echo(f"{str(kind[0]).replace('_', ' ')}s: {', '.join(names)}")
+        for corpus, documents, held in corpora(there).rows():
+            echo(f"corpus {corpus}: {documents:,} documents, {held:,} bytes with their scores")
+        for _, name, done, every in made_of_documents(there).rows():
+            echo(f"document scorer {name}: {done} of {every} corpora")
+        for task, items, held in tasks(there).rows():
+            echo(f"task {task}: {items:,} items, {held:,} bytes with their scores")
+        for _, name, done, every in made_of_items(there).rows():
+            echo(f"option scorer {name}: {done} of {every} tasks of items")
         for row in frame.filter(~frame["complete"]).iter_rows(named=True):
             planned = row["shards_planned"] or "?"
             echo(
@@ -223,6 +258,8 @@ for command in (
     cli_sharing.merge_command,
     cli_sharing.compact_command,
     cli_sharing.remove_run_command,
+    cli_sharing.remove_corpus_command,
+    cli_sharing.remove_task_command,
     cli_sharing.upgrade_command,
 ):
     cli.add_command(command)

@@ -19,6 +19,7 @@ def _list(kind: pa.DataType, size: int = -1) -> pa.DataType:
 
 _ARROW = {
     "VARCHAR": pa.string(),
+    "VARCHAR[]": _list(pa.string()),
     "INTEGER": pa.int32(),
     "BIGINT": pa.int64(),
     "DOUBLE": pa.float64(),
@@ -55,6 +56,7 @@ class Table:
     commit : keys of its commit record; none for tables whose files travel in records of other kinds
     brings : tables whose files its records name beside its own
     parent : the table whose removal removes it
+    refers : tables of which each of its rows names a row, by their key
     checks : names of the checks of `canopy_store.upkeep.verify_rows` that its rows must pass
     split : float lists that are smaller byte-stream-split (figures: docs/performance.md)
     texts : columns that hold text, which an export may leave out: every measure stays computable
@@ -69,6 +71,7 @@ class Table:
     commit: tuple[str, ...] = ()
     brings: tuple[str, ...] = ()
     parent: str | None = None
+    refers: tuple[str, ...] = ()
     checks: tuple[str, ...] = ()
     split: tuple[str, ...] = ()
     texts: tuple[str, ...] = ()
@@ -92,6 +95,11 @@ _MODEL_ID = _c("model_id", "VARCHAR", "The checkpoint: family/variant.")
 _FAMILY = _c("family", "VARCHAR", "Model family, held fixed in comparisons.")
 _VARIANT = _c("variant", "VARCHAR", "Variant of the family: base, sft, instruct, …")
 _TASK = _c("task", "VARCHAR", "Task the prompt belongs to: coding, math, …")
+_DOCUMENT_ID = _c(
+    "document_id", "VARCHAR", "The document: a content hash, or the id that its file gave."
+)
+_ITEM_ID = _c("item_id", "VARCHAR", "The item, a question with options: the id that its file gave.")
+_OPTION = _c("option", "INTEGER", "Number of the option among those of its item, from 0.")
 _LOGPROB = _c(
     "logprob",
     "FLOAT[]",
@@ -399,6 +407,205 @@ TABLES: dict[str, Table] = {
             plan="grader",
         ),
         Table(
+            "scorers",
+            "one row per scorer of documents or options",
+            ("scorer_id",),
+            (
+                _MODEL_ID,
+                _FAMILY,
+                _VARIANT,
+                _c(
+                    "context_sha256",
+                    "VARCHAR",
+                    "Hash of the context that everything is read after; NULL: none.",
+                    "",
+                    False,
+                ),
+                _c(
+                    "number_format",
+                    "VARCHAR",
+                    "Number format that is emulated; NULL: none, dtype computes.",
+                    "",
+                    False,
+                ),
+                _c("dtype", "VARCHAR", "Number format of the weights; NULL of an import.", "", False),
+                _c(
+                    "template",
+                    "VARCHAR",
+                    "How texts become tokens: plain or chat; NULL of an import.",
+                    "",
+                    False,
+                ),
+                _c(
+                    "weights_sha256",
+                    "VARCHAR",
+                    "Hash of the weight files; NULL of an import.",
+                    "",
+                    False,
+                ),
+            ),
+            ("scorer_id",),
+            commit=("scorer_id",),
+            refers=("models",),
+        ),
+        Table(
+            "documents",
+            "one row per document of a corpus",
+            ("corpus", "document_id"),
+            (
+                _DOCUMENT_ID,
+                _c("text", "VARCHAR", "The document's text.", "", False),
+                _c("split", "VARCHAR", "Part of the corpus: train, test, …; all where none is named."),
+                _c(
+                    "cluster",
+                    "VARCHAR",
+                    "What the document shares with others that stand or fall with it; its own id where "
+                    "none is named.",
+                ),
+                _c("n_bytes", "BIGINT", "Bytes of the text as UTF-8.", "bytes"),
+                _c("source", "VARCHAR", "Where the document came from.", "", False),
+                _c("license", "VARCHAR", "Licence of the document.", "", False),
+            ),
+            ("corpus",),
+            commit=("corpus",),
+            texts=("text",),
+        ),
+        Table(
+            "document_scores",
+            "one row per document under a scorer",
+            ("corpus", "document_id", "scorer_id"),
+            (
+                _DOCUMENT_ID,
+                _c(
+                    "token_ids",
+                    "INTEGER[]",
+                    "Token ids of the whole text, without what stands before it.",
+                    "",
+                    False,
+                ),
+                _c(
+                    "tokens",
+                    "VARCHAR[]",
+                    "The text that each of token_ids stands for: end to end, the document's text.",
+                    "",
+                    False,
+                ),
+                _c(
+                    "logprob",
+                    "FLOAT[]",
+                    "Log-probability of each scored token, the last n_tokens of token_ids, given all "
+                    "before it in its window.",
+                    "nats",
+                ),
+                _c(
+                    "entropy",
+                    "FLOAT[]",
+                    "Entropy of the distribution that each scored token was expected from.",
+                    "nats",
+                ),
+                _c(
+                    "n_tokens",
+                    "INTEGER",
+                    "Scored tokens: all, or all but the first where no token stands before the text.",
+                    "tokens",
+                ),
+                _c("n_bytes", "BIGINT", "Bytes of the text of the scored tokens.", "bytes"),
+                _c("logprob_sum", "DOUBLE", "Sum of logprob.", "nats"),
+                _c("entropy_sum", "DOUBLE", "Sum of entropy.", "nats"),
+            ),
+            ("scorer_id", "corpus"),
+            commit=("scorer_id", "corpus"),
+            brings=("work",),
+            parent="documents",
+            refers=("scorers",),
+            checks=("document_scores",),
+            split=("logprob", "entropy"),
+            texts=("token_ids", "tokens"),
+            plan="document_scorer",
+        ),
+        Table(
+            "items",
+            "one row per option of an item",
+            ("task", "item_id", "option"),
+            (
+                _ITEM_ID,
+                _OPTION,
+                _c("prompt", "VARCHAR", "What stands before the option, as plain text.", "", False),
+                _c("messages", "VARCHAR", "The same as chat messages, JSON.", "", False),
+                _c(
+                    "text",
+                    "VARCHAR",
+                    "The option as it is scored, a space before it included.",
+                    "",
+                    False,
+                ),
+                _c(
+                    "n_chars",
+                    "INTEGER",
+                    "Characters of the text, less one space at its beginning.",
+                    "characters",
+                ),
+                _c("correct", "BOOLEAN", "Whether this option is the right one; one of an item is."),
+                _c(
+                    "split",
+                    "VARCHAR",
+                    "Part of the task: forward, reversal, …; all where none is named.",
+                ),
+                _c(
+                    "cluster",
+                    "VARCHAR",
+                    "What the item shares with others that stand or fall with it, as a fact; its own id "
+                    "where none is named.",
+                ),
+                _c("source", "VARCHAR", "Where the item came from.", "", False),
+                _c("license", "VARCHAR", "Licence of the item.", "", False),
+            ),
+            ("task",),
+            commit=("task",),
+            checks=("items",),
+            texts=("prompt", "messages", "text"),
+        ),
+        Table(
+            "option_scores",
+            "one row per option under a scorer",
+            ("task", "item_id", "option", "scorer_id"),
+            (
+                _ITEM_ID,
+                _OPTION,
+                _c(
+                    "n_tokens",
+                    "INTEGER",
+                    "Tokens of the option; NULL where an import does not tell.",
+                    "tokens",
+                    False,
+                ),
+                _c(
+                    "logprob",
+                    "FLOAT[]",
+                    "Log-probability of each of the option's tokens, given context, prompt and those "
+                    "before; NULL where an import tells the sum alone.",
+                    "nats",
+                    False,
+                ),
+                _c("logprob_sum", "DOUBLE", "Log-probability of the option: sum of logprob.", "nats"),
+                _c(
+                    "neutral_sum",
+                    "DOUBLE",
+                    "The same after the neutral prompt, not the item's; NULL where none is given.",
+                    "nats",
+                    False,
+                ),
+            ),
+            ("scorer_id", "task"),
+            commit=("scorer_id", "task"),
+            brings=("work",),
+            parent="items",
+            refers=("scorers",),
+            checks=("option_scores",),
+            split=("logprob",),
+            plan="option_scorer",
+        ),
+        Table(
             "work",
             "one row per shard of a job",
             ("run_id", "kind", "name", "shard"),
@@ -425,11 +632,15 @@ _PATH_DOCS = (
     _c("embedder", "VARCHAR", "Embedding model; 'none' in views where nothing is embedded."),
     _c("selection", "VARCHAR", "Named subset of the rollouts; 'all' is every one."),
     _c("reward_model", "VARCHAR", "Reward model."),
-    _c("scorer_id", "VARCHAR", "The scoring model."),
+    _c("scorer_id", "VARCHAR", "The scorer: a model, of documents and options as scorers describes it."),
     _c("grader", "VARCHAR", "Grader."),
+    _c("corpus", "VARCHAR", "Corpus: a set of documents, read once and never changed."),
     _c("kind", "VARCHAR", "Kind of job: the table that it fills."),
     _c("name", "VARCHAR", "Name of the job: its embedder, scorer, …; of rollouts, their run."),
 )
+
+# The tables that others refer to, in the order in which they need to be there: what jobs were done with.
+REGISTERS = tuple(name for name in TABLES if any(name in table.refers for table in TABLES.values()))
 
 # Keys and path columns, by name: they mean the same in every table and view.
 COLUMNS: dict[str, Column] = {}

@@ -43,7 +43,7 @@ def read_prompts(path: str | Path, limit: int | None = None) -> list[dict[str, A
     elif kind in _DELIMITERS:
         records = _csv_records(path, content)
     else:
-        records = _jsonl_records(path, content)
+        records = jsonl_records(path, content)
     prompts: list[dict[str, Any]] = []
     seen: dict[str, tuple[int, str]] = {}
     for number, where, record in records:
@@ -63,7 +63,7 @@ def read_prompts(path: str | Path, limit: int | None = None) -> list[dict[str, A
     return prompts[:limit]
 
 
-def _jsonl_records(path: Path, content: bytes) -> _Placed:
+def jsonl_records(path: Path, content: bytes) -> _Placed:
     """Number, place and object of each line."""
     lines = content.split(b"\n")
     while lines and not lines[-1].strip():

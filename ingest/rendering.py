@@ -139,18 +139,7 @@ def render(
         if not getattr(tokenizer, "chat_template", None):
             raise UsageError("--template chat: the tokenizer has no chat template; use plain")
         messages = messages or [{"role": "user", "content": prompt["text"]}]
-        before = context.messages()
-        if before and messages[0]["role"] == "system":
-            raise DataError(
-                f"{where}: its messages begin with a system message, which --system and --examples "
-                "would stand before; take it out, or leave these options out"
-            )
-        try:
-            text = tokenizer.apply_chat_template(
-                [*before, *messages], tokenize=False, add_generation_prompt=True
-            )
-        except Exception as error:  # a template may raise anything on roles it does not know
-            raise DataError(f"{where}: the chat template refuses it: {error}") from None
+        text = chat_text(messages, tokenizer, where, context)
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     else:
         if messages and len(messages) > 1:
@@ -165,3 +154,33 @@ def render(
     if not ids:
         raise DataError(f"{where}: the tokenizer makes no token of it")
     return [int(i) for i in ids]
+
+
+def chat_text(messages: list[Message], tokenizer: Any, where: str, context: Context) -> str:
+    """The text of a conversation after the context's, by the chat template, up to the answer.
+
+    Raises
+    ------
+    DataError
+        Two system messages, or roles that the template refuses.
+    """
+    before = context.messages()
+    if before and messages[0]["role"] == "system":
+        raise DataError(
+            f"{where}: its messages begin with a system message, which --system and --examples "
+            "would stand before; take it out, or leave these options out"
+        )
+    try:
+        return tokenizer.apply_chat_template(
+            [*before, *messages], tokenize=False, add_generation_prompt=True
+        )
+    except Exception as error:  # a template may raise anything on roles it does not know
+        raise DataError(f"{where}: the chat template refuses it: {error}") from None
+
+
+def leading_ids(tokenizer: Any) -> list[int]:
+    """The token ids that a tokenizer puts before a text by itself."""
+    bare = tokenizer("a", add_special_tokens=False)["input_ids"]
+    whole = tokenizer("a")["input_ids"]
+    at = next((i for i in range(len(whole)) if whole[i : i + len(bare)] == bare), 0)
+    return [int(i) for i in whole[:at]]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,6 +22,7 @@ def score_tokens(
     chunk_tokens: int = 512,
     on_tokens: Callable[[int], None] | None = None,
     names: Sequence[str] | None = None,
+    batch_tokens: int | None = None,
 ) -> list[np.ndarray]:
     """Per rollout, logprob, entropy and eos_logprob (3, N), float32 nats, exact over the vocabulary.
 
@@ -35,6 +36,7 @@ def score_tokens(
     sampling : the policy, the end tokens and the batch width
     on_tokens : told how many rollout tokens each batch had
     names : what errors call each rollout
+    batch_tokens : bounds a batch beside the width: its rollouts times the longest one's tokens
 
     Raises
     ------
@@ -46,9 +48,9 @@ def score_tokens(
     ends: Ends | None = None
     scores: list[np.ndarray] = [np.empty(0)] * len(rollouts)
     # rollouts of like length share a batch: little padding
-    order = sorted(range(len(rollouts)), key=lambda i: len(prompts[i]) + len(rollouts[i]))
-    for start in range(0, len(order), sampling.width):
-        batch = order[start : start + sampling.width]
+    lengths = [len(p) + len(r) for p, r in zip(prompts, rollouts, strict=True)]
+    order = sorted(range(len(rollouts)), key=lengths.__getitem__)
+    for batch in _batches(order, lengths, sampling.width, batch_tokens):
         states = split.states([prompts[i] for i in batch], [rollouts[i] for i in batch])  # (S, d)
         tokens = torch.tensor([t for i in batch for t in rollouts[i]], device=model.device)  # (S,)
         steps = []
@@ -65,6 +67,18 @@ def score_tokens(
         if on_tokens:
             on_tokens(len(tokens))
     return scores
+
+
+def _batches(order: list[int], lengths: list[int], width: int, most: int | None) -> Iterator[list[int]]:
+    """The rollouts in batches of up to ``width``, and of up to ``most`` tokens where more than one."""
+    batch: list[int] = []
+    for i in order:  # shortest first: the next one is the longest so far
+        if batch and (len(batch) == width or (most and (len(batch) + 1) * lengths[i] > most)):
+            yield batch
+            batch = []
+        batch.append(i)
+    if batch:
+        yield batch
 
 
 class _SplitModel:

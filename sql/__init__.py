@@ -24,7 +24,7 @@ from canopy_store.errors import DataError, StoreError, UsageError
 from canopy_store.schema import TABLES, view_columns
 from canopy_store.sql.columns import column_of
 from canopy_store.sql.connection import Connection, set_list, spill_folder
-from canopy_store.sql.horizon import AT_HORIZON, file_at, macro_at
+from canopy_store.sql.horizon import AT_HORIZON, BY_PATTERNS, file_at, macro_at, macro_by
 from canopy_store.store import format1
 
 T = TypeVar("T")
@@ -51,6 +51,13 @@ VIEWS = (
     "cross_entropy",
     "kl_divergence",
     "kl_trajectory",
+    "document_metrics",
+    "perplexity",
+    "forgetting",
+    "paired_documents",
+    "token_type_contributions",
+    "item_metrics",
+    "option_accuracy",
 )
 
 
@@ -258,11 +265,13 @@ def statements(root: Path) -> list[str]:
 
 
 def _views(only: str | None = None) -> list[str]:
-    """What makes every view, then every macro at a horizon; or one view and those before it."""
+    """What makes every view, then every table macro; or one view and those before it."""
     last = len(VIEWS) if only is None else VIEWS.index(only) + 1 if only in VIEWS else 0
     made = [f"create or replace view {view} as\n{source(view).rstrip()}" for view in VIEWS[:last]]
-    macros = () if only is not None else AT_HORIZON
-    return made + [macro_at(name, source(file_at(name))) for name in macros]
+    if only is None:
+        made += [macro_at(name, source(file_at(name))) for name in AT_HORIZON]
+        made += [macro_by(name, source(name)) for name in BY_PATTERNS]
+    return made
 
 
 def _create_views(

@@ -126,6 +126,13 @@ _PASSED = {
     "scored_rollouts": "selected_rollouts",
     "panel": "prompt_metrics",
     "truncation": "runs",
+    "document_metrics": "documents",
+    "perplexity": "documents",
+    "item_metrics": "items",
+    "option_accuracy": "items",
+    "forgetting": "documents",
+    "paired_documents": "documents",
+    "token_type_contributions": "documents",
 }
 
 
@@ -166,6 +173,16 @@ _RHOS = (
     ("kendall", "Kendall's tau-b", _BY_PAIRS),
 )
 _SIDES = (("rho", "entropy rate"), ("rho_length_diversity", "semantic_distance"))
+
+_BASELINE = _c("baseline_id", "A plain scorer of the family's variant base.", type="VARCHAR")
+
+# What an option is chosen by.
+_CHOICES = {
+    "sum": ("logprob_sum", ""),
+    "token": ("logprob_sum / n_tokens", "; NULL where n_tokens is not known"),
+    "char": ("logprob_sum / n_chars", "; NULL where an option has no characters"),
+    "pmi": ("logprob_sum - neutral_sum", "; NULL where no neutral prompt was given"),
+}
 
 # What a view's columns mean where that is the view's own.
 VIEW_DOCS: dict[str, tuple[Column, ...]] = {
@@ -381,6 +398,108 @@ VIEW_DOCS: dict[str, tuple[Column, ...]] = {
             "nats",
         ),
         _c("kl_se", "Standard error of kl over active rollouts.", "nats"),
+    ),
+    "item_metrics": (
+        _count("n_options", "Options of the item."),
+        _c("chance", "1 / n_options: what guessing gets."),
+        *(
+            _c(
+                f"correct_{name}",
+                f"1 where the right option has the largest {measure}, 0 where a wrong one has, 1 / k "
+                f"where the right one is among k alike{when}.",
+            )
+            for name, (measure, when) in _CHOICES.items()
+        ),
+        _c("margin", "logprob_sum of the right option less that of the best wrong one.", "nats"),
+        _c(
+            "margin_token",
+            "The same of logprob_sum / n_tokens; NULL where n_tokens is not known.",
+            "nats per token",
+        ),
+        _c(
+            "margin_pmi",
+            "The same of logprob_sum - neutral_sum; NULL where no neutral prompt was given.",
+            "nats",
+        ),
+    ),
+    "option_accuracy": (
+        _count("n_items", "Items of the split."),
+        _count("n_clusters", "Clusters of these items."),
+        _c("chance", "Mean over items of 1 / options: what guessing gets."),
+        *(
+            column
+            for name, (measure, when) in _CHOICES.items()
+            for column in (
+                _c(
+                    f"accuracy_{name}",
+                    f"Mean over items of correct_{name}: the choice by {measure}{when}.",
+                ),
+                _c(
+                    f"accuracy_{name}_se",
+                    f"Standard error of accuracy_{name} over clusters; NULL of one.",
+                ),
+            )
+        ),
+        _c("margin", "Mean over items of their margin.", "nats"),
+    ),
+    "document_metrics": (
+        _count("n_tokens", "Scored tokens of the document.", "tokens"),
+        _count("n_bytes", "Bytes of the text of the scored tokens.", "bytes"),
+        _c("nll_sum", "Sum of -logprob over the document's scored tokens.", "nats"),
+        _c("entropy_sum", "Sum of entropy over the document's scored tokens.", "nats"),
+        _c("nll", "nll_sum / n_tokens; NULL where no token is scored.", "nats per token"),
+        _c("expected_nll", "entropy_sum / n_tokens: the nll that the model expected.", "nats per token"),
+        _c("bits_per_byte", "nll_sum / n_bytes / ln 2: compares tokenizers.", "bits per byte"),
+        _c("perplexity", "exp(nll)."),
+    ),
+    "perplexity": (
+        _count("n_documents", "Scored documents of the split."),
+        _count("n_clusters", "Clusters of these documents."),
+        _count("n_tokens", "Scored tokens of these documents.", "tokens"),
+        _count("n_bytes", "Bytes of the text of the scored tokens.", "bytes"),
+        _c("nll", "Sum over documents of nll_sum / n_tokens of this row.", "nats per token"),
+        _c("nll_se", "Standard error of nll over clusters; NULL of one.", "nats per token"),
+        _c("expected_nll", "Mean over scored tokens of their entropy.", "nats per token"),
+        _c("bits_per_byte", "Sum of nll_sum / n_bytes of this row / ln 2.", "bits per byte"),
+        _c("perplexity", "exp(nll) of this row."),
+    ),
+    "forgetting": (
+        _c("ancestor_variant", "Variant of the ancestor: the earlier stage.", type="VARCHAR"),
+        _c("ancestor_scorer_id", "The ancestor's scorer, alike but for the model.", type="VARCHAR"),
+        _c("distance", "Stages from the ancestor to the model; 1: its parent.", type="INTEGER"),
+        _c("r", "R[t, i]: -nll of the corpus under the scorer.", "nats per token"),
+        _c("r_ancestor", "-nll of the corpus under the ancestor.", "nats per token"),
+        _c("transfer", "r - r_ancestor: below 0 the corpus was forgotten since.", "nats per token"),
+        _c("transfer_per_byte", "The same per byte, across tokenizers.", "nats per byte"),
+    ),
+    "paired_documents": (
+        _BASELINE,
+        _count("n_tokens", "Tokens of the document that both have scored.", "tokens"),
+        _c("delta_sum", "Sum of delta: nll_sum less that of the baseline.", "nats"),
+        _c("tokens", "The text of each scored token; NULL where left out.", type="VARCHAR[]"),
+        _c(
+            "delta",
+            "Per scored token, -log-probability less that under the baseline: below 0, better.",
+            "nats",
+            "DOUBLE[]",
+        ),
+    ),
+    "token_type_contributions": (
+        _BASELINE,
+        _c(
+            "token_type",
+            "newline, space, number, punctuation, function word, content or rest, by token_type; of the "
+            "macro by patterns, one of their types or rest.",
+            type="VARCHAR",
+        ),
+        _count("n_tokens", "Tokens of the type that both have scored.", "tokens"),
+        _c("delta_nll", "Mean over tokens of the type of delta.", "nats per token"),
+        _c(
+            "contribution",
+            "c_v: sum of delta over tokens of the type / tokens of every type; they sum to total.",
+            "nats per token",
+        ),
+        _c("total", "nll less that of the baseline, over tokens of every type.", "nats per token"),
     ),
 }
 

@@ -21,7 +21,7 @@ from typing import Any, NoReturn
 import duckdb
 
 from canopy_store.errors import UsageError
-from canopy_store.sql.horizon import AT_HORIZON
+from canopy_store.sql.horizon import AT_HORIZON, BY_PATTERNS
 
 # A parsed query is made of these; others insert, update, delete or copy inside a WITH.
 _NODES = {"SELECT_NODE", "SET_OPERATION_NODE", "RECURSIVE_CTE_NODE", "CTE_NODE"}
@@ -33,7 +33,7 @@ _TABLE_FUNCTIONS = re.compile(
     r"duckdb_\w+|pragma_\w+|read_parquet|parquet_\w+|read_(nd)?json(_auto)?|read_text|glob"
     r"|range|generate_series|repeat|repeat_row|unnest|summary|histogram|histogram_values"
     r"|json_each|json_tree|icu_calendar_names|pg_timezone_names"
-    rf"|({'|'.join(AT_HORIZON)})_at"
+    rf"|({'|'.join(AT_HORIZON)})_at|({'|'.join(BY_PATTERNS)})_by"
 )
 
 # `explain (analyze, format json) QUERY`, without a comment or a quote before the query: how these end

@@ -22,6 +22,8 @@ AT_HORIZON = (
     "stop_check",
     "truncation",
 )
+# Of these a macro NAME_by(patterns) tells tokens apart by patterns of one's own, as token_type_by does.
+BY_PATTERNS = ("token_type_contributions",)
 _READ = re.compile(rf"\b(from|join) ({'|'.join(AT_HORIZON)})\b")
 
 
@@ -35,3 +37,9 @@ def macro_at(name: str, text: str) -> str:
     if name not in CUT:
         text = _READ.sub(r"\1 \2_at(horizon)", text)
     return f"create or replace macro {name}_at(horizon) as table\n{text.rstrip()}"
+
+
+def macro_by(name: str, text: str) -> str:
+    """The statement that makes a relation's macro by patterns, of the text of its file."""
+    text = text.replace("token_type(token)", "token_type_by(token, patterns)")
+    return f"create or replace macro {name}_by(patterns) as table\n{text.rstrip()}"

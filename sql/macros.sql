@@ -76,3 +76,52 @@ create or replace macro covar_with_diversity(covariance, n) as
 create or replace macro reliability_of(error_variance, value) as
     case when varies(min(value), max(value))
         then 1 - avg(error_variance) / var_samp(value) filter (where error_variance is not null) end;
+
+-- The kind of text that a token stands for, by the first pattern that all of it matches. Spaces around it
+-- do not count, and case does not. A piece of a word is content; half a character, or a mix, is the rest.
+create or replace macro token_type(token) as
+    case
+        when regexp_full_match(token, '\s*\n\s*') then 'newline'
+        when regexp_full_match(token, '\s+') then 'space'
+        when regexp_full_match(token, '\s*\p{N}[\p{N}.,:/]*\s*') then 'number'
+        when regexp_full_match(token, '\s*[\p{P}\p{S}]+\s*') then 'punctuation'
+        when regexp_full_match(token, '(?i)\s*(a|about|above|across|after|again|against|all|also|although|am'
+            || '|among|an|and|another|any|are|aren''t|around|as|at|be|because|been|before|being|below|between'
+            || '|both|but|by|can|cannot|can''t|could|couldn''t|did|didn''t|do|does|doesn''t|doing|don''t|down'
+            || '|during|each|either|else|every|few|for|from|further|had|has|have|having|he|her|here|hers'
+            || '|herself|him|himself|his|how|however|i|if|in|into|is|isn''t|it|its|itself|just|may|me|might'
+            || '|mine|more|most|must|my|myself|neither|no|nor|not|of|off|on|once|one|only|onto|or|other|others'
+            || '|ought|our|ours|ourselves|out|over|own|per|same|shall|she|should|shouldn''t|since|so|some|such'
+            || '|than|that|the|their|theirs|them|themselves|then|there|these|they|this|those|though|through'
+            || '|to|too|toward|towards|under|until|up|upon|us|very|was|wasn''t|we|were|weren''t|what|when'
+            || '|where|whether|which|while|who|whom|whose|why|will|with|within|without|won''t|would|wouldn''t'
+            || '|yet|you|your|yours|yourself|yourselves|''s|''t|''re|''ve|''ll|''d|''m)\s*') then 'function word'
+        when regexp_full_match(token, '\s*[\p{L}\p{M}''’-]+\s*') then 'content'
+        else 'rest'
+    end;
+
+-- The same by patterns of one's own: a list of {'type': …, 'pattern': …}, of which the first that matches
+-- all of the token counts, else 'rest'.
+create or replace macro token_type_by(token, patterns) as
+    coalesce(list_filter(patterns, lambda p: regexp_full_match(token, p.pattern))[1].type, 'rest');
+
+-- A sum that is NULL where a value is.
+create or replace macro sum_of_all(x) as case when count(x) = count(*) then sum(x) end;
+
+-- Of an item's options: 1 where the right one has the most, 0 where a wrong one has more, and where k
+-- have the most alike, the right one among them, 1 / k. NULL where an option has no value.
+create or replace macro share_of_best(x, best, correct) as
+    case when count(x) = count(*)
+        then coalesce(max((x = best)::integer) filter (where correct), 0)
+            / nullif(sum((x = best)::integer), 0)::double end;
+
+-- The right option's value less that of the best wrong one.
+create or replace macro margin_of(x, correct) as
+    case when count(x) = count(*)
+        then max(x) filter (where correct) - max(x) filter (where not correct) end;
+
+-- Standard error of a mean over items, from the sums over clusters of their deviations from it: what other
+-- clusters would change. NULL of one cluster.
+create or replace macro clustered_se(deviations, items) as
+    case when count(*) > 1 and count(deviations) = count(*)
+        then sqrt(count(*) / (count(*) - 1.0) * sum(deviations ** 2)) / sum(items) end;

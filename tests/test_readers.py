@@ -19,6 +19,7 @@ from stores import ingest_arguments, refused, write_prompts
 
 import canopy_store
 from canopy_store import readers, sql, store
+from canopy_store.errors import DataError
 from canopy_store.readers.openai_logprobs import listed_tokens, logged_tokens
 from canopy_store.store.embeddings import write_embeddings
 
@@ -245,9 +246,9 @@ def test_lm_eval_samples_are_texts_until_a_tokenizer_is_given(tmp_path, chain, c
     assert canopy_store.read(tmp_path / "s", "model_metrics")["ce_star"].to_list() == [None]
 
 
-def test_scores_of_given_answers_are_no_rollouts(tmp_path, chain, canopy):
-    result = canopy("import", CHOICE, "--store", tmp_path / "s", *NAMED, "--tokenizer", chain)
-    refused(result, 1, CHOICE.name, "line 1: resps", "a task that scores given answers has no rollouts")
+def test_scores_of_given_answers_are_no_rollouts(tmp_path):
+    with pytest.raises(DataError, match="given answers has no rollouts; canopy import makes items of"):
+        canopy_store.import_rollouts(tmp_path / "s", CHOICE, family="chain", variant="base")
 
 
 # ---------------------------------------------------------------- Inspect

@@ -44,6 +44,8 @@ def _tasks(context: click.Context) -> Iterator[str]:
     root = _root(context)
     for each in store.records(root, "rollouts"):
         yield str(each.settings.get("task", ""))
+    for each in store.records(root, "items"):
+        yield each.keys["task"]
 
 
 def _checkpoints(context: click.Context) -> Iterator[str]:
@@ -79,6 +81,8 @@ _OFFERS: dict[str, Offer] = {
     "selection": _selections,
     "embedder": _keys("embeddings", "embedder"),
     "reward_model": _keys("rewards", "reward_model"),
+    "corpora": _keys("documents", "corpus"),
+    "corpus": _keys("documents", "corpus"),
 }
 # Where a file or a folder is meant, the shell's own completion goes on.
 _PLACES = {
@@ -86,6 +90,9 @@ _PLACES = {
     "out": "file",
     "figures": "dir",
     "prompts": "file",
+    "documents": "file",
+    "items": "file",
+    "context": "file",
     "examples": "file",
     "data": "file",
     "panel": "file",

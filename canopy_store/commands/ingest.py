@@ -363,6 +363,145 @@ def grade_command(root: str, grader: str, **options: Any) -> None:
     _told(root, f"grades as {name}", options)
 
 
+@ingest.command("documents")
+@STORE
+@_model_options
+@click.option("--corpus", required=True, metavar="C", help="Name of the documents: news, test-set, …")
+@click.option(
+    "--documents",
+    metavar="FILE|DIR",
+    help='JSONL: {"document_id": …, "text": …, "split": …, "cluster": …} a line, of which text alone is '
+    "needed; .parquet with such columns; or a folder of .txt files [default: the stored ones].",
+)
+@click.option("--name", metavar="NAME", help="Name of the scorer [default: family.variant].")
+@click.option(
+    "--stride",
+    type=int,
+    metavar="TOKENS",
+    help="Read what is longer than the window in windows, each scoring so many further tokens.",
+)
+@click.option(
+    "--window", type=int, metavar="TOKENS", help="Read at once at most [default: the model's window]."
+)
+@click.option(
+    "--bos/--no-bos",
+    default=True,
+    show_default=True,
+    help="Put the tokenizer's beginning-of-sequence token before each text.",
+)
+@click.option("--batch-tokens", default=4096, show_default=True, help="Tokens side by side.")
+@click.option(
+    "--chunk-tokens", default=512, show_default=True, help="Steps whose logits are held at once."
+)
+@_spread_options
+@click.option("--parent", metavar="MODEL_ID", help="family/variant this checkpoint was made from.")
+@click.option("--treatment", metavar="NAME", help="What was done to the parent: sft, lora, dpo, …")
+def documents_command(root: str, model: str, **options: Any) -> None:
+    """Score whole documents under a model: perplexity, bits per byte, forgetting, token types.
+
+    Every token gets its exact log-probability given all before it, at temperature 1 and with nothing cut
+    off, and the entropy of the distribution it was expected from. The first token is scored where a
+    token stands before it: what the tokenizer puts there, else its beginning-of-sequence token. A
+    checkpoint is a scorer, family.variant; several score the same corpus, which is stored once and never
+    changes: the same name with other documents is refused. Run the same line again to resume.
+
+    A document longer than the model's window needs --stride. The first window scores as many tokens as
+    it holds, each further one the next TOKENS, after as many as fit before them: a smaller stride gives
+    them more context, and costs more.
+
+    \b
+    Example:
+      canopy ingest documents --store S --model ./base --family llama --variant base \\
+          --corpus news --documents news.jsonl
+      canopy ingest documents --store S --model ./child --family llama --variant sft --corpus news
+      canopy sql "from perplexity" --store S
+      canopy sql "from token_type_contributions" --store S
+    """
+    require_ingest()
+    store.place(root)
+    sources.check_model(sources.resolve_model(model))
+    from canopy_store.ingest.documents import ingest_documents
+
+    with bar("scoring") as progress:
+        name = ingest_documents(root, model, progress=progress, **options)
+    part = options["shard"]
+    more = f", part {part}: they are shown once all parts are stored" if part else ""
+    echo(f"{root}: corpus {options['corpus']} scored as {name}{more}")
+
+
+@ingest.command("options")
+@STORE
+@_model_options
+@click.option("--task", required=True, metavar="T", help="Name of the items: facts, arc-easy, …")
+@click.option(
+    "--items",
+    metavar="FILE",
+    help='JSONL: {"item_id": …, "prompt": …, "options": [" …", " …"], "answer": 0} a line, with split '
+    "and cluster where there are any; or .parquet with such columns [default: the stored ones].",
+)
+@click.option(
+    "--context",
+    metavar="FILE",
+    help='Put before every prompt: a text; or .jsonl of {"text": …} documents, or of '
+    '{"prompt": …, "completion": …} examples.',
+)
+@click.option(
+    "--neutral", metavar="TEXT", help="Also score each option after this prompt: 'Answer:', for PMI."
+)
+@click.option(
+    "--template",
+    type=click.Choice(["auto", "chat", "plain"]),
+    default="auto",
+    show_default=True,
+    help="auto: the chat template where an item has messages.",
+)
+@click.option(
+    "--name",
+    metavar="NAME",
+    help="Name of the scorer [default: family.variant, and a part of the context's hash].",
+)
+@click.option(
+    "--batch-tokens",
+    type=int,
+    metavar="N",
+    help="Tokens of questions and options read together [default: 512; 2048 on a GPU].",
+)
+@_spread_options
+@click.option("--parent", metavar="MODEL_ID", help="family/variant this checkpoint was made from.")
+@click.option("--treatment", metavar="NAME", help="What was done to the parent: sft, lora, dpo, …")
+def options_command(root: str, model: str, **options: Any) -> None:
+    """Score the options of items under a model: multiple choice by exact log-probabilities.
+
+    Every token of an option gets its log-probability given the prompt and the option's tokens before it,
+    at temperature 1 with nothing cut off. Options are scored as written, so the space before one is its
+    own: " Paris". The context is read once for all items, a prompt once for its options. A checkpoint is
+    a scorer, family.variant; with a context it is another one, so in-context learning is compared as any
+    other treatment is. Run the same line again to resume.
+
+    The choice is by the largest sum, by the mean over tokens or characters, or by PMI: the sum less the
+    option's sum after the --neutral prompt. option_accuracy shows each beside chance, with a standard
+    error over clusters: items that stand or fall together, such as those about one fact.
+
+    \b
+    Examples:
+      canopy ingest options --store S --model ./base --family llama --variant base \\
+          --task facts --items facts.jsonl --neutral 'Answer:'
+      canopy ingest options --store S --model ./base --family llama --variant base \\
+          --task facts --context documents.txt --neutral 'Answer:'
+      canopy sql "from option_accuracy" --store S
+    """
+    require_ingest()
+    store.place(root)
+    sources.check_model(sources.resolve_model(model))
+    from canopy_store.ingest.options import ingest_options
+
+    with bar("scoring") as progress:
+        name = ingest_options(root, model, progress=progress, **options)
+    part = options["shard"]
+    more = f", part {part}: they are shown once all parts are stored" if part else ""
+    echo(f"{root}: task {options['task']} scored as {name}{more}")
+
+
 @ingest.command("finetune")
 @STORE
 @_model_options

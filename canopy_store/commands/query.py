@@ -19,7 +19,7 @@ from canopy_store import sql, store
 from canopy_store.commands.shared import FORMAT, STORE, echo, print_rows
 from canopy_store.errors import CanopyError, UsageError
 from canopy_store.schema import TABLES
-from canopy_store.sql.horizon import AT_HORIZON
+from canopy_store.sql.horizon import AT_HORIZON, BY_PATTERNS
 
 
 def _listed(title: str, names: Iterable[str]) -> str:
@@ -27,6 +27,11 @@ def _listed(title: str, names: Iterable[str]) -> str:
     return textwrap.fill(f"{title:9}" + ", ".join(names), 98, subsequent_indent=indent)
 
 
+_MACROS = (
+    "vendi_score(eigenvalues, q)",
+    *(f"{name}_at(horizon)" for name in AT_HORIZON),
+    *(f"{name}_by(patterns)" for name in BY_PATTERNS),
+)
 _SQL_HELP = f"""
 Run a DuckDB QUERY over the store's tables and views; nothing else can be read or written.
 
@@ -35,7 +40,7 @@ Without a QUERY, statements are read from standard input; at a terminal a shell 
 \b
 {_listed("Views:", sql.VIEWS)}
 {_listed("Tables:", TABLES)}
-{_listed("Macros:", ("vendi_score(eigenvalues, q)", *(f"{n}_at(horizon)" for n in AT_HORIZON)))}
+{_listed("Macros:", _MACROS)}
          NAME_at(horizon) is NAME as if every rollout had been cut at its first `horizon` tokens.
 
 \b

@@ -15,7 +15,13 @@ from canopy_store.sharing import export, pull, push
 from canopy_store.sharing.merge import merge
 from canopy_store.terminal import printable
 from canopy_store.upkeep.compact import compact
-from canopy_store.upkeep.remove import remove_run, require_run
+from canopy_store.upkeep.remove import (
+    remove_corpus,
+    remove_run,
+    remove_task,
+    require_run,
+    require_stored,
+)
 from canopy_store.upkeep.upgrade import upgrade
 from canopy_store.upkeep.verify import verify
 
@@ -147,6 +153,8 @@ WITHOUT_LOCKS = click.option(
 @click.command("compact")
 @STORE
 @RUNS
+@click.option("--corpus", "corpora", multiple=True, metavar="C", help="Only this corpus; repeatable.")
+@click.option("--task", "tasks", multiple=True, metavar="T", help="Only these items; repeatable.")
 @click.option(
     "--target-mb",
     default=128.0,
@@ -155,7 +163,7 @@ WITHOUT_LOCKS = click.option(
     help="Size up to which shards are joined.",
 )
 @WITHOUT_LOCKS
-def compact_command(root: str, runs: tuple[str, ...], target_mb: float, without_locks: bool) -> None:
+def compact_command(root: str, **options: Any) -> None:
     """Make few shards of many small ones; no value, no order and no view changes.
 
     No other job may use the runs. Stopped at any moment, the same call finishes it.
@@ -167,11 +175,11 @@ def compact_command(root: str, runs: tuple[str, ...], target_mb: float, without_
     """
     with bar("compacting") as progress:
         count = _counter(progress)
-        done = compact(root, runs, target_mb=target_mb, on_run=count, without_locks=without_locks)
+        done = compact(root, on_run=count, **options)
     for run_id, (before, after) in done.items():
         echo(f"{root}: {run_id}: {before} shards are now {after}")
     if not done:
-        echo(f"{root}: nothing to do: no two neighbouring shards fit in {target_mb:g} MB")
+        echo(f"{root}: nothing to do: no two neighbouring shards fit in {options['target_mb']:g} MB")
 
 
 @click.command("rm-run")
@@ -195,6 +203,52 @@ def remove_run_command(runs: tuple[str, ...], root: str, yes: bool, without_lock
     for run_id in runs:
         count = remove_run(root, run_id, without_locks=without_locks)
         echo(f"{root}: {run_id} removed, {count} files")
+
+
+@click.command("rm-corpus")
+@click.argument("corpora", nargs=-1, required=True, metavar="CORPUS...")
+@STORE
+@click.option("--yes", is_flag=True, help="Do not ask.")
+@WITHOUT_LOCKS
+def remove_corpus_command(corpora: tuple[str, ...], root: str, yes: bool, without_locks: bool) -> None:
+    """Remove corpora: their documents, and every scorer's scores of these.
+
+    Stopped half way, the corpus is hidden; the same call finishes it.
+
+    \b
+    Example:
+      canopy rm-corpus news --store S --yes
+    """
+    for corpus in corpora:
+        require_stored(store.require(root), "corpus", corpus)
+    if not yes:
+        click.confirm(printable(f"Remove every file of {', '.join(corpora)}?"), abort=True)
+    for corpus in corpora:
+        count = remove_corpus(root, corpus, without_locks=without_locks)
+        echo(f"{root}: {corpus} removed, {count} files")
+
+
+@click.command("rm-task")
+@click.argument("tasks", nargs=-1, required=True, metavar="TASK...")
+@STORE
+@click.option("--yes", is_flag=True, help="Do not ask.")
+@WITHOUT_LOCKS
+def remove_task_command(tasks: tuple[str, ...], root: str, yes: bool, without_locks: bool) -> None:
+    """Remove the items of tasks, and every scorer's scores of their options; runs of a task stay.
+
+    Stopped half way, the items are hidden; the same call finishes it.
+
+    \b
+    Example:
+      canopy rm-task facts --store S --yes
+    """
+    for task in tasks:
+        require_stored(store.require(root), "task", task)
+    if not yes:
+        click.confirm(printable(f"Remove every file of {', '.join(tasks)}?"), abort=True)
+    for task in tasks:
+        count = remove_task(root, task, without_locks=without_locks)
+        echo(f"{root}: {task} removed, {count} files")
 
 
 @click.command("upgrade")

@@ -10,7 +10,7 @@ import polars as pl
 
 from canopy_store import store
 from canopy_store.errors import ConflictError, differences
-from canopy_store.schema import TABLES, file_columns
+from canopy_store.schema import REGISTERS, TABLES, file_columns
 from canopy_store.sharing.untrusted import Source
 from canopy_store.store import Record
 
@@ -33,7 +33,8 @@ def check_conflicts(source: Source, root: Path) -> None:
     _check_names(source, root, stored)
     for record in source.records:
         _check_plan(source, root, record)
-    _check_models(source, root, stored)
+    for table in REGISTERS:
+        _check_register(source, root, stored, table)
     _check_prompts(source, root, stored)
     for records in source.subjects.values() if stored else ():
         check_subject(source, root, records)
@@ -79,13 +80,17 @@ def _check_plan(source: Source, root: Path, record: Record) -> None:
         _same(f"{kind} {store.unquoted(name)}", *both)
 
 
-def _check_models(source: Source, root: Path, stored: Iterable[Record]) -> None:
-    here = {row["model_id"]: row for row in _rows(root, stored, "models")}
-    for row in _rows(source.folder, source.models, "models"):
-        # what the source does not say is in no conflict; where it was loaded from may differ
-        said = {key: value for key, value in row.items() if value is not None and key != "source"}
-        known = here.get(row["model_id"], said)
-        _same(f"model {row['model_id']}", {key: known[key] for key in said}, said)
+def _check_register(source: Source, root: Path, stored: Iterable[Record], table: str) -> None:
+    """Raises ConflictError for a checkpoint, or a scorer, that is another one here."""
+    (key,) = TABLES[table].keys
+    may_lack = {column.name for column in TABLES[table].columns if not column.required}
+    here = {row[key]: row for row in _rows(root, stored, table)}
+    for row in _rows(source.folder, source.registered, table):
+        # what the source does not say of a model is in no conflict; where it was loaded from may differ
+        left = may_lack & {name for name in row if row[name] is None} if table == "models" else set()
+        said = {name: value for name, value in row.items() if name not in left | {"source"}}
+        known = here.get(row[key], said)
+        _same(f"{table.removesuffix('s')} {row[key]}", {name: known[name] for name in said}, said)
 
 
 def _rows(root: Path, records: Iterable[Record], table: str) -> list[dict[str, Any]]:
@@ -155,7 +160,7 @@ def _check_unfinished(root: Path, records: list[Record], key: str, subject: str)
     for path in store.uncommitted(root, subject, key):
         name = path.relative_to(root).as_posix()
         if name not in said or not stored_as(path, said[name]):
-            remove = ", or remove it: canopy rm-run" if key == "run" else ""
+            remove = f", or remove it: canopy rm-{key}" if key in ("run", "corpus", "task") else ""
             raise ConflictError(f"{path}: its {key} is begun here and not complete; finish it{remove}")
 
 

@@ -27,7 +27,7 @@ import duckdb
 
 from canopy_store import sql, store
 from canopy_store.errors import DataError, StoreError, UsageError
-from canopy_store.schema import TABLES
+from canopy_store.schema import REGISTERS, TABLES
 from canopy_store.sharing.dataset_card import describe
 from canopy_store.sharing.merge import merge_source
 from canopy_store.sharing.untrusted import check_source, checked_source, require_sound
@@ -115,7 +115,7 @@ def _chosen(root: Path, where: str | None) -> list[dict[str, Any]]:
         except (duckdb.Error, UsageError) as error:
             said = sql.explain(error) if isinstance(error, duckdb.Error) else error
             raise UsageError(f"--where {where}: {said}") from None
-    others = where is None and any(record.kind != "models" for record in store.records(root))
+    others = where is None and any(record.kind not in REGISTERS for record in store.records(root))
     if chosen.is_empty() and not others:
         raise DataError(f"{root}: no complete run" + (f" where {where}" if where else " to export"))
     return chosen.to_dicts()
@@ -162,7 +162,7 @@ def _fill(
     every = store.records(root)
     of: dict[tuple[str, str], list[Record]] = {("run", run["run_id"]): [] for run in runs}
     for record in every:
-        if others and record.kind != "models" and record.run is None:
+        if others and record.kind not in REGISTERS and record.run is None:
             of.setdefault(record.subject, [])
         if record.subject in of:
             of[record.subject].append(record)
@@ -174,15 +174,30 @@ def _fill(
                 if now is None:
                     raise DataError(f"{root}: {key} {name} was removed meanwhile; run it again")
                 _copy_record(root, out, now, tables, text)
+    taken = [record for records in of.values() for record in records]
+    needed = {run["model_id"] for run in runs} | _copy_scorers(root, out, taken, every, tables, text)
     checkpoints = {"/".join(r.keys.values()): r for r in every if r.kind == "models"}
     parents = {row["model_id"]: row["parent_id"] for _, row in store.table_rows(root, "models")}
-    needed = {run["model_id"] for run in runs}
     while needed:
         model_id = needed.pop()
         model = checkpoints.pop(model_id, None)
         if model is not None:
             _copy_record(root, out, model, tables, text)
             needed |= {parents[model_id]} - {None}  # ancestors, as far as they are known
+
+
+def _copy_scorers(
+    root: Path, out: Path, taken: list[Record], every: list[Record], tables: set[str], text: bool
+) -> set[str]:
+    """The ids of the checkpoints of the scorers that these records refer to, which are copied."""
+    named = {r.keys["scorer_id"] for r in taken if "scorers" in TABLES[r.kind].refers}
+    needed = set()
+    for record in every:
+        if record.kind == "scorers" and record.keys["scorer_id"] in named:
+            _copy_record(root, out, record, tables, text)
+            for name in record.of("scorers"):
+                needed.update(store.read_rows(root / name, ["model_id"])["model_id"].to_pylist())
+    return needed
 
 
 def _copy_record(root: Path, out: Path, record: Record, tables: set[str], text: bool) -> None:

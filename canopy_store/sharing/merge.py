@@ -91,8 +91,8 @@ def merge_source(
     """
     check_conflicts(source, store.locate(root))
     root = store.init(root)
-    for model in source.models:
-        _take(source, root, model, None)
+    for record in source.registered:
+        _take(source, root, record, None)
     for done, ((key, name), records) in enumerate(source.subjects.items(), 1):
         # ours alone, for what is there may be replaced; theirs shared with its other readers
         held = store.holding(source.folder, name, key=key) if source.live else nullcontext()
@@ -223,7 +223,8 @@ def _pairs(rows: pa.Table, *names: str) -> list[tuple[Any, ...]]:
 
 def _sweep(root: Path, files: Files) -> None:
     """Removes what stands under a record's keys and is not of it: replaced, or left by a stopped job."""
-    shards = [name for name in files if "run" in TABLES[name.partition("/")[0]].partitions]
+    numbered = {t for t, each in TABLES.items() if each.commit or "run" in each.partitions}
+    shards = [name for name in files if name.partition("/")[0] in numbered]
     for folder, ending in {(Path(name).parent, _ending(name)) for name in shards}:
         for path in store.matching(root / folder, f"part-*.{ending}"):
             if _ending(path.name) == ending and path.relative_to(root).as_posix() not in files:

@@ -97,12 +97,18 @@ def text_bytes(path: Path, metadata: pq.FileMetaData) -> int:
 
     Read as a dictionary and places in it, so that they are counted without being written out.
     """
-    texts = [f.name for f in metadata.schema.to_arrow_schema() if pa.types.is_string(f.type)]
-    file = pq.ParquetFile(path, read_dictionary=texts)
+    schema = metadata.schema.to_arrow_schema()
+    texts = [f.name for f in schema if pa.types.is_string(f.type)]
+    lists = [
+        f.name for f in schema if pa.types.is_list(f.type) and pa.types.is_string(f.type.value_type)
+    ]
+    leaves = [*texts, *(f"{name}.list.element" for name in lists)]
+    file = pq.ParquetFile(path, read_dictionary=leaves)
     found = 0
-    for at in range(metadata.num_row_groups if texts else 0):
-        for column in file.read_row_group(at, columns=texts).columns:
-            for chunk in column.chunks:
+    for at in range(metadata.num_row_groups if leaves else 0):
+        for column in file.read_row_group(at, columns=leaves).columns:
+            for each in column.chunks:
+                chunk = each.flatten() if pa.types.is_list(each.type) else each
                 lengths = pc.binary_length(chunk.dictionary).take(chunk.indices)
                 found += pc.sum(lengths.cast(pa.int64())).as_py() or 0
     return found

@@ -20,7 +20,7 @@ import polars as pl
 
 from canopy_store import store
 from canopy_store.errors import CanopyError, DataError, UsageError
-from canopy_store.schema import TABLES
+from canopy_store.schema import REGISTERS, TABLES
 from canopy_store.sharing.page_sizes import column_bytes, text_bytes
 from canopy_store.store import Record, format1
 from canopy_store.upkeep.verify import MANIFEST, read_manifest, verify
@@ -58,14 +58,14 @@ class Source:
         """All records of each run, or of what else jobs are over, by key and name, in order."""
         subjects: dict[tuple[str, str], list[Record]] = {}
         for record in self.records:
-            if record.kind != "models":
+            if record.kind not in REGISTERS:
                 subjects.setdefault(record.subject, []).append(record)
         return dict(sorted(subjects.items()))
 
     @property
-    def models(self) -> list[Record]:
-        """The records of its checkpoints."""
-        return [record for record in self.records if record.kind == "models"]
+    def registered(self) -> list[Record]:
+        """The records of what the others refer to, checkpoints and scorers, in the order of need."""
+        return [record for kind in REGISTERS for record in self.records if record.kind == kind]
 
     def plan(self, record: Record) -> Path | None:
         """The plan of a record's job, relative to the folder; None where it has none."""
@@ -251,8 +251,8 @@ def _check_records(folder: Path, entries: Mapping[str, Mapping[str, Any]]) -> No
 
 
 def _check_rows_of_one(path: Path, record: Record) -> None:
-    """Raises DataError for a checkpoint or a run without the one row that says what it is."""
-    table = {"models": "models", "rollouts": "runs"}.get(record.kind)
+    """Raises DataError for a checkpoint, scorer or run without the one row that says what it is."""
+    table = {**{kind: kind for kind in REGISTERS}, "rollouts": "runs"}.get(record.kind)
     if table is not None and [record.files[name]["rows"] for name in record.of(table)] != [1]:
         raise DataError(f"{path}: needs one file of {table} with one row; take it from a copy")
 

@@ -380,9 +380,9 @@ def remove_unnamed(root: Path, candidates: Iterable[str]) -> int:
     left = set(candidates)
     runs = {(path_keys(name.partition("/")[0], name) or {}).get("run", "") for name in left}
     for record_name in _listed(root):
-        # a file of a run is named by that run's records alone; of a prompts file, any may be
-        _, key, value = _place(record_name)
-        if left and ("" in runs or (key == "run" and value in runs)):
+        # a file of a run, and of work, is named by records of its name; of a prompts file, any may be
+        _, _, value = _place(record_name)
+        if left and ("" in runs or value in runs):
             left -= read_record(root, root / record_name).files.keys()
             runs = {(path_keys(name.partition("/")[0], name) or {}).get("run", "") for name in left}
     count = 0
@@ -423,7 +423,17 @@ def uncommitted(root: Path, value: str, key: str = "run") -> list[Path]:
             stars = "*/" * (len(definition.partitions) - 1)
             with reaching(root):
                 paths += (root / table).glob(f"{stars}{last}/*.parquet")
-    return sorted(path for path in paths if path.relative_to(root).as_posix() not in named)
+    if key != "run":  # work has one key for whatever jobs are over
+        with reaching(root):
+            paths += (root / "work").glob(f"*/*/{glob.escape(f'run={quoted(value)}')}/*.parquet")
+    unnamed = (path for path in paths if path.relative_to(root).as_posix() not in named)
+    return sorted(path for path in unnamed if _is_over(path.relative_to(root).as_posix(), key))
+
+
+def _is_over(name: str, key: str) -> bool:
+    """Whether a file is of what jobs with this last key are over: of work, its kind of job tells."""
+    kind = (path_keys("work", name) or {}).get("kind")
+    return kind not in TABLES or TABLES[kind].commit[-1:] == (key,)
 
 
 def check_folders(root: Path, writing: bool = False) -> list[str]:

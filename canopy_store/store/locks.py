@@ -86,9 +86,10 @@ def selecting(root: Path, run_id: str) -> AbstractContextManager[None]:
     return waiting(root, _SELECTING.format(quoted(run_id)))
 
 
-def lock_paths(root: Path, run_id: str) -> list[Path]:
-    """The files of a run's locks, which go with the run."""
-    return [lock_path(root, run_id), root / ".work" / f"{_SELECTING.format(quoted(run_id))}.lock"]
+def lock_paths(root: Path, run_id: str, key: str = "run") -> list[Path]:
+    """The files of the locks of a run, or of what else ``key`` says, which go with it."""
+    selecting = root / ".work" / f"{_SELECTING.format(quoted(run_id))}.lock"
+    return [lock_path(root, run_id, key), *([selecting] if key == "run" else [])]
 
 
 def lock_path(root: Path, run_id: str, key: str = "run") -> Path:

@@ -8,14 +8,14 @@ their rows or finds a file gone, which is an error, and can never read rows twic
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pyarrow as pa
 
 from canopy_store import sql, store
-from canopy_store.errors import CanopyError, DataError, UsageError
+from canopy_store.errors import CanopyError, DataError, StoreError, UsageError
 from canopy_store.schema import TABLES
 from canopy_store.upkeep.originals import read_intact, require_own
 
@@ -33,17 +33,24 @@ _WHOLE = {name for name, table in TABLES.items() if not table.commit and not tab
 Place = tuple[str, str]
 # The shards of each place that are to become one, in order.
 Groups = dict[Place, list[list[str]]]
+# What shards are of: ("run", its name), or another key and name that jobs are over.
+Subject = tuple[str, str]
 
 
 def compact(
     root: str | Path,
     runs: Iterable[str] = (),
     *,
+    corpora: Iterable[str] = (),
+    tasks: Iterable[str] = (),
     target_mb: float = 128,
     on_run: Callable[[int, int], None] | None = None,
     without_locks: bool = False,
 ) -> dict[str, tuple[int, int]]:
-    """The number of shards of rollouts before and after, of each run whose small shards were made few.
+    """The number of shards before and after, of each run, corpus or task whose small ones were joined.
+
+    Counted are those of rollouts, under the run's name, of documents, under ``corpus NAME``, and of
+    items, under ``task NAME``.
 
     Rows keep their values and their order; every view is the same to the last bit. A call that was
     stopped, at any moment, is finished by repeating it.
@@ -51,7 +58,8 @@ def compact(
     Parameters
     ----------
     root : path of the store
-    runs : run ids; by default every complete run
+    runs, corpora, tasks : run ids, names of corpora, and of tasks of items; where none of the three is
+        named, all that is complete
     target_mb : size up to which shards are joined, in 2**20 bytes: those of rollouts, and those of each
         thing that was made of them
     on_run : called with (runs done, runs in all)
@@ -69,16 +77,17 @@ def compact(
     if not target_mb > 0:
         raise UsageError(f"--target-mb {target_mb}: needs more than 0")
     root = require_own(store.writable(root), " and compact there")
-    chosen = [run["run_id"] for run in store.complete_runs(root, runs)]
+    chosen = _chosen(root, runs, {"corpus": corpora, "task": tasks})
     target = int(target_mb * (1 << 20))
-    for run_id in chosen:  # refusals first, before any work
-        _look(root, run_id, target)
+    for subject in chosen:  # refusals first, before any work
+        _look(root, subject, target)
     done: dict[str, tuple[int, int]] = {}
     old = _Old(root, without_locks)
     try:
-        for at, run_id in enumerate(chosen, 1):
-            with store.holding(root, run_id, exclusive=True, without_locks=without_locks):
-                _compact(root, run_id, target, old, done)
+        for at, subject in enumerate(chosen, 1):
+            key, name = subject
+            with store.holding(root, name, key=key, exclusive=True, without_locks=without_locks):
+                _compact(root, subject, target, old, done)
             if on_run:
                 on_run(at, len(chosen))
             if old.size > _MAY_WAIT:
@@ -90,16 +99,34 @@ def compact(
     return done
 
 
-def _compact(root: Path, run_id: str, target: int, old: _Old, done: dict[str, tuple[int, int]]) -> None:
+def _chosen(root: Path, runs: Iterable[str], others: Mapping[str, Iterable[str]]) -> list[Subject]:
+    """What is to be compacted: what is named, else all runs, and all else that jobs are over."""
+    runs = list(runs)
+    named = [(key, name) for key, names in others.items() for name in names]
+    trunks = {table.parent for table in TABLES.values() if table.parent} - {"rollouts"}
+    stored = [record.subject for kind in sorted(trunks) for record in store.records(root, kind)]
+    for key, name in named:
+        if (key, name) not in stored:
+            raise StoreError(f"--{key} {name}: no {key} of this name; see: canopy status")
+    chosen = []
+    if runs or not named:
+        chosen = [("run", run["run_id"]) for run in store.complete_runs(root, runs)]
+    return chosen + (named if runs or named else stored)
+
+
+def _compact(
+    root: Path, subject: Subject, target: int, old: _Old, done: dict[str, tuple[int, int]]
+) -> None:
     """Replaces a run's records, one after the other; adds to what is old and to what is done."""
-    look = _look(root, run_id, target)
+    look = _look(root, subject, target)
     if look.unread:
         store.remove_unnamed(root, look.unread)
     for record, groups in look.records:
         now = _join(root, record, groups) if groups else record
-        if groups and record.kind == "rollouts":
-            done[run_id] = len(record.of("rollouts")), len(now.of("rollouts"))
-        old.add(run_id, now, record, look.stale)
+        if groups and TABLES[record.kind].parent is None:
+            name = subject[1] if subject[0] == "run" else " ".join(subject)
+            done[name] = len(record.of(record.kind)), len(now.of(record.kind))
+        old.add(subject, now, record, look.stale)
 
 
 # ---------------------------------------------------------------- what there is to do
@@ -121,30 +148,35 @@ class _Look:
     stale: list[str] = field(default_factory=list)
 
 
-def _look(root: Path, run_id: str, target: int) -> _Look:
-    """What there is to do with a run.
+def _look(root: Path, subject: Subject, target: int) -> _Look:
+    """What there is to do with a run, or with what else jobs are over.
 
     Raises
     ------
     DataError
         A job has done some of the shards that are to be joined: the others would get other numbers.
     """
-    records = store.records(root, run=run_id)  # rollouts last
+    key, name = subject
+    # what the others are made of comes last
+    records = sorted(
+        store.records(root, **{key: name}), key=lambda record: TABLES[record.kind].parent is None
+    )
     look = _Look([(record, _groups(record, target)) for record in records])
-    owners = {_place(name): record for record in records for name in record.files}
+    owners = {_place(file): record for record in records for file in record.files}
     begun: dict[Place, set[int]] = {}
-    for path in store.uncommitted(root, run_id):
-        name = path.relative_to(root).as_posix()
-        owner = owners.get(_place(name))
+    for path in store.uncommitted(root, name, key):
+        file = path.relative_to(root).as_posix()
+        owner = owners.get(_place(file))
         if owner is None:
-            if _table(name) in _BY_SHARD:
-                begun.setdefault(_place(name), set()).add(store.shard_number(path))
+            if _table(file) in _BY_SHARD:
+                begun.setdefault(_place(file), set()).add(store.shard_number(path))
         elif all(store.exists(root / each) for each in owner.files):  # no job is making lost ones again
             unread = store.shard_number(path) >= store.fresh_number(owner)
-            (look.unread if unread else look.stale).append(name)
+            (look.unread if unread else look.stale).append(file)
     for record, groups in look.records:
         if record.kind == "rollouts":
             _refuse_miscounted(root, record)
+        if TABLES[record.kind].parent is None:
             _refuse_begun(record, groups, begun)
     return look
 
@@ -159,13 +191,13 @@ def _refuse_miscounted(root: Path, rollouts: store.Record) -> None:
         )
 
 
-def _refuse_begun(rollouts: store.Record, groups: Groups, begun: dict[Place, set[int]]) -> None:
+def _refuse_begun(trunk: store.Record, groups: Groups, begun: dict[Place, set[int]]) -> None:
     joined = {store.shard_number(Path(n)) for several in groups.values() for g in several for n in g}
     for (where, _), numbers in begun.items():
         if numbers & joined:
             raise DataError(
-                f"run {rollouts.run}: {where} has {len(numbers)} of {len(rollouts.of('rollouts'))} "
-                "shards; finish its ingest, or compact other runs with --run"
+                f"{' '.join(trunk.subject)}: {where} has {len(numbers)} of {len(trunk.of(trunk.kind))} "
+                f"shards; finish its ingest, or compact others with --{trunk.subject[0]}"
             )
 
 
@@ -252,14 +284,14 @@ class _Old:
     root: Path
     without_locks: bool
     size: int = 0
-    waiting: dict[str, list[tuple[store.Record, list[str]]]] = field(default_factory=dict)
+    waiting: dict[Subject, list[tuple[store.Record, list[str]]]] = field(default_factory=dict)
 
-    def add(self, run_id: str, now: store.Record, before: store.Record, stale: list[str]) -> None:
+    def add(self, subject: Subject, now: store.Record, before: store.Record, stale: list[str]) -> None:
         """Notes the files that ``now`` replaces, and those left by a call that was stopped."""
         places = {_place(name) for name in before.files}
         gone = [*(before.files.keys() - now.files.keys()), *(n for n in stale if _place(n) in places)]
         if gone:
-            self.waiting.setdefault(run_id, []).append((now, gone))
+            self.waiting.setdefault(subject, []).append((now, gone))
             self.size += sum(before.files[name]["bytes"] for name in gone if name in before.files)
 
     def remove(self) -> None:
@@ -268,9 +300,10 @@ class _Old:
             return
         sql.write_database(self.root)  # its views must list no file that goes now
         time.sleep(_GRACE)
-        for run_id, replaced in self.waiting.items():
+        for (key, name), replaced in self.waiting.items():
+            locks = self.without_locks
             try:
-                with store.holding(self.root, run_id, exclusive=True, without_locks=self.without_locks):
+                with store.holding(self.root, name, key=key, exclusive=True, without_locks=locks):
                     for record, names in replaced:
                         if store.record(self.root, record.kind, **record.keys) == record:
                             store.remove_unnamed(self.root, names)

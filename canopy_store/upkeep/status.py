@@ -72,21 +72,61 @@ def made_of_runs(root: str | Path) -> pl.DataFrame:
     ``runs`` counts the complete runs that it has done, whole; ``complete`` all of them. One that was
     begun and has done none is there with 0.
     """
+    return _made_of(root, "rollouts")
+
+
+def made_of_documents(root: str | Path) -> pl.DataFrame:
+    """As `made_of_runs`, one row per scorer of documents: ``runs`` and ``complete`` count corpora."""
+    return _made_of(root, "documents")
+
+
+def made_of_items(root: str | Path) -> pl.DataFrame:
+    """As `made_of_runs`, one row per scorer of options: ``runs`` and ``complete`` count tasks."""
+    return _made_of(root, "items")
+
+
+def _made_of(root: str | Path, parent: str) -> pl.DataFrame:
     root = store.snapshot(store.require(root))
-    runs = {record.run for record in store.records(root, "rollouts")}
-    done: dict[tuple[str, str], set[str | None]] = {}
+    runs = {record.subject[1] for record in store.records(root, parent)}
+    done: dict[tuple[str, str], set[str]] = {}
     of_kind: dict[str, str] = {}
     for table in TABLES.values():
-        if table.plan is not None and table.parent == "rollouts":
+        if table.plan is not None and table.parent == parent:
             of_kind.setdefault(table.plan, table.name)  # spectra are their embedder's
     for kind, table_name in of_kind.items():
         for name, _ in store.plans(root, kind):
             done[kind, name] = set()
         for record in store.records(root, table_name):
             name = record.keys[TABLES[table_name].partitions[0]]
-            done.setdefault((kind, name), set()).add(record.run)
+            done.setdefault((kind, name), set()).add(record.subject[1])
     rows = [(kind, name, len(of & runs), len(runs)) for (kind, name), of in sorted(done.items())]
     columns = {"kind": pl.String, "name": pl.String, "runs": pl.Int64, "complete": pl.Int64}
+    return pl.DataFrame(rows, schema=columns, orient="row")
+
+
+def corpora(root: str | Path) -> pl.DataFrame:
+    """One row per corpus: its name, documents, bytes on disk, those of scores of it included."""
+    root = store.snapshot(store.require(root))
+    rows = []
+    for record in store.records(root, "documents"):
+        (corpus,) = record.keys.values()
+        of_it = store.records(root, corpus=corpus)
+        size = sum(said["bytes"] for each in of_it for said in each.files.values())
+        documents = sum(record.files[name]["rows"] for name in record.of("documents"))
+        rows.append((corpus, documents, size))
+    columns = {"corpus": pl.String, "documents": pl.Int64, "bytes": pl.Int64}
+    return pl.DataFrame(rows, schema=columns, orient="row")
+
+
+def tasks(root: str | Path) -> pl.DataFrame:
+    """One row per task of items: its name, items, bytes on disk, those of scores of them included."""
+    root = store.snapshot(store.require(root))
+    rows = []
+    for record in store.records(root, "items"):
+        of_it = [record, *(each for each in store.records(root, "option_scores", **record.keys))]
+        size = sum(said["bytes"] for each in of_it for said in each.files.values())
+        rows.append((record.keys["task"], record.settings.get("n_items"), size))
+    columns = {"task": pl.String, "items": pl.Int64, "bytes": pl.Int64}
     return pl.DataFrame(rows, schema=columns, orient="row")
 
 

@@ -16,8 +16,8 @@ import polars as pl
 
 from canopy_store import sql, store
 from canopy_store.errors import CanopyError, DataError
-from canopy_store.schema import TABLES
-from canopy_store.sql.horizon import AT_HORIZON
+from canopy_store.schema import REGISTERS, TABLES
+from canopy_store.sql.horizon import AT_HORIZON, BY_PATTERNS
 from canopy_store.upkeep.manifest import MANIFEST, manifest_problem, read_manifest
 from canopy_store.upkeep.verify_files import File, standing
 from canopy_store.upkeep.verify_records import (
@@ -96,9 +96,10 @@ def _verify(report: Report, database: bool) -> None:
     _check_work_folder(report)
     # small tables whole, then one run after another: memory is bounded by the largest run
     of_runs = {name: settings for (kind, name), settings in plans.items() if kind == "run"}
-    others = Others(
-        _check_models(report, small["models"]), _check_prompts(report, small["prompts"]), of_runs
-    )
+    models = _check_models(report, small["models"])
+    prompts = _check_prompts(report, small["prompts"])
+    scorers = _check_scorers(report, small.get("scorers", []), models)
+    others = Others(models, scorers, prompts, of_runs)
     for subject in sorted(runs):
         check = check_run if subject[0] == "run" else check_tables
         check(report, runs.pop(subject), others)
@@ -107,16 +108,16 @@ def _verify(report: Report, database: bool) -> None:
 def _sorted_out(
     report: Report, records: Iterable[store.Record]
 ) -> tuple[dict[str, list[File]], dict[tuple[str, str], Run]]:
-    """The files of models and prompts, and the runs with theirs, by the subject of their records.
+    """The files of registers and prompts, and the runs with theirs, by the subject of their records.
 
     Or what else jobs are over: a task of items, a corpus.
     """
-    small: dict[str, dict[str, File]] = {"models": {}, "prompts": {}}
+    small: dict[str, dict[str, File]] = {table: {} for table in (*REGISTERS, "prompts")}
     runs: dict[tuple[str, str], Run] = {}
     for record in records:
         where = place_of(report, record)
         files = list(named_files(report, record))
-        if record.kind != "models":
+        if record.kind not in REGISTERS:
             run = runs.setdefault(record.subject, Run(record.subject[1], where))
             if record.kind == "rollouts":
                 run.record, run.settings = where, record.settings
@@ -178,7 +179,7 @@ def _check_database(report: Report) -> None:
     except (CanopyError, duckdb.Error, RuntimeError, UnicodeDecodeError) as error:
         report.add(path, "", f"cannot be opened: {short(error, path)[:100]}", todo)
         return
-    macros = {f"{name}_at" for name in AT_HORIZON}
+    macros = {f"{name}_at" for name in AT_HORIZON} | {f"{name}_by" for name in BY_PATTERNS}
     missing = sorted({*TABLES, *sql.VIEWS, *macros} - {name for (name,) in views})
     if missing:  # of another version: this package's own queries never read it
         report.add(path, "", f"lacks the views {', '.join(missing)}", todo, harmless=True)
@@ -196,7 +197,7 @@ def _check_work_folder(report: Report) -> None:
             report.add(path, "", what, "remove the folder when no job runs", harmless=True)
 
 
-# ---------------------------------------------------------------- models and prompts
+# ---------------------------------------------------------------- models, scorers and prompts
 
 
 def _check_models(report: Report, files: Iterable[File]) -> frozenset[str]:
@@ -216,6 +217,18 @@ def _check_models(report: Report, files: Iterable[File]) -> frozenset[str]:
             what = f"holds {row['model_id']}, which its name does not say"
             report.add(row["file"], "models", what, AGAIN)
     return frozenset(models["model_id"])
+
+
+def _check_scorers(report: Report, files: Iterable[File], models: frozenset[str]) -> frozenset[str]:
+    """The ids of the scorers stored; reports those that are there twice, or of a model that is not."""
+    scorers = read_frame(report, files, None)
+    if scorers.is_empty():
+        return frozenset()
+    for row in scorers.filter(pl.col("scorer_id").is_duplicated()).iter_rows(named=True):
+        report.add(row["file"], "scorers", f"scorer {row['scorer_id']} is there twice", AGAIN)
+    for row in scorers.filter(~pl.col("model_id").is_in(list(models))).iter_rows(named=True):
+        report.add(row["file"], "scorers", f"model {row['model_id']} is not in models", AGAIN)
+    return frozenset(scorers["scorer_id"])
 
 
 def _check_prompts(report: Report, files: Iterable[File]) -> pl.DataFrame:

@@ -57,8 +57,8 @@ def read_records(report: Report) -> tuple[list[store.Record], list[store.Record]
         orphans.append(record)
         what = f"of {key} {value}, which is not complete; no view shows it"
         todo = f"finish the ingest of {key} {value}"
-        if key == "run":
-            todo += f", or remove the run again: canopy rm-run {shlex.quote(value)}"
+        if key in ("run", "corpus", "task"):
+            todo += f", or remove the {key} again: canopy rm-{key} {shlex.quote(value)}"
             todo += f" --store {report.root}"
         report.add(path, record.kind, what, todo, harmless=True)
     return shown, orphans

@@ -21,6 +21,7 @@ SPECTRUM = 1e-9  # what summing in another order may change in a spectrum
 _SUM = 1e-10  # relative: the same of a sum
 _ABOVE = 1e-4  # nats: what float32 may leave above log |support|
 _UNIT = 1e-5
+_NAMING = ("prompt_id", "document_id", "item_id", "option", "sample")  # columns that say which row it is
 
 
 def problems(table: str, rows: pa.Table, run: Mapping[str, Any] | None) -> Iterator[str]:
@@ -40,8 +41,9 @@ def _support(run: Mapping[str, Any] | None) -> float:
 def _rows_at(rows: pa.Table, wrong: np.ndarray) -> str:
     """Says how many rows are wrong, and which is the first."""
     first = int(wrong[0])
-    sample = f" sample {rows['sample'][first]}" if "sample" in rows.column_names else ""
-    return f"in {len(wrong)} rows, first prompt {rows['prompt_id'][first]}{sample}"
+    named = [name for name in _NAMING if name in rows.column_names]
+    which = " ".join(f"{name.removesuffix('_id')} {rows[name][first]}" for name in named)
+    return f"in {len(wrong)} rows, first {which}"
 
 
 def _flat(column: pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -136,6 +138,82 @@ def _step_problems(rows: pa.Table, wanted: np.ndarray, support: float, own: bool
             yield f"{column} is not the sum over {name} {_rows_at(rows, wrong)}"
 
 
+def _document_problems(rows: pa.Table, run: Mapping[str, Any] | None) -> Iterator[str]:
+    """What is wrong in scores of documents: lengths, bounds (nats), sums, and token strings."""
+    wanted = rows["n_tokens"].to_numpy()
+    for name, total, good, rule in (
+        ("logprob", "logprob_sum", lambda s: s <= 0, "above 0"),
+        ("entropy", "entropy_sum", lambda h: np.isfinite(h) & (h >= 0), "below 0, or not finite"),
+    ):
+        values, lengths, starts = _flat(rows[name])
+        wrong = np.flatnonzero(lengths != wanted)
+        if len(wrong):
+            yield f"{name} is not as long as n_tokens {_rows_at(rows, wrong)}"
+        at = np.flatnonzero(~good(values))
+        if len(at):
+            owners = np.unique(np.searchsorted(starts, at, side="right") - 1)
+            yield f"{name} {rule} {_rows_at(rows, owners)}"
+            continue
+        summed = _sums(values, lengths, starts)
+        stored = rows[total].to_numpy().astype(np.float64)
+        wrong = np.flatnonzero(~np.isclose(stored, summed, rtol=_SUM, atol=_SUM))
+        if len(wrong):
+            yield f"{total} is not the sum over {name} {_rows_at(rows, wrong)}"
+    yield from _token_problems(rows, wanted)
+
+
+def _item_problems(rows: pa.Table, run: Mapping[str, Any] | None) -> Iterator[str]:
+    wrong = np.flatnonzero((rows["n_chars"].to_numpy() < 0) | (rows["option"].to_numpy() < 0))
+    if len(wrong):
+        yield f"n_chars or option below 0 {_rows_at(rows, wrong)}"
+
+
+def _option_problems(rows: pa.Table, run: Mapping[str, Any] | None) -> Iterator[str]:
+    """What is wrong in scores of options: lengths, bounds (nats), sums."""
+    counts = rows["n_tokens"].combine_chunks().fill_null(-1).to_numpy(zero_copy_only=False)
+    values, lengths, starts = _flat(rows["logprob"])
+    wrong = np.flatnonzero((counts != lengths) & (lengths >= 0) | (counts == 0))
+    if len(wrong):
+        yield f"logprob is not as long as n_tokens, or of no token {_rows_at(rows, wrong)}"
+    at = np.flatnonzero(~(values <= 0))
+    if len(at):
+        owners = np.unique(np.searchsorted(starts, at, side="right") - 1)
+        yield f"logprob above 0, or missing {_rows_at(rows, owners)}"
+    else:
+        stored = rows["logprob_sum"].to_numpy().astype(np.float64)
+        same = np.isclose(stored, _sums(values, lengths, starts), rtol=_SUM, atol=_SUM)
+        wrong = np.flatnonzero(~same & (lengths >= 0))
+        if len(wrong):
+            yield f"logprob_sum is not the sum over logprob {_rows_at(rows, wrong)}"
+    for name in ("logprob_sum", "neutral_sum"):
+        sums = rows[name].to_numpy(zero_copy_only=False).astype(np.float64)
+        wrong = np.flatnonzero(~(sums <= 0) & rows[name].is_valid().to_numpy())
+        if len(wrong):
+            yield f"{name} above 0 {_rows_at(rows, wrong)}"
+
+
+def _token_problems(rows: pa.Table, wanted: np.ndarray) -> Iterator[str]:
+    """What is wrong in the tokens of documents, where they were not left out."""
+    for name in ("token_ids", "tokens"):
+        lengths = rows[name].combine_chunks().value_lengths().fill_null(-1)
+        lengths = lengths.to_numpy(zero_copy_only=False)
+        wrong = np.flatnonzero((lengths >= 0) & ((lengths < wanted) | (lengths > wanted + 1)))
+        if len(wrong):
+            yield f"{name} are not n_tokens, or one more {_rows_at(rows, wrong)}"
+            return
+    texts, sizes = rows["tokens"].to_pylist(), rows["n_bytes"].to_pylist()
+    wrong = np.array(
+        [
+            row
+            for row, tokens in enumerate(texts)
+            if tokens is not None
+            and len("".join(tokens[len(tokens) - wanted[row] :]).encode()) != sizes[row]
+        ]
+    )
+    if len(wrong):
+        yield f"the scored tokens' text has not n_bytes bytes {_rows_at(rows, wrong)}"
+
+
 def _embedding_problems(rows: pa.Table, run: Mapping[str, Any] | None) -> Iterator[str]:
     lists = rows["embedding"].combine_chunks()
     if not pa.types.is_fixed_size_list(lists.type):
@@ -203,4 +281,7 @@ CHECKS: dict[str, Callable[[pa.Table, Mapping[str, Any] | None], Iterator[str]]]
     "spectra": _spectrum_problems,
     "rewards": _reward_problems,
     "grades": _grade_problems,
+    "document_scores": _document_problems,
+    "items": _item_problems,
+    "option_scores": _option_problems,
 }

@@ -26,9 +26,10 @@ _SELECT = f"{COPY}, or remove its record and make the selection again"
 
 @dataclass(frozen=True)
 class Others:
-    """What runs refer to: the models that are stored, the prompts, and the settings of runs planned."""
+    """What runs and scores refer to: models, scorers and prompts, and the settings of runs planned."""
 
     models: frozenset[str]
+    scorers: frozenset[str]
     prompts: pl.DataFrame  # task, prompt_id
     plans: Mapping[str, Mapping[str, Any]]
 
@@ -73,6 +74,12 @@ def check_tables(report: Report, run: Run, others: Others) -> None:
     for table, frame in list(run.frames.items()):
         if len(frame):
             _check_keys(report, run, table)
+        if len(frame) and "scorers" in TABLES[table].refers:
+            lost = frame.filter(~pl.col("scorer_id").is_in(list(others.scorers)))
+            for scorer_id in sorted(set(lost["scorer_id"])):
+                where = lost.filter(scorer_id=scorer_id)["file"][0]
+                report.add(where, table, f"scorer {scorer_id} is not in scorers", AGAIN)
+    _check_items(report, run)
     _check_work(report, run)
 
 
@@ -82,7 +89,8 @@ def check_tables(report: Report, run: Run, others: Others) -> None:
 def read_frame(report: Report, files: Iterable[File], run: Mapping[str, Any] | None) -> pl.DataFrame:
     """All rows of a table's files with the values of their paths and ``file``; reports what is wrong.
 
-    Of a rollout's lists their lengths are kept, and of its texts nothing: memory is bounded.
+    Of a rollout's or document's lists the lengths are kept at most, and of its texts nothing: memory
+    is bounded.
     """
     frames = []
     for file in files:
@@ -97,8 +105,8 @@ def read_frame(report: Report, files: Iterable[File], run: Mapping[str, Any] | N
 
 
 def _kept(table: str, rows: pa.Table) -> list[str]:
-    if "sample" not in TABLES[table].keys:
-        return rows.column_names
+    if "spectra" in TABLES[table].checks or not TABLES[table].commit:
+        return rows.column_names  # few rows, or lists that other tables are checked against
     lists = {
         f.name for f in rows.schema if pa.types.is_list(f.type) or pa.types.is_fixed_size_list(f.type)
     }
@@ -224,6 +232,27 @@ def _check_keys(report: Report, run: Run, table: str) -> None:
         one = TABLES[parent].grain.removeprefix("one row per ").split()[0]
         what = f"{len(lost)} rows have no {one}, first {which}"
         report.add(first["file"], table, what, AGAIN)
+
+
+def _check_items(report: Report, run: Run) -> None:
+    """Items of a task: their options numbered from 0, one of each right, and all of them scored."""
+    items, scores = run.frames["items"], run.frames["option_scores"]
+    if items.is_empty():
+        return
+    of_item = items.group_by("item_id", maintain_order=True).agg(
+        pl.len(), pl.col("option").max(), pl.col("correct").sum(), pl.col("file").first()
+    )
+    for row in of_item.filter(pl.col("correct") != 1).head(1).iter_rows(named=True):
+        what = f"item {row['item_id']} has {row['correct']} right options, needs one"
+        report.add(row["file"], "items", what, COPY)
+    for row in of_item.filter(pl.col("option") != pl.col("len") - 1).head(1).iter_rows(named=True):
+        report.add(row["file"], "items", f"item {row['item_id']} lacks an option", COPY)
+    for scorer_id in sorted(set(scores["scorer_id"])) if len(scores) else ():
+        mine = scores.filter(scorer_id=scorer_id)
+        lacking = items.join(mine, on=["item_id", "option"], how="anti")
+        if len(lacking):
+            what = f"lacks {len(lacking)} options, first of item {lacking['item_id'][0]}"
+            report.add(mine["file"][0].rpartition("/")[0], "option_scores", what, AGAIN)
 
 
 def _check_work(report: Report, run: Run) -> None:
