@@ -30,6 +30,7 @@ from canopy_store.ingest.jobs import (
     do_unit,
     holding,
     ready,
+    reopen,
     units_to_do,
 )
 from canopy_store.ingest.progress import Progress
@@ -211,6 +212,9 @@ class _Worker:
     def prepare(self) -> tuple[tuple[str, list[_Shard], list[int]], _Told]:
         """Loads the model; the job's name, the shards still to do and the groups, by their places."""
         self.job = ready(*self.call, self.tally)
+        for group in self.job.groups:
+            with holding(self.job, group):
+                reopen(self.job, group)
         announce(self.job, (1, 1), self.tally)
         groups = range(len(self.job.groups))
         todo = [

@@ -165,6 +165,7 @@ def run_job(
     announce(job, part, progress)
     for group in job.groups:
         with holding(job, group):
+            reopen(job, group)
             units = units_to_do(job, group, part)
             while units:
                 for unit in units:
@@ -202,6 +203,9 @@ def ready(root: str | Path, open_job: OpenJob, options: Mapping[str, Any], progr
             store.check_name(f"--{option}", options[option])  # before a model is loaded for nothing
     job = open_job(root, progress=progress, **options)
     store.check_name("--run" if job.kind == "run" else "--name", job.name)
+    for group in job.groups:
+        for key, value in group.keys.items():
+            store.check_name(f"--{key.removesuffix('_id')}", value)
     job.settings = store.plan(job.root, job.kind, job.name, job.settings, job.yielding)
     return job
 
@@ -289,11 +293,36 @@ def committed(job: Job, group: Group) -> store.Record | None:
                 f"{job.kind} {job.name} of {group} is stored with other settings: "
                 f"{differences(stored, asked)}; give it another name with --name"
             )
-    if record is not None and not _is_whole(job, record):
+    return record if record is not None and _is_whole(job, record) else None
+
+
+def reopen(job: Job, group: Group) -> None:
+    """Where a committed group has lost a shard: what is left is to be committed anew, with the rest.
+
+    A shard tells by its number what it holds, so long as nothing was merged or compacted since. Where
+    the numbers are others, what is left of rows that can be made again goes.
+
+    Raises
+    ------
+    DataError
+        They are rollouts, of which nothing is thrown away.
+    """
+    with store.waiting(job.root, "commit"):  # the other jobs that share the group come here too
+        record = store.record(job.root, job.table, **group.keys)
+        if record is None or _is_whole(job, record):
+            return
+        units = {(unit.target, unit.rows) for unit in group.units(group)}
+        mine = [name for name in record.of(job.table) if (job.root / name).exists()]
+        if not units.issuperset((job.root / name, record.files[name]["rows"]) for name in mine):
+            if job.kind == "run":
+                raise DataError(
+                    f"{group}: a shard is lost, and the rest has been numbered anew since; take the "
+                    "lost one from a copy, or begin anew after: canopy rm-run"
+                )
+            for name in mine:
+                (job.root / name).unlink()
         with suppress(FileNotFoundError):
-            record.path(job.root).unlink()  # what is left is committed anew, with the rest
-        return None
-    return record
+            record.path(job.root).unlink()
 
 
 def _is_whole(job: Job, record: store.Record) -> bool:

@@ -9,6 +9,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 
 import canopy_store
@@ -157,6 +158,57 @@ def test_jobs_share_the_items_and_a_lost_shard_is_made_again(tmp_path: Path, ite
     answer(root, items)
     assert len(canopy_store.read(root, "answers")) == 10
     assert sound(root)
+
+
+@pytest.mark.parametrize("kept", ["rows", "numbers"])
+def test_shards_numbered_anew_by_a_merge_are_not_taken_for_others(
+    tmp_path: Path, items: Path, kept: str
+) -> None:
+    source, root = tmp_path / "S", tmp_path / "T"
+    answer(source, items)
+    with pytest.raises(KeyboardInterrupt):
+        answer(root, items, broken_at=1)
+    (stray,) = store.matching(store.folder(root, "answers", scorer_id="m", task="quiz"), "*.parquet")
+    pq.write_table(pq.read_table(stray), stray, compression="none")  # the same rows in other bytes
+    canopy_store.merge([source], root)
+    record = store.record(root, "answers", scorer_id="m", task="quiz")
+    assert store.shard_number(Path(record.of("answers")[0])) == 1
+    (root / record.of("answers")[-1 if kept == "rows" else 0]).unlink()
+    answer(root, items)
+    shown = canopy_store.read(root, "answers").sort("length")
+    assert shown["length"].to_list() == list(range(10))
+    assert sound(root)
+
+
+def test_a_job_that_is_refused_leaves_the_record_of_one_that_lost_a_shard(
+    tmp_path: Path, items: Path
+) -> None:
+    root = tmp_path / "S"
+    answer(root, items)
+    record = store.record(root, "answers", scorer_id="m", task="quiz")
+    (root / record.of("work")[0]).unlink()
+    with (
+        store.holding(root, "quiz", key="task", exclusive=True),
+        pytest.raises(ConflictError, match="in use"),
+    ):
+        answer(root, items)
+    assert store.record(root, "answers", scorer_id="m", task="quiz") == record
+    with pytest.raises(canopy_store.DataError, match="lost"):
+        canopy_store.read(root, "work")
+
+
+@pytest.mark.parametrize("task", ["", " ", "a\nb", "x" * 300])
+def test_what_a_job_is_over_has_a_name_that_a_folder_can_have(
+    tmp_path: Path, items: Path, task: str
+) -> None:
+    def opened(root: Path, *, progress: Progress) -> Job:
+        return Job(store.init(root), "answers", "m", {}, [Group({"task": task}, 1, lambda group: [])], f)
+
+    def f(unit: Unit, progress: Progress) -> tuple[Columns, int]:
+        raise AssertionError
+
+    with pytest.raises(UsageError, match="--task"):
+        run_job(tmp_path / "S", opened, {})
 
 
 def test_other_settings_and_odd_options_are_refused(tmp_path: Path, items: Path) -> None:
