@@ -20,6 +20,7 @@ from canopy_store.commands.demo import demo_command
 from canopy_store.commands.query import sql_command
 from canopy_store.commands.regress import regress_command
 from canopy_store.commands.shared import FORMAT, STORE, bar, echo, print_rows, require_ingest
+from canopy_store.commands.study import study_group
 from canopy_store.errors import CanopyError
 from canopy_store.readers.importing import import_rollouts
 from canopy_store.readers.importing_options import import_options
@@ -251,6 +252,7 @@ for command in (
     regress_command,
     cli_analysis.report_command,
     cli_ingest.ingest,
+    study_group,
     cli_sharing.verify_command,
     cli_sharing.export_command,
     cli_sharing.pull_command,

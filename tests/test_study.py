@@ -1,0 +1,183 @@
+"""A study of one file: the commands it stands for, and that they are run, again and again, one end."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from pathlib import Path
+
+import pytest
+from stores import refused
+
+import canopy_store
+
+STUDY = """
+family = "llama"
+seeds = [3, 5]
+[arms.sft]
+parent = "base"
+finetune = { data = "{arm}/sft.jsonl", steps = 64 }
+[arms.base]
+model = "./base"
+[arms.further]
+parent = "sft"
+finetune = { data = "{sft}.jsonl", replay_of = "x" }
+[arms.icl]
+parent = "base"
+context = "facts.txt"
+[[ask]]
+options = { task = "facts", items = "facts.jsonl" }
+arms = ["base", "icl", "further"]
+[[ask]]
+embed = { embedder = "package:e", run = ["a", "b"] }
+[[answer]]
+compare = { metric = ["ce_star", "vendi_score"], baseline = "base" }
+[[answer]]
+sql = { query = "from option_accuracy" }
+""".replace(', replay_of = "x"', "")
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "study.toml"
+    path.write_text(STUDY)
+    return path
+
+
+def planned(canopy, file: Path, *options: str) -> list[list[str]]:
+    code, out, err = canopy("study", "run", file, "--dry-run", *options)
+    assert (code, err) == (0, "")
+    first, *lines = out.splitlines()
+    assert first == f"cd {shlex.quote(str(file.parent))}"
+    return [shlex.split(line) for line in lines]
+
+
+def option(line: list[str], name: str) -> str | None:
+    return line[line.index(f"--{name}") + 1] if f"--{name}" in line else None
+
+
+def test_arms_become_commands_in_order_a_checkpoint_a_seed(file, canopy):
+    lines = planned(canopy, file)
+    assert [" ".join(line[1:3]) for line in lines] == [
+        "ingest options",  # of base
+        "ingest finetune",
+        "ingest finetune",
+        "ingest options",  # of icl
+        "ingest finetune",
+        "ingest options",
+        "ingest finetune",
+        "ingest options",
+        "ingest embed",
+        "compare --store",
+        "sql --store",
+    ]
+    of = {}
+    for line in lines:
+        of.setdefault((line[2], option(line, "variant")), line)
+    assert option(of["options", "base"], "model") == "./base"
+    assert option(of["options", "base"], "context") is None
+    assert option(of["options", "icl"], "model") == "./base"
+    assert option(of["options", "icl"], "context") == "facts.txt"
+    trained = of["finetune", "further-5"]
+    assert option(trained, "model") == "models/sft-5"
+    assert option(trained, "out") == "models/further-5"
+    assert option(trained, "parent") == "llama/sft-5"
+    assert option(trained, "data") == "sft-5.jsonl"
+    assert option(trained, "seed") == "5"
+    assert option(of["finetune", "sft-3"], "data") == "sft-3/sft.jsonl"
+    assert option(of["options", "further-3"], "model") == "models/further-3"
+    assert lines[-3].count("--run") == 2
+    assert [lines[-2][at + 1] for at, word in enumerate(lines[-2]) if word == "--seeds"] == [
+        "sft=sft-*",
+        "further=further-*",
+    ]
+    assert lines[-1] == ["canopy", "sql", "--store", "store", "from option_accuracy"]
+
+
+def test_one_seed_names_no_seed_and_an_arm_alone_asks_no_answers(file, canopy):
+    file.write_text(STUDY.replace("[3, 5]", "[3]"))
+    lines = planned(canopy, file, "--arm", "further", "--arm", "icl")
+    assert [option(line, "variant") for line in lines] == ["icl", "further", "further"]
+    assert option(lines[1], "seed") == "3"
+    refused(canopy("study", "run", file, "--arm", "nobody"), 2, "--arm nobody", "base")
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ('parent = "sft"', 'parent = "stf"', ("arms.further", "no arm 'stf'", "did you mean sft?")),
+        ('model = "./base"', 'parent = "further"', ("circle", "base", "sft", "further")),
+        ('"{sft}.jsonl"', '"{nobody}.jsonl"', ("arms.further", "no arm 'nobody'")),
+        ("steps = 64", "stepz = 64", ("arms.sft.finetune", "did you mean steps?")),
+        ("steps = 64", 'steps = "many"', ("arms.sft", "--steps", "not a valid integer")),
+        ("steps = 64", "steps = 1979-05-27", ("arms.sft.finetune", "steps: needs text")),
+        ('task = "facts", ', "", ("ask 1: options", "--task")),
+        ("options = {", "optoins = {", ("ask 1", "no command 'optoins'", "did you mean options?")),
+        ('"icl", "further"', '"icl", "nobody"', ("ask 1", "no arm 'nobody'")),
+        ("[3, 5]", "[3, 3]", ("seeds", "twice")),
+        ("[3, 5]", '["a"]', ("seeds", "whole numbers")),
+        ('family = "llama"', "", ("needs family",)),
+        ('family = "llama"', 'famly = "llama"', ("did you mean family?",)),
+        ("[arms.icl]", '[arms.icl]\nmodel = "./base"', ("arms.icl", "either a model")),
+        ("[arms.icl]", "[arms.icl]\nfinetune = 3", ("arms.icl.finetune", "a table of the command's")),
+        ('model = "./base"', 'model = "./base"\nfinetune = { data = "x" }', ("arms.base", "a parent")),
+        ("[arms.base]", "[arms.base", ("not a TOML file",)),
+        ("[arms.icl]", '[arms." "]', ("arm",)),
+    ],
+)
+def test_what_is_wrong_in_a_file_is_told_before_anything_runs(file, canopy, old, new, said):
+    assert old in STUDY
+    file.write_text(STUDY.replace(old, new, 1))
+    refused(canopy("study", "run", file), 1, *said)
+    assert not (file.parent / "store").exists()
+
+
+def test_a_study_is_run_and_run_again_does_nothing_anew(tmp_path, chain, canopy, monkeypatch):
+    (tmp_path / "p.jsonl").write_text('{"text": "a"}\n{"text": "b c"}\n')
+    (tmp_path / "d.jsonl").write_text('{"text": "a b c"}\n')
+    file = tmp_path / "study.toml"
+    file.write_text(
+        f"""
+name = "two arms"
+family = "chain"
+store = "s"
+[arms.base]
+model = {json.dumps(str(chain))}
+[arms.other]
+parent = "base"
+[[ask]]
+rollouts = {{ task = "walk", prompts = "p.jsonl", samples = 4, max_new_tokens = 8, seed = 1 }}
+[[ask]]
+documents = {{ corpus = "c", documents = "d.jsonl" }}
+arms = ["base"]
+[[answer]]
+sql = {{ query = "select variant, n_rollouts from model_metrics order by 1", format = "csv" }}
+"""
+    )
+    monkeypatch.chdir("/")
+    code, out, err = canopy("study", "run", file)
+    assert code == 0, err
+    assert "variant,n_rollouts\nbase,8\nother,8\n" in out
+    assert f"{file}: two arms is done: 4 commands, store s" in out
+    assert f"[2/4] canopy ingest documents --store s --model {chain}" in err
+    before = canopy_store.read(tmp_path / "s", "work").sort("kind", "run_id")
+    assert canopy("study", "run", file)[0] == 0
+    assert canopy_store.read(tmp_path / "s", "work").sort("kind", "run_id").equals(before)
+    assert canopy_store.verify(tmp_path / "s", deep=True).is_empty()
+
+
+def test_a_command_that_fails_ends_the_study_with_its_line(tmp_path, chain, canopy):
+    file = tmp_path / "study.toml"
+    file.write_text(
+        f"""
+family = "chain"
+[arms.base]
+model = {json.dumps(str(chain))}
+[[ask]]
+rollouts = {{ task = "walk", prompts = "none.jsonl" }}
+"""
+    )
+    code, _, err = canopy("study", "run", file)
+    assert code in (1, 2)
+    assert err.splitlines()[-1].startswith("canopy: ")
+    assert "none.jsonl" in err.splitlines()[-1]
