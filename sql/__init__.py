@@ -8,10 +8,11 @@ opened in the store's folder. A store on object storage has the first alone.
 from __future__ import annotations
 
 import difflib
+import functools
 import glob
 import re
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from importlib.resources import files as resources
 from pathlib import Path
 from typing import Any, TypeVar
@@ -66,7 +67,9 @@ def source(name: str) -> str:
     return resources(__name__).joinpath(f"{name}.sql").read_text(encoding="utf-8")
 
 
-def connect(root: str | Path, *, incomplete: bool = False, relation: str | None = None) -> Connection:
+def connect(
+    root: str | Path, *, incomplete: bool = False, relations: Iterable[str] | None = None
+) -> Connection:
     """A DuckDB connection that only reads: every table and view of the store, and no other file.
 
     It shows the store as its commits were when the connection was made: what is finished later is
@@ -76,8 +79,8 @@ def connect(root: str | Path, *, incomplete: bool = False, relation: str | None 
     ----------
     root : path of the store
     incomplete : also shows rollouts of runs that are not complete
-    relation : the one table or view that is asked for; views that come after it are not made, which
-        saves most of the time that opening takes
+    relations : the tables, views and macros that will be asked for, by default all; views that none
+        of them reads are not made, which saves most of the time that opening takes
 
     Raises
     ------
@@ -97,7 +100,8 @@ def connect(root: str | Path, *, incomplete: bool = False, relation: str | None 
             con.register_filesystem(root.fs)  # type: ignore[attr-defined]
             # a file's entity tag goes with every request for it, so what was read of it stays true
             con.execute("set validate_external_file_cache = 'NO_VALIDATION'")
-        files = _create_views(con, root, shown, only=relation)
+        con.execute(";\n".join(_on_no_files(format1.is_old(root), relations)))
+        files = _on_files(con, root, shown)
     except duckdb.Error as error:
         con.close()
         raise explain(error) from None
@@ -110,6 +114,18 @@ def connect(root: str | Path, *, incomplete: bool = False, relation: str | None 
     con.execute("set enable_external_access = false")
     con.execute("set lock_configuration = true")
     return Connection(con, files)
+
+
+# Words of a query that may read any relation, or lists them all.
+_ANY = re.compile(
+    r"\b(show|pragma|query|query_table|information_schema|(duckdb|pg|sqlite)_\w+)\b|^\s*desc\w*\W*$",
+    re.IGNORECASE,
+)
+
+
+def named(query: str) -> list[str] | None:
+    """The words of a query, the relations that it reads among them; None where it may read any."""
+    return None if _ANY.search(query) else re.findall(r"\w+", query.lower())
 
 
 def shown_files(root: Path, incomplete: bool = False) -> dict[str, list[str]]:
@@ -136,7 +152,7 @@ def read(root: str | Path, relation: str, *, incomplete: bool = False) -> pl.Dat
         raise UsageError(f"no table or view {relation!r}: {hint}")
 
     def ask() -> pl.DataFrame:
-        with connect(root, incomplete=incomplete, relation=relation) as con:
+        with connect(root, incomplete=incomplete, relations=(relation,)) as con:
             return con.sql(f"from {relation}").pl()
 
     try:
@@ -187,19 +203,40 @@ def write_database(root: str | Path) -> Path | None:
 
 def make_database(path: Path, root: Path, shown: dict[str, list[str]]) -> None:
     """Writes a new database of views on the files ``shown``, for a shell in the store's folder."""
+    path.write_bytes(_empty_database(format1.is_old(root)))
     con = duckdb.connect()
     try:
-        con.execute(f"attach '{_literal(str(path))}' as canopy (storage_version 'v1.2.0')")
+        con.execute(f"attach '{_literal(str(path))}' as canopy")
         con.execute("use canopy")
         con.execute(_no_files())
-        _create_views(con, root, shown, relative=True)
-        _comment(con)
+        con.execute("begin")
+        _on_files(con, root, shown, relative=True)
+        _comment(con, [table for table, names in shown.items() if names])
+        con.execute("commit")
         con.execute("use memory")
         con.execute("detach canopy")
     except duckdb.Error as error:
         raise explain(error) from None
     finally:
         con.close()
+
+
+@functools.cache
+def _empty_database(old: bool) -> bytes:
+    """A database of every view, on no files: most of the time that one of a store takes to make."""
+    with tempfile.TemporaryDirectory(prefix="canopy-") as scratch:
+        path = Path(scratch) / "canopy.duckdb"
+        with duckdb.connect() as con:
+            con.execute(f"attach '{_literal(str(path))}' as canopy (storage_version 'v1.2.0')")
+            con.execute("use canopy")
+            con.execute(_no_files())
+            con.execute("begin")  # else each statement is flushed to the disk by itself
+            con.execute(";\n".join(_on_no_files(old)))
+            _comment(con, (*TABLES, *VIEWS))
+            con.execute("commit")
+            con.execute("use memory")
+            con.execute("detach canopy")
+        return path.read_bytes()
 
 
 # Views are bound as they are made. Those of canopy.duckdb are bound to this in place of files, which
@@ -251,7 +288,8 @@ def _escaped(root: Path) -> str:
 
 def create_views(con: duckdb.DuckDBPyConnection, root: Path) -> None:
     """Makes every macro, table view and view of a store in a database that can read its files."""
-    _create_views(con, root, shown_files(root))
+    con.execute(";\n".join(_on_no_files(format1.is_old(root))))
+    _on_files(con, root, shown_files(root))
 
 
 def statements(root: Path) -> list[str]:
@@ -264,31 +302,37 @@ def statements(root: Path) -> list[str]:
     return texts + _views()
 
 
-def _views(only: str | None = None) -> list[str]:
-    """What makes every view, then every table macro; or one view and those before it."""
-    last = len(VIEWS) if only is None else VIEWS.index(only) + 1 if only in VIEWS else 0
-    made = [f"create or replace view {view} as\n{source(view).rstrip()}" for view in VIEWS[:last]]
-    if only is None:
-        made += [macro_at(name, source(file_at(name))) for name in AT_HORIZON]
-        made += [macro_by(name, source(name)) for name in BY_PATTERNS]
-    return made
+def _views(relations: Iterable[str] | None = None) -> list[str]:
+    """What makes every view, then every table macro; or those named and the views that they read."""
+    made = {view: f"create or replace view {view} as\n{source(view).rstrip()}" for view in VIEWS}
+    made |= {f"{name}_at": macro_at(name, source(file_at(name))) for name in AT_HORIZON}
+    made |= {f"{name}_by": macro_by(name, source(name)) for name in BY_PATTERNS}
+    if relations is None:
+        return list(made.values())
+    asked, needed = list(relations), set()
+    while asked:
+        name = asked.pop()
+        if name in made and name not in needed:
+            needed.add(name)
+            asked += re.findall(r"\w+", made[name])
+    return [text for name, text in made.items() if name in needed]
 
 
-def _create_views(
-    con: duckdb.DuckDBPyConnection,
-    root: Path,
-    shown: dict[str, list[str]],
-    relative: bool = False,
-    only: str | None = None,
+def _on_no_files(old: bool, relations: Iterable[str] | None = None) -> list[str]:
+    """What makes everything on empty tables: a view is bound as it is made, which then costs no file."""
+    tables = [_table_view(table, None, old) for table in TABLES]
+    return [source("macros").rstrip().rstrip(";"), *tables, *_views(relations)]
+
+
+def _on_files(
+    con: duckdb.DuckDBPyConnection, root: Path, shown: dict[str, list[str]], relative: bool = False
 ) -> dict[str, list[str]]:
-    """The lists of files that the views read, by the name of the variable that holds each."""
+    """Makes the tables on their files; the lists of these, by the name of the variable that holds each.
+
+    With ``relative`` they are in the tables' own text, from the store's folder.
+    """
     variables: dict[str, list[str]] = {}
-    # A view is bound as it is made, files and all: on empty tables first that costs nothing
     old, start = format1.is_old(root), _escaped(root)
-    statements = [source("macros")]
-    statements += [_table_view(table, None, old) for table in TABLES]
-    statements += _views(only)
-    con.execute(";\n".join(statements))
     for table, names in shown.items():
         if not names:
             continue
@@ -327,15 +371,16 @@ def _table_view(table: str, files: str | None, old: bool) -> str:
     return f"create or replace view {table} as {text}"
 
 
-def _comment(con: duckdb.DuckDBPyConnection) -> None:
+def _comment(con: duckdb.DuckDBPyConnection, relations: Sequence[str]) -> None:
     """Says grain, meaning and unit in the database itself, for people in a shell."""
     statements = []
-    grains = {table: TABLES[table].grain for table in TABLES}
-    grains |= {v: source(v).splitlines()[0].removeprefix("-- grain: ") for v in VIEWS}
-    for relation, grain in grains.items():
-        statements.append(f"comment on view {relation} is '{_literal(grain)}'")
+    for name in relations:
+        first = source(name).splitlines()[0] if name in VIEWS else TABLES[name].grain
+        statements.append(f"comment on view {name} is '{_literal(first.removeprefix('-- grain: '))}'")
     for relation, name in con.execute(
-        "select table_name, column_name from duckdb_columns() where not internal"
+        "select table_name, column_name from duckdb_columns() "
+        "where not internal and list_contains(?, table_name)",
+        [list(relations)],
     ).fetchall():
         column = column_of(relation, name)
         text = f"{column.doc} [{column.unit}]" if column.unit else column.doc

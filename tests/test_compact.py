@@ -283,7 +283,7 @@ def test_stopped_anywhere_every_view_stays_and_the_same_call_finishes(
     origin, measured, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(compaction, "_GRACE", 0.0)
-    copies = [Path(shutil.copytree(origin, tmp_path / str(i))) for i in range(14)]
+    copies = [Path(shutil.copytree(origin, tmp_path / str(i))) for i in range(10)]
     rows, size = ordered(origin), mb_for(origin, 2)
     spare = Path(shutil.copytree(origin, tmp_path / "spare"))
     stopped("canopy_store.upkeep.compact.compact", spare, copies, target_mb=size)

@@ -117,8 +117,8 @@ def test_killed_again_and_again_a_run_equals_an_unbroken_one(tmp_path, chain):
         return [ingest_arguments(root, chain, prompts, task=task) for task in tasks]
 
     assert drive(calls(tmp_path / "whole"), 0, 0, slow=0, longest=1) == 0
-    kills = drive(calls(tmp_path / "broken"), 25, 1, slow=0.02, longest=0.9)
-    assert kills >= 20
+    kills = drive(calls(tmp_path / "broken"), 12, 1, slow=0.02, longest=0.9)
+    assert kills >= 9
     assert rollouts(tmp_path / "broken").equals(rollouts(tmp_path / "whole"))
     assert table_hashes(tmp_path / "broken", "rollouts") == table_hashes(tmp_path / "whole", "rollouts")
     assert not list((tmp_path / "broken" / "rollouts").rglob("*.tmp"))  # a resume tidies up
@@ -139,7 +139,7 @@ def test_embeddings_and_scores_killed_again_and_again(tmp_path, chain, canopy):
         ]
 
     both = [*calls(tmp_path / "whole"), *calls(tmp_path / "broken")]
-    assert drive(both, 4, 2, slow=0.02, longest=1, driver=AMID) >= 6
+    assert drive(both, 3, 2, slow=0.02, longest=1, driver=AMID) >= 4
     for table, rows in (("embeddings", 128), ("embedding_spectra", 16), ("scores", 128)):
         assert table_hashes(tmp_path / "broken", table) == table_hashes(tmp_path / "whole", table)
         same = [canopy_store.read(tmp_path / r, table) for r in ("whole", "broken")]
@@ -230,7 +230,7 @@ def test_a_run_that_a_copy_lacks_part_of_says_so(tmp_path, chain, canopy):
 
 
 def test_ctrl_c_says_how_to_resume(tmp_path, chain, canopy):
-    prompts = write_prompts(tmp_path / "p.jsonl", *(f"{a} {b}" for a in "abcdefg" for b in "abcdef"))
+    prompts = write_prompts(tmp_path / "p.jsonl", *(f"{a} {b}" for a in "abcd" for b in "abcdef"))
     arguments = ingest_arguments(tmp_path / "s", chain, prompts, samples=60)
     command = [sys.executable, "-m", "canopy_store.cli", *arguments]
     threads = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
@@ -251,7 +251,7 @@ def test_ctrl_c_says_how_to_resume(tmp_path, chain, canopy):
     )
     assert "Traceback" not in err
     stored = len(list(first.glob("part-*.parquet")))
-    assert 0 < stored < 42
+    assert 0 < stored < 24
     for call in (arguments, ingest_arguments(tmp_path / "whole", chain, prompts, samples=60)):
         code, _, err = canopy(*call)
         assert code == 0, err

@@ -124,7 +124,7 @@ def test_a_record_that_cannot_be_read_is_removed_with_its_run(root):
 
 
 def test_a_removal_stopped_anywhere_is_finished_by_the_same_call(origin, tmp_path):
-    copies = [Path(shutil.copytree(origin, tmp_path / str(i))) for i in range(14)]
+    copies = [Path(shutil.copytree(origin, tmp_path / str(i))) for i in range(9)]
     spare = Path(shutil.copytree(origin, tmp_path / "spare"))
     stopped("canopy_store.upkeep.remove.remove_run", spare, copies, run_id=RUN)
     stages = set()

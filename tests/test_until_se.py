@@ -196,7 +196,7 @@ def test_ended_anywhere_it_goes_on_to_the_same(sampled, tmp_path, chain, prompts
         "batch_size": 30,
         **{key.replace("-", "_"): value for key, value in OPTIONS.items()},
     }
-    roots = [tmp_path / f"s{number}" for number in range(5)]
+    roots = [tmp_path / f"s{number}" for number in range(4)]
     stopped("canopy_store.ingest.rollouts.ingest_rollouts", tmp_path / "spare", roots, **options)
     from canopy_store.ingest.rollouts import ingest_rollouts
 

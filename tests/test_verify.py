@@ -594,7 +594,7 @@ def test_a_flipped_byte_is_found_or_changes_no_view(copy):
     rng = random.Random(20240607)
     files = sorted(p for p in copy.rglob("*") if p.is_file() and p.stat().st_size)
     harmless = 0
-    for _ in range(60):
+    for _ in range(40):
         path = rng.choice(files)
         place, mask = rng.randrange(path.stat().st_size), rng.randrange(1, 256)
         before = path.read_bytes()
@@ -604,7 +604,7 @@ def test_a_flipped_byte_is_found_or_changes_no_view(copy):
             harmless += 1
             assert same_views(views(copy), clean), (path, place, mask)
         path.write_bytes(before)
-    assert harmless < 30
+    assert harmless < 20
 
 
 def test_json_is_whatever_it_is(copy):

@@ -405,7 +405,7 @@ def cut(runs: list[Run], horizon: int) -> list[Run]:
 @given(runs=runs_of_a_store(), max_new_tokens=st.sampled_from([None, 12]))
 def test_views_at_a_horizon_are_those_of_rollouts_cut_there(runs, max_new_tokens):
     with imported(runs, max_new_tokens) as con:
-        for horizon in (1, 2, 5, 11, 12):
+        for horizon in (1, 5, 12):
             check_every_view(con, cut(runs, horizon), horizon)
 
 

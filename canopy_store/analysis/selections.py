@@ -42,7 +42,7 @@ def select_reward(
     if not 0 < keep <= 1:
         raise UsageError(f"--keep {keep}: needs more than 0 and at most 1")
     root = store.require(root)
-    with sql.connect(root) as con:
+    with sql.connect(root, relations=()) as con:
         models = [
             row[0] for row in con.sql("select distinct reward_model from rewards order by 1").fetchall()
         ]
@@ -104,7 +104,7 @@ def select_lengths(
     if not caliper >= 0:
         raise UsageError(f"--caliper {caliper}: needs 0 or more")
     root = store.require(root)
-    with sql.connect(root) as con:
+    with sql.connect(root, relations=()) as con:
         rows = con.sql(
             "select family, variant, task, run_id, prompt_id, sample, n_tokens from rollouts"
         ).pl()

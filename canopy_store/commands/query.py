@@ -90,14 +90,20 @@ def sql_command(query: str | None, root: str, form: str, incomplete: bool, shell
 def _answer(root: str, query: str, form: str, incomplete: bool) -> None:
     """Prints what a query gives, of the store as it is now."""
 
-    def ask() -> None:
-        with sql.connect(root, incomplete=incomplete) as con:
+    def ask(relations: list[str] | None = None) -> None:
+        with sql.connect(root, incomplete=incomplete, relations=relations) as con:
             relation = con.sql(query)
             if relation is not None:
                 print_rows(relation, form)
 
+    def ask_of_named() -> None:
+        try:
+            ask(sql.named(query))
+        except duckdb.CatalogException:
+            ask()  # which says what names are near
+
     try:
-        sql.again(ask)
+        sql.again(ask_of_named)
     except duckdb.Error as error:
         raise sql.explain(error) from None
 

@@ -121,7 +121,7 @@ def _write(
 
 def _compared(root: Path, keys: dict[str, str], choices: list[Choice]) -> list[str]:
     """A line for each accuracy that the log has: the same from what is stored, beside it."""
-    with sql.connect(root) as con:
+    with sql.connect(root, relations=("item_metrics",)) as con:
         rows = con.sql(
             f"select {', '.join(f'avg({column})' for column in _LOGGED.values())} from item_metrics "
             "where scorer_id = $scorer_id and task = $task",

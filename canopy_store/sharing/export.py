@@ -109,9 +109,10 @@ def _tables(tables: Iterable[str] | None, embeddings: bool) -> set[str]:
 
 
 def _chosen(root: Path, where: str | None) -> list[dict[str, Any]]:
-    with sql.connect(root) as con:
+    query = f"select * from runs where ({where or 'true'}) order by run_id"
+    with sql.connect(root, relations=sql.named(query)) as con:
         try:
-            chosen = con.sql(f"select * from runs where ({where or 'true'}) order by run_id").pl()
+            chosen = con.sql(query).pl()
         except (duckdb.Error, UsageError) as error:
             said = sql.explain(error) if isinstance(error, duckdb.Error) else error
             raise UsageError(f"--where {where}: {said}") from None

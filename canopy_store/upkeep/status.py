@@ -149,7 +149,7 @@ def _counts(root: Path) -> tuple[dict[str, tuple[int, int]], set[str]]:
                 [paths],
             ).fetchall()
         if not all(logged for *_, logged in rows):
-            with sql.connect(root) as con:
+            with sql.connect(root, relations=("selected_rollouts",)) as con:
                 lacking = con.sql(
                     "select distinct run_id from selected_rollouts where entropy_sum is null"
                     " and run_id in (select run_id from runs where not logged)"

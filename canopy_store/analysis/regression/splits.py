@@ -57,7 +57,7 @@ def store_halves(
     """
     rows = panel[data.rows].with_row_index("place")
     halves = np.empty((len(rows), splits, 2, 3))
-    with sql.connect(root) as con:
+    with sql.connect(root, relations=("rollout_metrics",)) as con:
         for (run,), of_run in rows.group_by(["run_id"], maintain_order=True):
             places = dict(of_run.select("prompt_id", "place").iter_rows())
             rollouts = con.sql(

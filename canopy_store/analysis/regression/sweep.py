@@ -86,7 +86,7 @@ def _values(panel: pl.DataFrame | str | Path, over: Swept) -> list[str]:
             raise DataError(f"--sweep {over}: the panel has no column {over}")
         values = panel[over].drop_nulls().unique()
     else:
-        with sql.connect(panel) as con:
+        with sql.connect(panel, relations=("panel",)) as con:
             values = con.sql(f"select distinct {over} from panel where {over} is not null").pl()[over]
     named = sorted(str(value) for value in values if value != NO_EMBEDDER)
     if not named:
