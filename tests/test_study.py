@@ -166,6 +166,50 @@ sql = {{ query = "select variant, n_rollouts from model_metrics order by 1", for
     assert canopy_store.verify(tmp_path / "s", deep=True).is_empty()
 
 
+def test_what_a_study_takes_is_foretold_from_work_done(tmp_path, chain, canopy):
+    (tmp_path / "p.jsonl").write_text('{"text": "a"}\n{"text": "b c"}\n{"text": "d"}\n')
+    file = tmp_path / "study.toml"
+    file.write_text(
+        f"""
+family = "chain"
+[arms.base]
+model = {json.dumps(str(chain))}
+[arms.other]
+parent = "base"
+[[ask]]
+rollouts = {{ task = "walk", prompts = "p.jsonl", samples = 40, max_new_tokens = 30 }}
+"""
+    )
+
+    def foretold(*options):
+        code, out, err = canopy("study", "run", file, "--estimate", "--format", "json", *options)
+        assert (code, err) == (0, "")
+        (row,) = json.loads(out)
+        return row
+
+    before = foretold()
+    assert before == {
+        "command": "rollouts",
+        "commands": 2,
+        "rows": 2 * 3 * 40,
+        "tokens": 2 * 3 * 40 * 30,  # at most
+        "bytes": None,
+        "hours": None,
+    }
+    assert "not known of rollouts" in canopy("study", "run", file, "--estimate")[1]
+    assert not (tmp_path / "store").exists()
+    assert canopy("study", "run", file)[0] == 0
+    row = foretold("--speeds", tmp_path / "store")
+    assert row == foretold()  # the study's own store
+    stored = canopy_store.read(tmp_path / "store", "runs")
+    work = canopy_store.read(tmp_path / "store", "work")
+    assert row["tokens"] == pytest.approx(stored["n_tokens"].sum(), abs=1)
+    assert row["hours"] == pytest.approx(work["seconds"].sum() / 3600, abs=1e-3)
+    size = sum(path.stat().st_size for path in (tmp_path / "store" / "rollouts").rglob("*.parquet"))
+    assert row["bytes"] == pytest.approx(size, rel=1e-6, abs=1)
+    refused(canopy("study", "run", file, "--speeds", tmp_path), 2, "--speeds", "--estimate")
+
+
 def test_a_command_that_fails_ends_the_study_with_its_line(tmp_path, chain, canopy):
     file = tmp_path / "study.toml"
     file.write_text(

@@ -18,9 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import click
+import duckdb
+import polars as pl
 
 from canopy_store import store
-from canopy_store.commands.shared import echo
+from canopy_store.commands.estimate import estimate
+from canopy_store.commands.shared import FORMAT, echo, print_rows
 from canopy_store.errors import CanopyError, DataError, UsageError
 
 _MOST_BYTES = 1 << 20  # of a study file
@@ -30,10 +33,15 @@ _OF_AN_ARM = {"model", "parent", "context"}
 
 @dataclass(frozen=True)
 class Line:
-    """A command as it would be typed: its words after ``canopy``, and the arm that it is of."""
+    """A command as it would be typed: its words after ``canopy``, and what these are read as."""
 
     words: tuple[str, ...]
-    arm: str | None = None
+    options: Mapping[str, Any]
+
+    @property
+    def step(self) -> str:
+        """The command's own name."""
+        return self.words[1 if self.words[0] == "ingest" else 0]
 
     def __str__(self) -> str:
         return shlex.join(("canopy", *self.words))
@@ -338,12 +346,11 @@ class Study:
                     found += [f"--{key}", str(each)]
         found += last
         try:
-            with command.make_context(" ".join(words), found[len(words) :]):
-                pass
+            with command.make_context(" ".join(words), found[len(words) :]) as context:
+                return Line(tuple(found), context.params)
         except (click.ClickException, CanopyError) as error:
             said = error.format_message() if isinstance(error, click.ClickException) else str(error)
-            self._fail(f"{where}: {step}", " ".join(said.split()).rstrip("."))
-        return Line(tuple(found), None if arm is None else arm.name)
+            return self._fail(f"{where}: {step}", " ".join(said.split()).rstrip("."))
 
     def _filled(self, value: Any, where: str, arm: _Arm | None) -> Any:
         """A value with names put in: {arm} and {seed} of this arm, {other}, {other.model}."""
@@ -408,7 +415,16 @@ def study_group() -> None:
     metavar="NAME",
     help="Only what is of this arm, and no answers: for a job array; repeatable.",
 )
-def run_command(path: str, dry_run: bool, only: tuple[str, ...]) -> None:
+@click.option("--estimate", "foretell", is_flag=True, help="Say what it will take, and run none.")
+@click.option(
+    "--speeds",
+    metavar="DIR",
+    help="With --estimate: a store of work done on the device that is meant [default: the study's].",
+)
+@FORMAT
+def run_command(
+    path: str, dry_run: bool, only: tuple[str, ...], foretell: bool, speeds: str | None, form: str
+) -> None:
     """Run every command of the file STUDY.toml in order, in the file's folder.
 
     Each command resumes by itself, and what is done is not done again: stop the study at any time, and
@@ -438,7 +454,11 @@ def run_command(path: str, dry_run: bool, only: tuple[str, ...]) -> None:
       canopy study run study.toml --dry-run
       canopy study run study.toml
       canopy study run study.toml --arm sft
+      canopy study run study.toml --estimate --speeds pilot
     """
+    if speeds is not None and not foretell:
+        raise UsageError("--speeds: only with --estimate")
+    speeds = None if speeds is None else str(Path(speeds).absolute())
     context = click.get_current_context()
     group = context.find_root().command
     assert isinstance(group, click.Group)
@@ -447,6 +467,18 @@ def run_command(path: str, dry_run: bool, only: tuple[str, ...]) -> None:
     for name in only:
         if name not in study.arms:
             raise UsageError(f"--arm {name}: no such arm; {_or(study.arms)}")
+    if foretell:
+        with contextlib.chdir(file.parent):
+            found = estimate(
+                [(line.step, line.options) for line in study.lines(only)], Path(speeds or study.store)
+            )
+        print_rows(duckdb.from_arrow(found.to_arrow()), form)
+        unknown = found.filter(pl.col("hours").is_null())["command"].to_list()
+        if form == "table" and unknown:
+            echo(
+                f"not known of {', '.join(unknown)}: --speeds names a store that has seen such work done"
+            )
+        return
     lines = study.lines(only)
     if dry_run:
         echo(f"cd {shlex.quote(str(file.parent))}")
