@@ -443,6 +443,13 @@ TABLES: dict[str, Table] = {
                     "",
                     False,
                 ),
+                _c(
+                    "macs",
+                    "BIGINT",
+                    "Multiply-accumulates a token of the layers whose number format is emulated.",
+                    "",
+                    False,
+                ),
             ),
             ("scorer_id",),
             commit=("scorer_id",),
@@ -512,6 +519,14 @@ TABLES: dict[str, Table] = {
                 _c("n_bytes", "BIGINT", "Bytes of the text of the scored tokens.", "bytes"),
                 _c("logprob_sum", "DOUBLE", "Sum of logprob.", "nats"),
                 _c("entropy_sum", "DOUBLE", "Sum of entropy.", "nats"),
+                _c(
+                    "kl_sum",
+                    "DOUBLE",
+                    "Sum over scored tokens of the KL of the scorer's number format from the plain "
+                    "model, given the same tokens before; NULL: no number format.",
+                    "nats",
+                    False,
+                ),
             ),
             ("scorer_id", "corpus"),
             commit=("scorer_id", "corpus"),

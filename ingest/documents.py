@@ -17,7 +17,7 @@ from canopy_store.ingest.draw import Sampling
 from canopy_store.ingest.jobs import Columns, Job, Unit, run_job, shard_group
 from canopy_store.ingest.progress import Progress
 from canopy_store.ingest.rendering import leading_ids
-from canopy_store.ingest.scorer import open_scorer, register_scorer
+from canopy_store.ingest.scorer import Scorer, open_scorer, register_scorer
 from canopy_store.ingest.settings import Checkpoint
 from canopy_store.ingest.sources import check_model, resolve_model
 from canopy_store.ingest.teacher_forcing import score_tokens
@@ -46,6 +46,8 @@ def ingest_documents(root: str | Path, model: str, **options: Any) -> str:
     window : tokens that are read at once, at most; by default what the model can attend to
     bos : False: nothing is put before a text
     device, dtype : of the model
+    number_format : emulated in its linear layers, as of `canopy_store.ingest.number_formats`; each
+        token's KL from the plain model is then summed too
     batch_tokens : tokens read side by side
     chunk_tokens : steps whose logits are held at once, about five times their number x vocabulary x
         4 bytes
@@ -78,6 +80,7 @@ def open_documents(
     bos: bool = True,
     device: str | None = None,
     dtype: str | None = None,
+    number_format: str | None = None,
     batch_tokens: int = 4096,
     chunk_tokens: int = 512,
     progress: Progress,
@@ -92,7 +95,7 @@ def open_documents(
     root = store.place(root)
     listed = stored_documents(root, corpus) if documents is None else read_documents(documents)
     check_model(resolve_model(model))  # told before a model is loaded for nothing
-    scorer = open_scorer(checkpoint, name=name, device=device, dtype=dtype)
+    scorer = open_scorer(checkpoint, name=name, device=device, dtype=dtype, number_format=number_format)
     largest = models.context_window(scorer.model)
     if window is not None and largest is not None and window > largest:
         raise UsageError(f"--window {window}: the model attends to {largest} tokens at most")
@@ -125,7 +128,7 @@ def open_documents(
             )
         read = [reading.read(text, name) for text, name in zip(part["text"], names, strict=True)]
         _check_ids(scorer.model, read, names)
-        scores = _score(scorer.model, read, batch_tokens, chunk_tokens, progress, names)
+        scores = _score(scorer, read, batch_tokens, chunk_tokens, progress, names)
         columns = {"document_id": part["document_id"], **_columns(read, scores)}
         return columns, sum(len(each.token_ids) for each in read)
 
@@ -266,17 +269,17 @@ def _check_ids(model: Any, read: list[Text], names: list[str]) -> None:
 
 
 def _score(
-    model: Any,
+    scorer: Scorer,
     read: list[Text],
     batch_tokens: int,
     chunk_tokens: int,
     progress: Progress,
     names: list[str],
-) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Log-probability and entropy (N,), float32 nats, of each text's scored tokens."""
+) -> list[np.ndarray]:
+    """Log-probability and entropy (2, N), float32 nats, of each text's scored tokens; KL too: (3, N)."""
     pieces = [(at, *window) for at, each in enumerate(read) for window in each.windows]
     scores = score_tokens(
-        model,
+        scorer.model,
         [context for _, context, _ in pieces],
         [scored for *_, scored in pieces],
         Sampling(width=batch_tokens),
@@ -284,23 +287,26 @@ def _score(
         progress.tokens,
         [names[at] for at, *_ in pieces],
         batch_tokens=batch_tokens,
+        emulation=scorer.emulation,
     )
-    joined: list[list[np.ndarray]] = [[np.empty((3, 0), np.float32)] for _ in read]
+    height = 4 if scorer.emulation else 3
+    joined: list[list[np.ndarray]] = [[np.empty((height, 0), np.float32)] for _ in read]
     for (at, *_), record in zip(pieces, scores, strict=True):
         joined[at].append(record)
     whole = [np.concatenate(parts, axis=1) for parts in joined]
-    return [(np.minimum(each[0], 0), np.maximum(each[1], 0)) for each in whole]
+    return [np.stack([np.minimum(each[0], 0), np.maximum(each[1], 0), *each[3:]]) for each in whole]
 
 
-def _columns(read: list[Text], scores: list[tuple[np.ndarray, np.ndarray]]) -> dict[str, Any]:
+def _columns(read: list[Text], scores: list[np.ndarray]) -> dict[str, Any]:
     spelt = ["".join(each.tokens[len(each.tokens) - each.n_tokens :]) for each in read]
     return {
         "token_ids": [each.token_ids for each in read],
         "tokens": [each.tokens for each in read],
-        "logprob": [logprob for logprob, _ in scores],
-        "entropy": [entropy for _, entropy in scores],
+        "logprob": [each[0] for each in scores],
+        "entropy": [each[1] for each in scores],
         "n_tokens": [each.n_tokens for each in read],
         "n_bytes": [len(text.encode()) for text in spelt],
-        "logprob_sum": [logprob.sum(dtype=np.float64) for logprob, _ in scores],
-        "entropy_sum": [entropy.sum(dtype=np.float64) for _, entropy in scores],
+        "logprob_sum": [each[0].sum(dtype=np.float64) for each in scores],
+        "entropy_sum": [each[1].sum(dtype=np.float64) for each in scores],
+        "kl_sum": [each[2].sum(dtype=np.float64) if len(each) > 2 else None for each in scores],
     }

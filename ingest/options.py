@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -51,6 +52,7 @@ def ingest_options(root: str | Path, model: str, **options: Any) -> str:
     template : chat, plain, or auto: chat where an item has messages
     name : the scorer_id; by default family.variant, with a part of the context's hash
     device, dtype : of the model
+    number_format : emulated in its linear layers, as of `canopy_store.ingest.number_formats`
     batch_tokens : tokens of questions and options read together [default: 512, 2048 on a GPU]
     shard, executor, workers, progress : as of `canopy_store.ingest.jobs.run_job`
 
@@ -80,6 +82,7 @@ def open_options(
     name: str | None = None,
     device: str | None = None,
     dtype: str | None = None,
+    number_format: str | None = None,
     batch_tokens: int | None = None,
     progress: Progress,
 ) -> Job:
@@ -101,6 +104,7 @@ def open_options(
         device=device,
         dtype=dtype,
         template=template,
+        number_format=number_format,
         context_sha256=None if context is None else _sha256(before),
     )
     encoder = Encoder(scorer.model, scorer.tokenizer, template, before)
@@ -116,7 +120,8 @@ def open_options(
     def rows(unit: Unit, progress: Progress) -> tuple[Columns, int]:
         part = store.read_rows(unit.source, ["item_id", "option"]).to_pydict()
         mine = [known[item_id] for item_id in dict.fromkeys(part["item_id"])]
-        columns = _score(reader, encoder, mine, places, neutral, progress)
+        with scorer.emulation.on() if scorer.emulation else nullcontext():
+            columns = _score(reader, encoder, mine, places, neutral, progress)
         return {**part, **columns}, sum(columns["n_tokens"])
 
     return Job(

@@ -9,7 +9,8 @@ from typing import Any
 from canopy_store import store
 from canopy_store.errors import UsageError
 from canopy_store.ingest import models
-from canopy_store.ingest.settings import Checkpoint
+from canopy_store.ingest.number_formats import Emulation
+from canopy_store.ingest.settings import Checkpoint, check_number_format
 from canopy_store.store.scorers import add_scorer
 
 
@@ -22,12 +23,14 @@ class Scorer:
     model, tokenizer : with transformers' interface
     checkpoint : the row in ``models`` of the weights, as `canopy_store.store.add_model` takes it
     row : its row in ``scorers``
+    emulation : of its number format, where it has one
     """
 
     model: Any
     tokenizer: Any
     checkpoint: dict[str, Any]
     row: dict[str, Any]
+    emulation: Emulation | None = None
 
     @property
     def scorer_id(self) -> str:
@@ -77,7 +80,7 @@ def open_scorer(
     name : the scorer_id; by default as of `scorer_name`
     device, dtype : of the model
     template : plain, or chat
-    number_format : that the caller will emulate; None: the dtype's own
+    number_format : that is emulated; None: the dtype's own
     context_sha256 : of what the caller will put before all that is read; None: nothing
 
     Raises
@@ -85,11 +88,15 @@ def open_scorer(
     StoreError, UsageError
         As `canopy_store.ingest.models.load_model`; or a name that cannot be one.
     """
+    if number_format is not None:
+        check_number_format(number_format)
+        dtype = dtype or "float32"
     name = name or scorer_name(checkpoint, template, number_format, context_sha256)
     store.check_name("--name", name)
     model, tokenizer, path = models.load_model(checkpoint.model, device, dtype)
     if template == "chat" and not getattr(tokenizer, "chat_template", None):
         raise UsageError("--template chat: the tokenizer has no chat template; use plain")
+    emulation = None if number_format is None else Emulation(model, number_format)
     said = models.checkpoint(checkpoint.model, path, tokenizer)
     row = {
         "scorer_id": name,
@@ -101,8 +108,9 @@ def open_scorer(
         "dtype": str(model.dtype).removeprefix("torch."),
         "template": template,
         "weights_sha256": said["weights_sha256"],
+        "macs": None if emulation is None else emulation.macs,
     }
-    return Scorer(model, tokenizer, {**_made_how(checkpoint), **said}, row)
+    return Scorer(model, tokenizer, {**_made_how(checkpoint), **said}, row, emulation)
 
 
 def _made_how(checkpoint: Checkpoint) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -12,6 +13,22 @@ from typing import Any
 from canopy_store import store
 from canopy_store.errors import UsageError
 from canopy_store.ingest.until_se import Target, read_target
+
+NUMBER_FORMATS = ("bf16", "fp16", "e4m3", "e5m2", "int8", "int4", "lmul-2 … lmul-23")
+
+
+def check_number_format(name: str) -> str:
+    """The name, of a format that there is.
+
+    Raises
+    ------
+    UsageError
+        There is no such format; lists them.
+    """
+    bits = re.fullmatch(r"lmul-(\d+)", name)
+    if not (name in NUMBER_FORMATS[:-1] or (bits and 2 <= int(bits[1]) <= 23)):
+        raise UsageError(f"--number-format {name}: one of {', '.join(NUMBER_FORMATS)}")
+    return name
 
 
 @dataclass(frozen=True)

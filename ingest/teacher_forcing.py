@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 
 from canopy_store.errors import DataError
 from canopy_store.ingest.draw import Sampling
+from canopy_store.ingest.number_formats import Emulation
 from canopy_store.ingest.policy import Ends, take_step
 
 
@@ -23,8 +25,12 @@ def score_tokens(
     on_tokens: Callable[[int], None] | None = None,
     names: Sequence[str] | None = None,
     batch_tokens: int | None = None,
+    emulation: Emulation | None = None,
 ) -> list[np.ndarray]:
     """Per rollout, logprob, entropy and eos_logprob (3, N), float32 nats, exact over the vocabulary.
+
+    In a number format that is emulated they are of that, and a fourth row is each step's KL(plain ||
+    emulated), both distributions given the same tokens before.
 
     The model's body runs once over each batch; its head runs over ``chunk_tokens`` steps at a time,
     so that (steps, vocabulary) logits are never held for more.
@@ -37,6 +43,7 @@ def score_tokens(
     on_tokens : told how many rollout tokens each batch had
     names : what errors call each rollout
     batch_tokens : bounds a batch beside the width: its rollouts times the longest one's tokens
+    emulation : of the same model; None: as it is
 
     Raises
     ------
@@ -45,28 +52,43 @@ def score_tokens(
         apart from its body.
     """
     split = _SplitModel(model)
+    emulated = emulation.on if emulation else nullcontext
     ends: Ends | None = None
     scores: list[np.ndarray] = [np.empty(0)] * len(rollouts)
     # rollouts of like length share a batch: little padding
     lengths = [len(p) + len(r) for p, r in zip(prompts, rollouts, strict=True)]
     order = sorted(range(len(rollouts)), key=lengths.__getitem__)
     for batch in _batches(order, lengths, sampling.width, batch_tokens):
-        states = split.states([prompts[i] for i in batch], [rollouts[i] for i in batch])  # (S, d)
+        read = [prompts[i] for i in batch], [rollouts[i] for i in batch]
+        with emulated():
+            states = split.states(*read)  # (S, d)
+        plain = split.states(*read) if emulation else None
         tokens = torch.tensor([t for i in batch for t in rollouts[i]], device=model.device)  # (S,)
         steps = []
         for at in range(0, len(tokens), chunk_tokens):
-            logits = split.logits(states[at : at + chunk_tokens])
+            part = slice(at, at + chunk_tokens)
+            with emulated():
+                logits = split.logits(states[part])
             ends = ends or Ends(sampling.end_ids, logits.shape[-1], logits.device)
-            step = take_step(logits, sampling, ends, tokens=tokens[at : at + chunk_tokens])
-            steps.append(step.record)
-        record = torch.cat(steps, dim=1).cpu().numpy()
+            record = take_step(logits, sampling, ends, tokens=tokens[part]).record
+            if plain is not None:
+                kl = _divergence(split.logits(plain[part]), logits)
+                record = torch.cat([record, kl[None].to(record)])
+            steps.append(record)
+        rows = torch.cat(steps, dim=1).cpu().numpy()
         stops = np.cumsum([len(rollouts[i]) for i in batch])
-        for i, row in zip(batch, np.split(record, stops[:-1], axis=1), strict=True):
+        for i, row in zip(batch, np.split(rows, stops[:-1], axis=1), strict=True):
             _check_finite(row, names[i] if names else f"rollout {i}")
             scores[i] = row
         if on_tokens:
             on_tokens(len(tokens))
     return scores
+
+
+def _divergence(plain: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """KL (S,) in nats of softmax(other) from softmax(plain), both logits (S, V)."""
+    first, second = plain.float().log_softmax(-1), other.float().log_softmax(-1)
+    return (first.exp() * (first - second)).sum(-1).clamp_min(0)
 
 
 def _batches(order: list[int], lengths: list[int], width: int, most: int | None) -> Iterator[list[int]]:

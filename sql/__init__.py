@@ -57,6 +57,7 @@ VIEWS = (
     "forgetting",
     "paired_documents",
     "token_type_contributions",
+    "number_formats",
     "item_metrics",
     "option_accuracy",
 )

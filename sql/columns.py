@@ -133,6 +133,7 @@ _PASSED = {
     "forgetting": "documents",
     "paired_documents": "documents",
     "token_type_contributions": "documents",
+    "number_formats": "documents",
 }
 
 
@@ -482,6 +483,28 @@ VIEW_DOCS: dict[str, tuple[Column, ...]] = {
             "Per scored token, -log-probability less that under the baseline: below 0, better.",
             "nats",
             "DOUBLE[]",
+        ),
+    ),
+    "number_formats": (
+        _c("baseline_id", "A plain scorer of the same weights.", type="VARCHAR"),
+        _c("number_format", "Number format that is emulated.", type="VARCHAR"),
+        _count("n_documents", "Documents of the split that both have scored."),
+        _count("n_clusters", "Clusters of these documents."),
+        _count("n_tokens", "Tokens that both have scored.", "tokens"),
+        _c("delta_nll", "nll less that of the plain scorer.", "nats per token"),
+        _c("delta_nll_se", "Standard error of delta_nll over clusters; NULL of one.", "nats per token"),
+        _c("kl", "Mean over tokens of KL(plain || emulated), given the same tokens.", "nats per token"),
+        _c("kl_se", "Standard error of kl over clusters; NULL of one.", "nats per token"),
+        _c(
+            "modelled_mj",
+            "Modelled energy of the multiply-accumulates of a token; NULL where no source has it.",
+            "millijoules per token",
+        ),
+        _c("modelled_mj_float32", "The same in float32.", "millijoules per token"),
+        _c(
+            "modelled_reading_mj",
+            "Modelled energy of reading each weight once from DRAM, as at batch 1.",
+            "millijoules per token",
         ),
     ),
     "token_type_contributions": (

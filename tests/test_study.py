@@ -225,3 +225,16 @@ rollouts = {{ task = "walk", prompts = "none.jsonl" }}
     assert code in (1, 2)
     assert err.splitlines()[-1].startswith("canopy: ")
     assert "none.jsonl" in err.splitlines()[-1]
+
+
+def test_the_studies_that_ship_are_studies(tmp_path, canopy):
+    code, out, _ = canopy("study", "list")
+    assert code == 0
+    names = [line.split()[0] for line in out.splitlines()]
+    assert "conveyance" in names
+    for name in names:
+        code, text, _ = canopy("study", "show", name)
+        assert code == 0
+        (tmp_path / f"{name}.toml").write_text(text)
+        assert planned(canopy, tmp_path / f"{name}.toml")
+    refused(canopy("study", "show", "nothing"), 2, "no such study", "conveyance")

@@ -14,6 +14,7 @@ import click
 from canopy_store import store
 from canopy_store.commands.shared import RUNS, STORE, bar, echo, require_ingest
 from canopy_store.ingest import rendering, sources, training_data
+from canopy_store.ingest.settings import check_number_format
 
 
 def _spread_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -363,6 +364,12 @@ def grade_command(root: str, grader: str, **options: Any) -> None:
     _told(root, f"grades as {name}", options)
 
 
+def _check_scorer(model: str, options: dict[str, Any]) -> None:
+    sources.check_model(sources.resolve_model(model))
+    if options["number_format"] is not None:
+        check_number_format(options["number_format"])
+
+
 @ingest.command("documents")
 @STORE
 @_model_options
@@ -393,6 +400,11 @@ def grade_command(root: str, grader: str, **options: Any) -> None:
 @click.option(
     "--chunk-tokens", default=512, show_default=True, help="Steps whose logits are held at once."
 )
+@click.option(
+    "--number-format",
+    metavar="NAME",
+    help="Emulate it in the linear layers: bf16, fp16, e4m3, e5m2, int8, int4, lmul-2 … lmul-23.",
+)
 @_spread_options
 @click.option("--parent", metavar="MODEL_ID", help="family/variant this checkpoint was made from.")
 @click.option("--treatment", metavar="NAME", help="What was done to the parent: sft, lora, dpo, …")
@@ -419,7 +431,7 @@ def documents_command(root: str, model: str, **options: Any) -> None:
     """
     require_ingest()
     store.place(root)
-    sources.check_model(sources.resolve_model(model))
+    _check_scorer(model, options)
     from canopy_store.ingest.documents import ingest_documents
 
     with bar("scoring") as progress:
@@ -466,6 +478,11 @@ def documents_command(root: str, model: str, **options: Any) -> None:
     metavar="N",
     help="Tokens of questions and options read together [default: 512; 2048 on a GPU].",
 )
+@click.option(
+    "--number-format",
+    metavar="NAME",
+    help="Emulate it in the linear layers: bf16, fp16, e4m3, e5m2, int8, int4, lmul-2 … lmul-23.",
+)
 @_spread_options
 @click.option("--parent", metavar="MODEL_ID", help="family/variant this checkpoint was made from.")
 @click.option("--treatment", metavar="NAME", help="What was done to the parent: sft, lora, dpo, …")
@@ -492,7 +509,7 @@ def options_command(root: str, model: str, **options: Any) -> None:
     """
     require_ingest()
     store.place(root)
-    sources.check_model(sources.resolve_model(model))
+    _check_scorer(model, options)
     from canopy_store.ingest.options import ingest_options
 
     with bar("scoring") as progress:

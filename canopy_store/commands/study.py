@@ -14,6 +14,7 @@ import shlex
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from importlib.resources import files as resources
 from pathlib import Path
 from typing import Any
 
@@ -490,3 +491,40 @@ def run_command(
             echo(f"[{at}/{len(lines)}] {line}", err=True)
             group.main(list(line.words), prog_name="canopy", standalone_mode=False)
     echo(f"{path}: {study.name} is done: {len(lines)} commands, store {study.store}")
+
+
+@study_group.command("list")
+def list_command() -> None:
+    """List the studies that come with the package; print one with: canopy study show NAME.
+
+    \b
+    Example:
+      canopy study list
+      canopy study show conveyance > study.toml
+    """
+    for name in _shipped():
+        comment = [line[2:] for line in _shipped_text(name).splitlines() if line.startswith("# ")]
+        echo(f"{name:12}  {' '.join(comment).split('? ')[0].split('. ')[0]}")
+
+
+@study_group.command("show")
+@click.argument("name")
+def show_command(name: str) -> None:
+    """Print the file of a study that comes with the package, to be changed and run.
+
+    \b
+    Example:
+      canopy study show conveyance > study.toml
+    """
+    if name not in _shipped():
+        raise UsageError(f"{name}: no such study; {_or(_shipped())}")
+    click.echo(_shipped_text(name), nl=False)
+
+
+def _shipped() -> list[str]:
+    folder = resources("canopy_store").joinpath("studies")
+    return sorted(each.name.removesuffix(".toml") for each in folder.iterdir())
+
+
+def _shipped_text(name: str) -> str:
+    return resources("canopy_store").joinpath("studies", f"{name}.toml").read_text(encoding="utf-8")
