@@ -136,7 +136,7 @@ def _text(value: Any, key: str, where: str) -> str | None:
 
 
 def stored_documents(root: Path, corpus: str) -> list[dict[str, Any]]:
-    """Id and text of each document of a corpus that is stored; the text None where it was left out.
+    """Id, text and split of each document of a corpus that is stored; the text None where left out.
 
     Raises
     ------
@@ -147,7 +147,7 @@ def stored_documents(root: Path, corpus: str) -> list[dict[str, Any]]:
     record = store.record(root, "documents", corpus=corpus) if there else None
     if record is None:
         raise StoreError(f"--corpus {corpus}: no corpus of this name is stored; give its --documents")
-    return _rows(root, record, ["document_id", "text"])
+    return _rows(root, record, ["document_id", "text", "split"])
 
 
 def _rows(root: Path, record: store.Record, columns: list[str]) -> list[dict[str, Any]]:

@@ -22,6 +22,8 @@ from canopy_store.ingest.settings import Checkpoint
 from canopy_store.ingest.sources import check_model, resolve_model
 from canopy_store.ingest.teacher_forcing import score_tokens
 
+Losses = dict[str, tuple[int, float]]
+
 
 def ingest_documents(root: str | Path, model: str, **options: Any) -> str:
     """The scorer_id under which the scores of a corpus's documents are now stored.
@@ -142,6 +144,38 @@ def open_documents(
         rows,
         device=scorer.model.device.type,
     )
+
+
+def losses(model: Any, tokenizer: Any, corpus: str, documents: Sequence[dict[str, Any]]) -> Losses:
+    """Scored tokens and the sum of their -log-probability, nats, of each split of a corpus.
+
+    Long documents are read in windows that do not overlap.
+
+    Raises
+    ------
+    DataError
+        As `Reading.read`; or logits that are NaN.
+    """
+    window = models.context_window(model)
+    reading = Reading(tokenizer, _before(tokenizer), window, window)
+    names = [f"corpus {corpus}: document {each['document_id']}" for each in documents]
+    read = [reading.read(each["text"], name) for each, name in zip(documents, names, strict=True)]
+    _check_ids(model, read, names)
+    pieces = [(at, *each) for at, text in enumerate(read) for each in text.windows]
+    found: dict[str, tuple[int, float]] = {}
+    scored = score_tokens(
+        model,
+        [context for _, context, _ in pieces],
+        [wanted for *_, wanted in pieces],
+        Sampling(width=4096),
+        names=[names[at] for at, *_ in pieces],
+        batch_tokens=4096,
+    )
+    for (at, *_), record in zip(pieces, scored, strict=True):
+        tokens, total = found.get(documents[at]["split"], (0, 0.0))
+        summed = tokens + record.shape[1], total - float(record[0].sum(dtype=np.float64))
+        found[documents[at]["split"]] = summed
+    return found
 
 
 def _before(tokenizer: Any) -> list[int]:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
-import json
-import os
-import shutil
+import math
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +17,28 @@ from rich.progress import track
 from transformers import AutoConfig, get_linear_schedule_with_warmup
 
 from canopy_store import store
-from canopy_store.errors import ConflictError, DataError, StoreError, UsageError
+from canopy_store.errors import DataError, UsageError
 from canopy_store.ingest import models
+from canopy_store.ingest.children import (
+    RECORD,
+    in_use,
+    is_free,
+    made_by,
+    name_child,
+    require_new,
+    save_child,
+)
+from canopy_store.ingest.corpus import stored_documents
+from canopy_store.ingest.documents import Losses
+from canopy_store.ingest.documents import losses as corpus_losses
+from canopy_store.ingest.regularise import REGULARISERS, Batch, Penalty, penalty_of
 from canopy_store.ingest.sources import check_trainable, resolve_model
 from canopy_store.ingest.training_data import read_records, segments
+from canopy_store.store import treatments
 
 _IGNORED = -100  # the label that transformers' loss leaves out
+
+TokenLine = tuple[list[int], list[int]]  # token ids and labels
 
 
 def finetune_child(
@@ -37,53 +52,63 @@ def finetune_child(
     parent: str | None = None,
     treatment: str | None = None,
     method: str = "full",
+    eval_corpora: Sequence[str] = (),
     **options: Any,
 ) -> str:
     """The model_id of a new fine-tuned child, saved in ``out`` and named in the store's ``models``.
+
+    Its curve goes to ``training``, and its data to ``datasets``. The same call again trains nothing.
 
     Parameters
     ----------
     root : path of the store, made if missing
     family, variant : names of the child; together they are its model_id
     parent, treatment : by default FAMILY/base, and sft or lora after the method
+    eval_corpora : corpora of the store whose loss is measured in the training
     model, data, out, method, options : as for `finetune`
 
     Raises
     ------
     ConflictError
-        A checkpoint of this name is stored already; nothing is trained.
+        A checkpoint of this name is stored already, and not in ``out``; nothing is trained.
     DataError, StoreError, UsageError
         As for `finetune`.
     """
     root = store.place(root)
-    for option, name in (("--family", family), ("--variant", variant)):
-        store.check_name(option, name)
-    model_id = f"{family}/{variant}"
-    stored = store.models(root) if store.exists(root / "canopy.json") else {}
-    if model_id in stored:  # told before the training, not after it
-        raise ConflictError(f"model {model_id} is stored already; give another --variant")
+    model_id = require_new(root, out, family, variant)  # told before the training, not after it
     if (parent or f"{family}/base") == model_id:
         raise UsageError(f"--variant {variant}: a child needs another name than its parent")
-    done = finetune(model, data, out, method=method, **options)
-    _, tokenizer, folder = models.load_model(str(out), "cpu")  # it must load before it is named
+    corpora = {name: _documents(root, name) for name in eval_corpora}
+    done = finetune(model, data, out, method=method, eval_corpora=corpora, **options)
+    curve = done.pop("curve")
     root = store.init(root)
-    return store.add_model(
+    given = {"name": Path(data).stem, "lines": done["lines"], "method": "given"}
+    if not any(row["data_sha256"] == done["data_sha256"] for row in treatments.datasets(root)):
+        treatments.add_dataset(root, {"data_sha256": done["data_sha256"], **given})
+    name_child(
         root,
+        out,
         {
             "family": family,
             "variant": variant,
             "parent_id": parent or f"{family}/base",
             "treatment": treatment or {"full": "sft"}.get(method, method),
             "hyperparameters": store.canonical(
-                {key: value for key, value in done.items() if key not in ("data_sha256", "wall_s")}
+                {k: v for k, v in done.items() if k not in ("data_sha256", "wall_s", "lines")}
             ),
             "data_sha256": done["data_sha256"],
-            "weights_sha256": models.weights_sha256(folder),
-            "tokenizer_sha256": models.tokenizer_sha256(tokenizer),
             "seed": done["seed"],
-            "source": folder.name,
         },
     )
+    treatments.add_training(root, family, variant, curve)
+    return model_id
+
+
+def _documents(root: Path, corpus: str) -> list[dict[str, Any]]:
+    documents = stored_documents(root, corpus)
+    if any(each["text"] is None for each in documents):
+        raise DataError(f"--eval-corpus {corpus}: its texts were left out when it was exported")
+    return documents
 
 
 def finetune(
@@ -99,11 +124,19 @@ def finetune(
     max_length: int = 512,
     seed: int = 0,
     lora_rank: int = 8,
+    regularise: str | None = None,
+    strength: float | None = None,
+    reference: str | Path | None = None,
+    replay: str | Path | None = None,
+    replay_share: float | None = None,
+    eval_corpora: Mapping[str, list[dict[str, Any]]] | None = None,
+    eval_every: int | None = None,
+    early_stop: int | None = None,
     device: str | None = None,
     dtype: str | None = None,
     show_progress: bool = False,
 ) -> dict[str, Any]:
-    """What was done: the hyperparameters, ``final_loss``, ``data_sha256`` and ``wall_s``.
+    """What was done: the hyperparameters, ``final_loss``, ``data_sha256``, ``wall_s`` and ``curve``.
 
     The child is saved in ``out`` as safetensors with tokenizer and generation config, in its parent's
     number format, whole or not at all. Every sequence ends with the end-of-sequence token, unless it
@@ -120,6 +153,15 @@ def finetune(
     steps : optimiser steps; by default what ``epochs`` (1) passes over the data take
     batch_size, max_length : sequences a step, tokens a sequence at most
     learning_rate : its peak; linear warm-up over the first 5% of the steps, then linear to 0
+    regularise, strength : a penalty on leaving the parent, as of `canopy_store.ingest.regularise`
+    reference : text of the parent's, JSONL as ``data``: what ewc weighs weights by, and what kl is over
+        in place of the batch
+    replay, replay_share : JSONL as ``data`` whose lines take this share (0.25) of each batch: fresh ones
+        at every step, none twice before all were read
+    eval_corpora : documents by the name of their corpus, whose loss is measured before the first step,
+        every ``eval_every`` (steps/10) steps and at the end
+    early_stop : evaluations without a lower loss on the first corpus, after which the training ends;
+        what is saved is the model at its lowest
     show_progress : tells on stderr how far it is: a bar on a terminal, elsewhere a line now and then
     dtype : of the weights while they are trained, by default float32; on cuda the float32 forward
         pass runs in bfloat16
@@ -127,7 +169,8 @@ def finetune(
     Returns
     -------
     dict
-        ``final_loss`` in nats per trained token, mean of the last 8 steps; ``wall_s`` in seconds.
+        ``final_loss`` in nats per trained token, mean of the last 8 steps; ``wall_s`` in seconds;
+        ``curve``: rows of the table ``training``.
 
     Raises
     ------
@@ -139,10 +182,18 @@ def finetune(
         Impossible settings, ``out`` not empty, or peft not installed.
     """
     started = time.perf_counter()
-    out = Path(out)
+    out, corpora = Path(out), dict(eval_corpora or {})
     _check_settings(out, method, steps, epochs, batch_size, learning_rate, max_length, lora_rank)
+    _check_treatment(method, regularise, strength, reference, replay, replay_share)
+    if (eval_every is not None or early_stop is not None) and not corpora:
+        option = "--eval-every" if early_stop is None else "--early-stop"
+        raise UsageError(f"{option}: needs --eval-corpus, the text whose loss is measured")
+    for option, value in (("--eval-every", eval_every), ("--early-stop", early_stop)):
+        if value is not None and value < 1:
+            raise UsageError(f"{option} {value}: needs at least 1")
     check_trainable(resolve_model(model))
     loaded, tokenizer, folder = models.load_model(model, device, dtype or "float32")
+    share = (0.25 if replay_share is None else replay_share) if replay is not None else None
     asked = {
         "parent_sha256": models.weights_sha256(folder),
         "data_sha256": store.sha256(Path(data)),
@@ -155,18 +206,55 @@ def finetune(
         "seed": seed,
         "lora_rank": lora_rank if method == "lora" else None,
         "dtype": dtype,
+        "regularise": regularise,
+        "strength": strength,
+        "reference_sha256": None if reference is None else store.sha256(Path(reference)),
+        "replay_sha256": None if replay is None else store.sha256(Path(replay)),
+        "replay_share": share,
+        "eval_corpora": {name: _texts_sha256(each) for name, each in corpora.items()},
+        "eval_every": eval_every,
+        "early_stop": early_stop,
     }
-    if not _is_free(out):
-        return _made_by(asked, out)
+    if not is_free(out):
+        return made_by(asked, out)
     saved_dtype = getattr(AutoConfig.from_pretrained(folder), "dtype", None) or loaded.dtype
     window = min(max_length, models.context_window(loaded) or max_length)
-    sequences = _read_sequences(Path(data), loaded, tokenizer, window)
-    steps = steps or -(-len(sequences) * (epochs or 1) // batch_size)
+
+    def read(path: str | Path) -> list[TokenLine]:
+        return _read_sequences(Path(path), loaded, tokenizer, window)
+
+    sequences = read(data)
+    other = None if replay is None else read(replay)
+    texts = None if reference is None else read(reference)
+    fresh = batch_size * (1 - (share or 0))  # lines of the data a step
+    steps = steps or math.ceil(len(sequences) * (epochs or 1) / fresh - 1e-9)
     torch.manual_seed(seed)
+    penalty = None
+    if regularise is not None:
+        batches = (
+            None
+            if texts is None
+            else _batches(
+                texts, None, 0, 1 if regularise == "ewc" else batch_size, seed + 2, loaded.device
+            )
+        )
+        assert strength is not None  # checked above
+        penalty = penalty_of(regularise, loaded, strength, batches, len(texts or ()))
     trained = _with_lora(loaded, lora_rank) if method == "lora" else loaded
-    final_loss = _train(trained, sequences, steps, batch_size, learning_rate, seed, show_progress)
+    curve = _train(
+        trained,
+        _batches(sequences, other, share or 0, batch_size, seed, loaded.device),
+        steps,
+        learning_rate,
+        penalty,
+        lambda: _evaluated(trained, tokenizer, corpora),
+        (eval_every or max(1, steps // 10)) if corpora else None,
+        early_stop,
+        show_progress,
+    )
     if method == "lora":
         trained = trained.merge_and_unload()
+    last = [row["loss"] for row in curve if row["split"] == "train"][-8:]
     done = {
         "method": method,
         "steps": steps,
@@ -174,13 +262,66 @@ def finetune(
         "learning_rate": learning_rate,
         "max_length": max_length,
         "seed": seed,
-        "final_loss": final_loss,
+        "final_loss": sum(last) / len(last),
         "data_sha256": asked["data_sha256"],
+        "lines": len(sequences),
         "wall_s": time.perf_counter() - started,
         **({"lora_rank": lora_rank} if method == "lora" else {}),
+        **{key: asked[key] for key in _TREATMENTS if asked[key]},
     }
-    _save(trained.to(saved_dtype), tokenizer, out, {"asked": asked, "done": done})
+    if early_stop is not None:
+        done["stopped_at"] = curve[-1]["step"]
+        done["best_step"] = _best(curve)
+    done["curve"] = curve
+    save_child(trained.to(saved_dtype), tokenizer, out, {"asked": asked, "done": done})
     return done
+
+
+# Of what was asked, what a child's row in models says only where it was.
+_TREATMENTS = (
+    "regularise",
+    "strength",
+    "reference_sha256",
+    "replay_sha256",
+    "replay_share",
+    "early_stop",
+)
+
+
+def _texts_sha256(documents: list[dict[str, Any]]) -> str:
+    """A hash of what is read of a corpus in an evaluation."""
+    read = [[each["document_id"], each["split"], each["text"]] for each in documents]
+    return hashlib.sha256(store.canonical(read).encode()).hexdigest()
+
+
+def _check_treatment(
+    method: str,
+    regularise: str | None,
+    strength: float | None,
+    reference: str | Path | None,
+    replay: str | Path | None,
+    replay_share: float | None,
+) -> None:
+    if regularise is None:
+        for option, value in (("--strength", strength), ("--reference", reference)):
+            if value is not None:
+                raise UsageError(f"{option}: needs --regularise, one of {', '.join(REGULARISERS)}")
+    elif regularise not in REGULARISERS:
+        raise UsageError(f"--regularise {regularise}: one of {', '.join(REGULARISERS)}")
+    elif strength is None or not 0 < strength < float("inf"):
+        raise UsageError(f"--regularise {regularise}: needs --strength, a number above 0")
+    elif regularise == "ewc" and reference is None:
+        raise UsageError("--regularise ewc: needs --reference, text that the parent is to keep")
+    elif regularise == "l2sp" and reference is not None:
+        raise UsageError("--reference: not with --regularise l2sp, which reads no text")
+    elif method == "lora" and regularise != "kl":
+        raise UsageError(
+            f"--regularise {regularise}: of all weights, and --method lora keeps them; use kl"
+        )
+    if replay is None and replay_share is not None:
+        raise UsageError("--replay-share: needs --replay, the file of its lines")
+    if replay_share is not None and not 0 < replay_share < 1:
+        raise UsageError(f"--replay-share {replay_share}: needs more than 0 and less than 1")
 
 
 def _check_settings(
@@ -206,39 +347,14 @@ def _check_settings(
             raise UsageError(f"{option}: too small; needs at least {2 if 'length' in option else 1}")
     if not 0 < learning_rate < 1:
         raise UsageError(f"--learning-rate {learning_rate}: needs more than 0 and less than 1")
-    if not _is_free(out) and not (out / _RECORD).is_file():
-        raise _in_use(out)
-
-
-# In a child's folder: what made it. A call that was killed before the store named the child finds it.
-_RECORD = "finetune.json"
-
-
-def _is_free(out: Path) -> bool:
-    return not (out.is_file() or (out.is_dir() and any(out.iterdir())))
-
-
-def _made_by(asked: dict[str, Any], out: Path) -> dict[str, Any]:
-    """What `finetune` returned for the same call, which made ``out``; refused if another one did."""
-    try:
-        found = json.loads((out / _RECORD).read_text())
-        if found["asked"] == asked:
-            return dict(found["done"])
-    except (OSError, ValueError, TypeError, KeyError):
-        pass
-    raise _in_use(out)
-
-
-def _in_use(out: Path) -> UsageError:
-    return UsageError(f"--out {out}: exists and is not empty; choose a new folder")
+    if not is_free(out) and not (out / RECORD).is_file():
+        raise in_use(out)
 
 
 # ---------------------------------------------------------------- data
 
 
-def _read_sequences(
-    path: Path, model: Any, tokenizer: Any, max_length: int
-) -> list[tuple[list[int], list[int]]]:
+def _read_sequences(path: Path, model: Any, tokenizer: Any, max_length: int) -> list[TokenLine]:
     """Token ids and labels of every line, in order."""
     ends = models.end_token_ids(model, tokenizer)
     if not ends:
@@ -279,14 +395,19 @@ def _with_lora(model: Any, rank: int) -> Any:
 
 def _train(
     model: Any,
-    sequences: list[tuple[list[int], list[int]]],
+    batches: Iterator[Batch],
     steps: int,
-    batch_size: int,
     learning_rate: float,
-    seed: int,
+    penalty: Penalty | None,
+    evaluate: Callable[[], Losses],
+    eval_every: int | None,
+    early_stop: int | None,
     show_progress: bool,
-) -> float:
-    """The mean loss of the last 8 steps, in nats per trained token; ``model`` is changed in place."""
+) -> list[dict[str, Any]]:
+    """The curve, rows of the table ``training``; ``model`` is changed in place.
+
+    With ``early_stop`` it is left as it was when the loss of the first corpus was lowest.
+    """
     # A plain loop and one device: the batch is then the one that the record names.
     device = model.device
     weights = [p for p in model.parameters() if p.requires_grad]
@@ -295,26 +416,92 @@ def _train(
     half = torch.autocast(
         device.type, torch.bfloat16, enabled=device.type == "cuda" and model.dtype == torch.float32
     )
-    order = _epochs(len(sequences), seed)
+    started = time.perf_counter()
+    curve: list[dict[str, Any]] = []
     losses: list[float] = []
+    best: list[torch.Tensor] = []
+
+    def measure(step: int) -> bool:
+        """Whether the training goes on."""
+        passed = time.perf_counter() - started
+        for split, (tokens, summed) in evaluate().items():
+            loss = summed / tokens if tokens else None
+            curve.append(
+                {"step": step, "split": split, "tokens": tokens, "loss": loss, "wall_s": passed}
+            )
+        if early_stop is None:
+            return True
+        if _best(curve) == step:
+            best[:] = [p.detach().clone() for p in weights]
+        since = {row["step"] for row in curve if row["split"] != "train"}
+        return len([each for each in since if each > _best(curve)]) < early_stop
+
+    if eval_every:
+        measure(0)
     model.train()
     for step in _steps(steps, losses, show_progress):
-        batch = [sequences[i] for i in itertools.islice(order, batch_size)]
+        batch = next(batches)
+        rate = schedule.get_last_lr()[0]
         with half:
-            loss = model(**{k: v.to(device) for k, v in _pad(batch).items()}).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(weights, 1.0)
+            loss = model(**batch).loss
+            added = penalty(model, batch) if penalty else None
+        (loss if added is None else loss + added).backward()
+        norm = torch.nn.utils.clip_grad_norm_(weights, 1.0)
         optimiser.step()
         schedule.step()
         optimiser.zero_grad()
         losses.append(loss.item())
-        if losses[-1] != losses[-1] or losses[-1] == float("inf"):
+        if not math.isfinite(losses[-1] + (0.0 if added is None else added.item())):
             raise DataError(
                 f"step {step + 1}: the loss is {losses[-1]}; lower --learning-rate, or use "
-                "--dtype float32"
+                "--dtype float32" + ("" if added is None else ", or lower --strength")
             )
+        curve.append(
+            {
+                "step": step + 1,
+                "split": "train",
+                "tokens": int((batch["labels"][:, 1:] != _IGNORED).sum()),
+                "loss": losses[-1],
+                "penalty": None if added is None else added.item(),
+                "lr": rate,
+                "grad_norm": norm.item(),
+                "wall_s": time.perf_counter() - started,
+            }
+        )
+        if eval_every and ((step + 1) % eval_every == 0 or step + 1 == steps):
+            goes_on = measure(step + 1)
+            model.train()
+            if not goes_on:
+                break
+    if best:
+        for p, kept in zip(weights, best, strict=True):
+            p.data.copy_(kept)
     model.eval()
-    return sum(losses[-8:]) / len(losses[-8:])
+    return curve
+
+
+def _best(curve: list[dict[str, Any]]) -> int:
+    """The step at which the loss of the first corpus was lowest, over all of its splits."""
+    read = [row for row in curve if row["split"] != "train"]
+    first = read[0]["split"].partition("/")[0]
+    sums: dict[int, list[float]] = {}
+    for row in read:
+        if row["split"].partition("/")[0] == first and row["loss"] is not None:
+            both = sums.setdefault(row["step"], [0.0, 0.0])
+            both[0], both[1] = both[0] + row["loss"] * row["tokens"], both[1] + row["tokens"]
+    return min(sums, key=lambda step: (sums[step][0] / sums[step][1], step))
+
+
+def _evaluated(model: Any, tokenizer: Any, corpora: Mapping[str, list[dict[str, Any]]]) -> Losses:
+    """Tokens and summed loss of each corpus, or of each of its splits where it has several."""
+    model.eval()
+    plain = model.get_base_model() if hasattr(model, "get_base_model") else model  # of LoRA's wrapping
+    found: Losses = {}
+    for name, documents in corpora.items():
+        of_splits = corpus_losses(plain, tokenizer, name, documents)
+        for split, both in of_splits.items():
+            found[name if len(of_splits) == 1 else f"{name}/{split}"] = both
+    return found
 
 
 _TELL_EVERY = 10.0  # seconds
@@ -348,7 +535,28 @@ def _epochs(n: int, seed: int) -> Iterator[int]:
         yield from torch.randperm(n, generator=generator).tolist()
 
 
-def _pad(batch: list[tuple[list[int], list[int]]]) -> dict[str, torch.Tensor]:
+def _batches(
+    sequences: list[TokenLine],
+    replayed: list[TokenLine] | None,
+    share: float,
+    batch_size: int,
+    seed: int,
+    device: Any,
+) -> Iterator[Batch]:
+    """Batches without end, as (B, T) tensors; ``share`` of their lines are replayed ones."""
+    order = _epochs(len(sequences), seed)
+    others = _epochs(len(replayed or ()), seed + 1)
+    for step in itertools.count():
+        # where the share is no whole number of lines, it is on the average
+        n = math.floor((step + 1) * batch_size * share + 1e-9) - math.floor(
+            step * batch_size * share + 1e-9
+        )
+        lines = [sequences[i] for i in itertools.islice(order, batch_size - n)]
+        lines += [(replayed or [])[i] for i in itertools.islice(others, n)]
+        yield {key: value.to(device) for key, value in _pad(lines).items()}
+
+
+def _pad(batch: list[TokenLine]) -> dict[str, torch.Tensor]:
     """A batch as (B, T) tensors. The mask hides the filling, so no padding token is needed."""
     width = max(len(ids) for ids, _ in batch)
     rows = [(ids, labels, width - len(ids)) for ids, labels in batch]
@@ -357,18 +565,3 @@ def _pad(batch: list[tuple[list[int], list[int]]]) -> dict[str, torch.Tensor]:
         "attention_mask": torch.tensor([[1] * len(ids) + [0] * gap for ids, _, gap in rows]),
         "labels": torch.tensor([labels + [_IGNORED] * gap for _, labels, gap in rows]),
     }
-
-
-def _save(model: Any, tokenizer: Any, out: Path, record: dict[str, Any]) -> None:
-    """Writes the child beside ``out``, then renames: ``out`` is a whole model or is not there."""
-    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
-    try:
-        temporary.mkdir(parents=True)
-        model.save_pretrained(temporary, safe_serialization=True)
-        tokenizer.save_pretrained(temporary)
-        store.write_json(temporary / _RECORD, record)
-        os.replace(temporary, out)
-    except OSError as error:
-        raise StoreError(f"{out}: cannot write: {error.strerror or error}") from None
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)

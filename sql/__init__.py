@@ -204,7 +204,7 @@ def write_database(root: str | Path) -> Path | None:
 
 def make_database(path: Path, root: Path, shown: dict[str, list[str]]) -> None:
     """Writes a new database of views on the files ``shown``, for a shell in the store's folder."""
-    path.write_bytes(_empty_database(format1.is_old(root)))
+    path.write_bytes(_empty_database(format1.is_old(root), tuple(TABLES)))
     con = duckdb.connect()
     try:
         con.execute(f"attach '{_literal(str(path))}' as canopy")
@@ -223,7 +223,7 @@ def make_database(path: Path, root: Path, shown: dict[str, list[str]]) -> None:
 
 
 @functools.cache
-def _empty_database(old: bool) -> bytes:
+def _empty_database(old: bool, tables: tuple[str, ...]) -> bytes:
     """A database of every view, on no files: most of the time that one of a store takes to make."""
     with tempfile.TemporaryDirectory(prefix="canopy-") as scratch:
         path = Path(scratch) / "canopy.duckdb"
@@ -233,7 +233,7 @@ def _empty_database(old: bool) -> bytes:
             con.execute(_no_files())
             con.execute("begin")  # else each statement is flushed to the disk by itself
             con.execute(";\n".join(_on_no_files(old)))
-            _comment(con, (*TABLES, *VIEWS))
+            _comment(con, (*tables, *VIEWS))
             con.execute("commit")
             con.execute("use memory")
             con.execute("detach canopy")

@@ -24,6 +24,12 @@ GOLDEN = Path(__file__).parent / "data" / "golden"  # rollouts and what the pape
 GOLDEN_ROLLOUTS = GOLDEN / "rollouts.parquet"
 EXPECTED = json.loads((GOLDEN / "metrics_expected.json").read_text())
 RUN = "chain.base.walk"  # the run that ingest_arguments() names
+# what is of documents, items and trainings, and so empty in a store of rollouts alone
+OF_TEXTS = {
+    *("scorers", "documents", "document_scores", "items", "option_scores", "training", "datasets"),
+    *("document_metrics", "perplexity", "forgetting", "paired_documents", "token_type_contributions"),
+    *("number_formats", "item_metrics", "option_accuracy"),
+}
 
 
 # ---------------------------------------------------------------- made by sampling

@@ -366,7 +366,7 @@ def test_readers_get_the_whole_answer_or_an_error(root, monkeypatch):
         thread.join()
     good = [answer for answer in answers if isinstance(answer, tuple)]
     assert set(good) == {whole}
-    assert len(good) > 10
+    assert len(good) >= 5
 
 
 # ---------------------------------------------------------------- who may write at once

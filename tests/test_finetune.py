@@ -275,8 +275,8 @@ def test_command_names_the_child_in_the_store(parent, tmp_path, canopy):
     shutil.rmtree(tmp_path / "S" / "commits" / "models")
     trained = (tmp_path / "child" / "model.safetensors").stat().st_mtime_ns
     code, _, err = canopy(*call, "--out", tmp_path / "child", "--seed", 1)
-    assert code == 2
-    assert "not empty" in err
+    assert code == 1
+    assert "was made with other settings: seed (stored 0, asked 1)" in err
     code, _, err = canopy(*call, "--out", tmp_path / "child")
     assert (code, err) == (0, "")
     assert (tmp_path / "child" / "model.safetensors").stat().st_mtime_ns == trained

@@ -26,7 +26,7 @@ import polars as pl
 import pytest
 from moto.server import ThreadedMotoServer
 from polars.testing import assert_frame_equal
-from stores import rollouts, write_prompts
+from stores import OF_TEXTS, rollouts, write_prompts
 
 import canopy_store
 from canopy_store import sql, store
@@ -189,7 +189,7 @@ def test_every_view_is_that_of_the_same_store_in_a_folder(tmp_path, chain, promp
         for relation in (*TABLES, *sql.VIEWS):
             here, away = (con.sql(f"from {relation}").pl() for con in (a, b))
             here, away = (f.drop(timed, strict=False) for f in (here, away))
-            if relation != "eos_trajectory":
+            if relation != "eos_trajectory" and relation not in OF_TEXTS:
                 assert len(here), relation
             assert_frame_equal(here, away, check_row_order=False, rel_tol=1e-12)
     shown = [
@@ -385,7 +385,7 @@ def test_a_hundred_shards_open_with_one_request_each(tmp_path, chain, bucket, se
     assert sum(server.asked.values()) <= 2 * 103, server.asked
     server.asked.clear()
     assert canopy(*ingest(there, chain, prompts, samples=2))[0] == 0  # nothing left to do
-    assert sum(server.asked.values()) < 40, server.asked
+    assert sum(server.asked.values()) < 50, server.asked
 
 
 def test_a_file_replaced_under_an_open_connection_is_never_mixed(chain, prompts, bucket, canopy):

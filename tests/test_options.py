@@ -15,7 +15,7 @@ import torch
 from chain import CHAIN_LOGITS, STATES
 from polars.testing import assert_frame_equal
 from stores import enter, refused, rewrite, tables
-from test_documents import save_tiny
+from tiny import save_tiny
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import canopy_store

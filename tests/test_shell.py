@@ -7,6 +7,7 @@ import pty
 import re
 import select
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -70,11 +71,12 @@ def typed(lines: list[str], *arguments: object, **environment: str) -> str:
     """What a terminal shows while these lines are typed, each after a prompt."""
     pid, terminal = pty.fork()
     if pid == 0:
+        # what a shell starts in the background is told to ignore Ctrl-C; the tests may be started so
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
         os.environ.update({"TERM": "dumb", "COLUMNS": "200", **environment})
         os.execv(sys.executable, [*CANOPY, "sql", *map(str, arguments)])
     shown, left, end = "", list(lines), time.monotonic() + 180
-    prompt, quiet = r"(canopy>|\.\.\.>| D) $", 0
-    dropped = False
+    prompt, dropped, quiet = r"(canopy>|\.\.\.>| D) $", False, 0
     while time.monotonic() < end:
         if not select.select([terminal], [], [], 1)[0]:
             # a Ctrl-C between the prompt and the wait for a key is seen with the next one, as by hand

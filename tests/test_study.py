@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from stores import refused
+from tiny import save_tiny
 
 import canopy_store
 
@@ -164,6 +165,53 @@ sql = {{ query = "select variant, n_rollouts from model_metrics order by 1", for
     assert canopy("study", "run", file)[0] == 0
     assert canopy_store.read(tmp_path / "s", "work").sort("kind", "run_id").equals(before)
     assert canopy_store.verify(tmp_path / "s", deep=True).is_empty()
+
+
+def test_an_interrupted_study_never_trains_twice(tmp_path, canopy, monkeypatch):
+    from canopy_store.ingest import finetune
+
+    save_tiny(tmp_path / "base", 0)
+    (tmp_path / "d.jsonl").write_text('{"text": "The quick brown fox"}\n')
+    (tmp_path / "c.jsonl").write_text('{"document_id": "1", "text": "lazy dogs"}\n')
+    file = tmp_path / "study.toml"
+    file.write_text(
+        """
+family = "tiny"
+seeds = [0, 1]
+[arms.base]
+model = "base"
+[arms.sft]
+parent = "base"
+finetune = { data = "d.jsonl", steps = 2 }
+[arms.half]
+parent = "sft"
+interpolate = { with = "{base.model}", alpha = 0.5 }
+[[ask]]
+documents = { corpus = "c", documents = "c.jsonl" }
+[[answer]]
+sql = { query = "select variant, distance from forgetting order by all", format = "csv" }
+"""
+    )
+    real, trained = finetune._train, []
+
+    def train(*arguments):
+        trained.append(arguments)
+        if len(trained) == 2:
+            raise KeyboardInterrupt
+        return real(*arguments)
+
+    monkeypatch.setattr(finetune, "_train", train)
+    assert canopy("study", "run", file)[0] == 130
+    code, out, err = canopy("study", "run", file)
+    assert code == 0, err
+    assert len(trained) == 3  # the first seed once, the second again
+    shown = out[out.index("variant,distance") :].splitlines()[1:7]
+    assert shown == ["half-0,1", "half-0,2", "half-1,1", "half-1,2", "sft-0,1", "sft-1,1"]
+    assert canopy_store.verify(tmp_path / "store", deep=True).is_empty()
+    assert set(canopy_store.read(tmp_path / "store", "training")["model_id"]) == {
+        "tiny/sft-0",
+        "tiny/sft-1",
+    }
 
 
 def test_what_a_study_takes_is_foretold_from_work_done(tmp_path, chain, canopy):

@@ -519,6 +519,36 @@ def options_command(root: str, model: str, **options: Any) -> None:
     echo(f"{root}: task {options['task']} scored as {name}{more}")
 
 
+@ingest.command("interpolate")
+@STORE
+@click.option("--model", required=True, metavar="PATH_OR_ID", help="Folder, hub id, or package:NAME.")
+@click.option("--with", "other", required=True, metavar="PATH_OR_ID", help="The other checkpoint.")
+@click.option("--alpha", required=True, type=float, metavar="SHARE", help="Of the other one.")
+@click.option("--family", required=True, metavar="F", help="Model family.")
+@click.option("--variant", required=True, metavar="V", help="Name of the new checkpoint.")
+@click.option("--out", required=True, metavar="DIR", help="New folder for it.")
+@click.option("--parent", metavar="MODEL_ID", help="[default: FAMILY/base]")
+@click.option("--treatment", metavar="NAME", help="[default: interpolate]")
+def interpolate_command(root: str, out: str, **options: Any) -> None:
+    """Average the weights of two checkpoints of one architecture, and name the result in the store.
+
+    The weights are (1 - alpha) of --model and alpha of --with. Between a parent and its child that often
+    keeps most of what the child gained, and forgets less.
+
+    \b
+    Example:
+      canopy ingest interpolate --store S --model ./base --with ./child --alpha 0.5 \\
+          --family llama --variant half --out ./half
+    """
+    require_ingest()
+    for name in ("model", "other"):
+        sources.check_trainable(sources.resolve_model(options[name]))
+    from canopy_store.ingest.interpolate import interpolate_child
+
+    model_id = interpolate_child(root, out=out, **options)
+    echo(f"{out}: {model_id}, now in {root}")
+
+
 @ingest.command("finetune")
 @STORE
 @_model_options
@@ -535,6 +565,36 @@ def options_command(root: str, model: str, **options: Any) -> None:
 @click.option("--batch-size", default=4, show_default=True)
 @click.option("--max-length", default=512, show_default=True, help="Tokens a sequence.")
 @click.option("--lora-rank", default=8, show_default=True)
+@click.option(
+    "--regularise",
+    type=click.Choice(["l2sp", "ewc", "kl"]),
+    help="Add a penalty on leaving the parent: its weights, those that matter to --reference, or its "
+    "distributions.",
+)
+@click.option("--strength", type=float, metavar="LAMBDA", help="Of the penalty.")
+@click.option(
+    "--reference",
+    metavar="FILE.jsonl",
+    help="Text that the parent is to keep, lines as of --data: for ewc, or kl in place of the batch.",
+)
+@click.option(
+    "--replay", metavar="FILE.jsonl", help="Lines, as of --data, that are mixed into every batch."
+)
+@click.option("--replay-share", type=float, metavar="SHARE", help="Of each batch [default: 0.25].")
+@click.option(
+    "--eval-corpus",
+    "eval_corpora",
+    multiple=True,
+    metavar="NAME",
+    help="Measure the loss of this stored corpus in the training; repeatable.",
+)
+@click.option("--eval-every", type=int, metavar="STEPS", help="[default: a tenth of the steps]")
+@click.option(
+    "--early-stop",
+    type=int,
+    metavar="N",
+    help="End after N evaluations without a lower loss on the first --eval-corpus; keep the lowest.",
+)
 @click.option("--seed", default=0, show_default=True)
 @click.option("--parent", metavar="MODEL_ID", help="[default: FAMILY/base]")
 @click.option("--treatment", metavar="NAME", help="[default: sft, or lora]")
@@ -549,17 +609,24 @@ def finetune_command(
 ) -> None:
     """Make a fine-tuned child of a model and name it in the store.
 
-    The child's row in models says its parent, treatment, hyperparameters and the data's hash.
+    The child's row in models says its parent, treatment, hyperparameters and the data's hash; the table
+    training has its curve, with the loss of every --eval-corpus. The same line again trains nothing.
 
     \b
     Example:
       canopy ingest finetune --store S --model ./base --family llama --variant sft \\
           --data sft.jsonl --out ./child --steps 64
+      canopy ingest finetune --store S --model ./base --family llama --variant kept \\
+          --data sft.jsonl --out ./kept --steps 64 --replay web.jsonl --replay-share 0.5 \\
+          --eval-corpus news --eval-every 8
+      canopy sql "from training where model_id = 'llama/kept' and split <> 'train'" --store S
     """
     require_ingest()
     store.place(root)
     sources.check_trainable(sources.resolve_model(options["model"]))
-    training_data.check_records(Path(options["data"]))
+    for name in ("data", "reference", "replay"):
+        if options[name] is not None:
+            training_data.check_records(Path(options[name]))
     from canopy_store.ingest.finetune import finetune_child
 
     model_id = finetune_child(
