@@ -166,8 +166,13 @@ TABLES: dict[str, Table] = {
                 _FAMILY,
                 _VARIANT,
                 _c("step", "INTEGER", "Optimiser steps done; 0: the parent.", "steps"),
-                _c("split", "VARCHAR", "train, or the corpus that was read, with its split: news/test."),
-                _c("tokens", "BIGINT", "Tokens that the loss is over.", "tokens"),
+                _c(
+                    "split",
+                    "VARCHAR",
+                    "train, or the corpus that was read, with its split: news/test; of a trainer elsewhere "
+                    "eval, or eval_NAME.",
+                ),
+                _c("tokens", "BIGINT", "Tokens that the loss is over.", "tokens", False),
                 _c("loss", "DOUBLE", "Mean -log-probability of these.", "nats per token", False),
                 _c("penalty", "DOUBLE", "What the regulariser added to the loss.", "nats", False),
                 _c("lr", "DOUBLE", "Learning rate of the step.", "", False),

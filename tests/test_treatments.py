@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -345,3 +346,130 @@ def test_interpolated_weights_are_between_the_two(root, parent, tmp_path, canopy
     assert (tmp_path / "half" / "model.safetensors").stat().st_mtime_ns == before
     refused(canopy(*line[:-1], 0.5), 1, "alpha (stored 0.25, asked 0.5)")
     refused(canopy(*line[:-1], 1), 2, "--alpha 1.0", "less than 1")
+
+
+# ---------------------------------------------------------------- data that models wrote
+
+
+def test_data_drawn_from_rollouts_with_real_lines(parent, old, tmp_path, canopy):
+    root, prompts = tmp_path / "s", tmp_path / "p.jsonl"
+    prompts.write_text('{"text": "The quick"}\n{"text": "lazy dogs"}\n')
+    sample = [
+        "ingest",
+        "rollouts",
+        "--store",
+        root,
+        "--family",
+        "tiny",
+        "--task",
+        "t",
+        "--prompts",
+        prompts,
+    ]
+    sample += ["--samples", 5, "--max-new-tokens", 6]
+    assert canopy(*sample, "--model", parent, "--variant", "base")[0] == 0
+
+    def draw(run, out, *more):
+        return canopy("ingest", "generated", "--store", root, "--run", run, "--out", out, *more)
+
+    first = tmp_path / "made" / "one.jsonl"
+    code, out, err = draw("tiny.base.t", first, "--real", old, "--real-share", 0.4)
+    assert (code, err) == (0, "")
+    assert out == f"{first}: 10 lines, 40% of them real, generation 1\n"
+    lines = [json.loads(line)["text"] for line in first.read_text().splitlines()]
+    texts = canopy_store.read(root, "rollouts")["text"].to_list()
+    assert len([line for line in lines if line in OLD]) == 4
+    assert len({line for line in lines if line in OLD}) == 4
+    drawn = [line for line in lines if line not in OLD]
+    assert all(any(line.endswith(text) for text in texts) for line in drawn)
+    before = first.read_bytes()
+    assert draw("tiny.base.t", first, "--real", old, "--real-share", 0.4)[0] == 0
+    assert first.read_bytes() == before
+    refused(draw("tiny.base.t", first, "--seed", 1), 1, str(first), "holds something else")
+    child = call(root, parent, first, tmp_path / "gen1", steps=2)
+    assert canopy(*child)[0] == 0
+    assert canopy(*sample, "--model", tmp_path / "gen1", "--variant", "gen1")[0] == 0
+    assert draw("tiny.gen1.t", tmp_path / "two.jsonl", "--form", "completion", "--lines", 3)[0] == 0
+    assert set(json.loads((tmp_path / "two.jsonl").read_text().splitlines()[0])) == {
+        "prompt",
+        "completion",
+    }
+    rows = {row["name"]: row for row in canopy_store.read(root, "datasets").to_dicts()}
+    assert (rows["one"]["method"], rows["one"]["generator"], rows["one"]["real"]) == (
+        "mixed",
+        "tiny/base",
+        0.4,
+    )
+    assert (rows["two"]["method"], rows["two"]["generation"], rows["two"]["generated"]) == (
+        "rollouts",
+        2,
+        1.0,
+    )
+    assert canopy_store.verify(root, deep=True).is_empty()
+    refused(draw("tiny.base.t", tmp_path / "x", "--lines", 11), 1, "10 rollouts", "11", "--lines")
+    refused(draw("tiny.base.t", tmp_path / "x", "--real", old), 2, "--real-share")
+    refused(draw("nobody", tmp_path / "x"), 1, "nobody")
+    assert not (tmp_path / "x").exists()
+
+
+# ---------------------------------------------------------------- made elsewhere
+
+
+def test_what_a_trainer_made_elsewhere_is_registered_with_its_curve(parent, data, tmp_path, canopy):
+    root, folder = tmp_path / "s", Path(shutil.copytree(parent, tmp_path / "checkpoint-20"))
+    history = [
+        {"step": 10, "loss": 2.5, "learning_rate": 1e-4, "grad_norm": 0.7, "epoch": 0.5},
+        {"step": 10, "eval_loss": 2.6, "eval_runtime": 3.0},
+        {"step": 20, "loss": float("nan"), "learning_rate": 0.0},
+        {"step": 20, "eval_loss": 2.4, "eval_news_loss": 3.1},
+        {"step": 20, "train_runtime": 5.0, "train_loss": 2.4},
+    ]
+    state = {"global_step": 20, "max_steps": 20, "log_history": history, "best_metric": None}
+    (folder / "trainer_state.json").write_text(json.dumps(state))
+    adapter = {"peft_type": "LORA", "r": 8, "lora_alpha": 16, "target_modules": ["v_proj", "q_proj"]}
+    (folder / "adapter_config.json").write_text(json.dumps({**adapter, "auto_mapping": {"x": 1}}))
+    line = [
+        "ingest",
+        "register",
+        "--store",
+        root,
+        "--model",
+        folder,
+        "--family",
+        "f",
+        "--variant",
+        "lora",
+    ]
+    for _ in range(2):  # the same again is once
+        code, out, err = canopy(*line, "--data", data)
+        assert (code, err) == (0, "")
+    assert out == f"{folder}: f/lora, now in {root}\n"
+    (row,) = canopy_store.read(root, "models").to_dicts()
+    assert (row["parent_id"], row["treatment"], row["source"]) == ("f/base", "lora", "checkpoint-20")
+    said = json.loads(row["hyperparameters"])
+    assert (said["r"], said["global_step"], said["target_modules"]) == (8, 20, ["q_proj", "v_proj"])
+    curve = canopy_store.read(root, "training").sort("split", "step")
+    assert curve.select("split", "step", "loss").rows() == [
+        ("eval", 10, 2.6),
+        ("eval", 20, 2.4),
+        ("eval_news", 20, 3.1),
+        ("train", 10, 2.5),
+        ("train", 20, None),
+    ]
+    (known,) = canopy_store.read(root, "datasets").to_dicts()
+    assert (known["lines"], known["method"], row["data_sha256"]) == (5, "given", known["data_sha256"])
+    assert canopy_store.verify(root, deep=True).is_empty()
+    refused(canopy(*line, "--treatment", "dpo"), 1, "f/lora", "treatment (stored 'lora', asked 'dpo')")
+    for text, said in (
+        ("[]", "no JSON object"),
+        ("{", "JSON"),
+        ('{"log_history": [{"step": "x"}]}', "no number"),
+    ):
+        (folder / "trainer_state.json").write_text(text)
+        other = [word if word != "lora" else "other" for word in line]
+        refused(canopy(*other), 1, "trainer_state.json", said)
+    refused(canopy(*line[:4]), 2, "--model", "--data")
+    refused(canopy(*line[:6]), 2, "--family")
+    refused(canopy(*line[:4], "--model", tmp_path, "--family", "f", "--variant", "v"), 1, "safetensors")
+    assert canopy("ingest", "register", "--store", root, "--data", data, "--license", "mit")[0] == 1
+    assert len(canopy_store.read(root, "models")) == 1

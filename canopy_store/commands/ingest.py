@@ -11,10 +11,12 @@ from typing import Any
 
 import click
 
-from canopy_store import store
+from canopy_store import sql, store
 from canopy_store.commands.shared import RUNS, STORE, bar, echo, require_ingest
+from canopy_store.errors import UsageError
 from canopy_store.ingest import rendering, sources, training_data
 from canopy_store.ingest.settings import check_number_format
+from canopy_store.store.treatments import METHODS
 
 
 def _spread_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -517,6 +519,90 @@ def options_command(root: str, model: str, **options: Any) -> None:
     part = options["shard"]
     more = f", part {part}: they are shown once all parts are stored" if part else ""
     echo(f"{root}: task {options['task']} scored as {name}{more}")
+
+
+@ingest.command("generated")
+@STORE
+@click.option("--run", required=True, metavar="RUN", help="Whose rollouts are drawn.")
+@click.option("--out", required=True, metavar="FILE.jsonl", help="New file of training data.")
+@click.option("--lines", type=int, metavar="N", help="[default: as many as the run has rollouts]")
+@click.option("--real", metavar="FILE.jsonl", help="Training data that no model of the study wrote.")
+@click.option("--real-share", type=float, metavar="SHARE", help="Of the lines, those of --real.")
+@click.option(
+    "--form",
+    type=click.Choice(["text", "completion"]),
+    default="text",
+    show_default=True,
+    help="text: prompt and rollout as one; completion: the rollout alone is learnt.",
+)
+@click.option("--seed", default=0, show_default=True)
+def generated_command(root: str, out: str, **options: Any) -> None:
+    """Draw training data from a run's rollouts, with a share of real lines: the next generation's data.
+
+    The file has its row in the table datasets: who wrote it, how many generations of models stand behind
+    it, and the share of real lines. The same line again writes nothing.
+
+    \b
+    Example:
+      canopy ingest generated --store S --run tiny.gen1.stories --out gen2.jsonl \\
+          --real stories.jsonl --real-share 0.1
+      canopy ingest finetune --store S --model ./base --family tiny --variant gen2 \\
+          --data gen2.jsonl --out ./gen2
+    """
+    from canopy_store.ingest.generated import draw_generated
+
+    row = draw_generated(root, out, **options)
+    echo(f"{out}: {row['lines']} lines, {row['real']:.0%} of them real, generation {row['generation']}")
+
+
+@ingest.command("register")
+@STORE
+@click.option(
+    "--model", metavar="DIR", help="Folder of a checkpoint or adapter that was made elsewhere."
+)
+@click.option("--family", metavar="F", help="Model family.")
+@click.option("--variant", metavar="V", help="sft, dpo, lora, …")
+@click.option("--parent", metavar="MODEL_ID", help="[default: FAMILY/base]")
+@click.option("--treatment", metavar="NAME", help="[default: the adapter's kind, as lora; else sft]")
+@click.option("--data", metavar="FILE", help="What it was trained on; alone, a data set to register.")
+@click.option("--name", metavar="NAME", help="Of the data set [default: its file's].")
+@click.option("--method", metavar="NAME", help="Of the data set: given, local, global, oracle [given].")
+@click.option("--source", metavar="TEXT", help="Where the data came from.")
+@click.option("--license", metavar="NAME", help="Licence of the data.")
+def register_command(root: str, model: str | None, data: str | None, **options: Any) -> None:
+    """Name a checkpoint that a trainer made elsewhere, with its curve; or a data set.
+
+    Weights are hashed and not loaded. trainer_state.json gives the curve and the steps,
+    adapter_config.json what kind of adapter it is, as TRL, axolotl and transformers save them.
+
+    \b
+    Examples:
+      canopy ingest register --store S --model ./checkpoint-500 --family llama --variant dpo \\
+          --treatment dpo --data preferences.jsonl
+      canopy ingest register --store S --data facts.jsonl --license cc0-1.0
+      canopy sql "from training where model_id = 'llama/dpo'" --store S
+    """
+    of_data = {key: options.pop(key) for key in ("name", "method", "source", "license")}
+    if model is None and data is None:
+        raise UsageError("register: give --model, the folder of a checkpoint, or --data, a file")
+    if model is not None and None in (options["family"], options["variant"]):
+        raise UsageError("--model: needs --family and --variant, its names in the store")
+    if data is None and any(of_data.values()):
+        raise UsageError(
+            f"--{next(key for key in of_data if of_data[key])}: is of --data; give that too"
+        )
+    require_ingest()
+    from canopy_store.ingest.register import register_checkpoint, register_dataset
+
+    if data is not None:
+        if of_data["method"] not in (None, *METHODS):
+            raise UsageError(f"--method {of_data['method']}: one of {', '.join(METHODS)}")
+        register_dataset(root, data, **{key: value for key, value in of_data.items() if value})
+    if model is not None:
+        echo(f"{model}: {register_checkpoint(root, model, data=data, **options)}, now in {root}")
+    else:
+        sql.write_database(root)
+        echo(f"{data}: a data set, now in {root}")
 
 
 @ingest.command("interpolate")
