@@ -7,6 +7,7 @@
 #   make faults     what docs/reliability.md says of kills, full disks and flipped bytes
 #   make mutants    faults planted in code and SQL, which a test must fail on: hours, no part of make test
 #   make simulate   the simulation study of docs/measures.md
+#   make studies    the studies of docs/studies.md, on tiny models that it makes
 #   make docs       docs/dictionary.md and docs/commands.md, from the code
 #   make test-vllm  the vLLM engines for real, on the CPU, in an environment of their own (3.4 GB)
 
@@ -19,7 +20,7 @@ TORCH ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && echo torch || echo tor
 
 SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
 
-.PHONY: install demo demo-real test test-vllm lint browser bench bench-ingest gpu faults mutants simulate docs clean
+.PHONY: install demo demo-real test test-vllm lint browser bench bench-ingest gpu faults mutants simulate studies docs clean
 
 install: $(VENV)/.installed
 
@@ -104,6 +105,9 @@ simulate: install
 	$(PYTHON) benchmarks/simulation_beta_errors.py
 	$(PYTHON) benchmarks/simulation_checkpoints.py
 	$(PYTHON) benchmarks/simulation_precision.py
+
+studies: install
+	$(PYTHON) benchmarks/studies.py collapse --out studies-output/collapse
 
 # the pages that are made from the code, and are tested to be
 docs: install

@@ -169,7 +169,7 @@ TABLES: dict[str, Table] = {
                 _c(
                     "split",
                     "VARCHAR",
-                    "train, or the corpus that was read, with its split: news/test; of a trainer elsewhere "
+                    "train, or the corpus that was read, with its split: news/test; of other trainers "
                     "eval, or eval_NAME.",
                 ),
                 _c("tokens", "BIGINT", "Tokens that the loss is over.", "tokens", False),

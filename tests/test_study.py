@@ -112,6 +112,7 @@ def test_one_seed_names_no_seed_and_an_arm_alone_asks_no_answers(file, canopy):
         ("steps = 64", "stepz = 64", ("arms.sft.finetune", "did you mean steps?")),
         ("steps = 64", 'steps = "many"', ("arms.sft", "--steps", "not a valid integer")),
         ("steps = 64", "steps = 1979-05-27", ("arms.sft.finetune", "steps: needs text")),
+        ("sql = {", "rm-run = {", ("answer 2", "no command 'rm-run'")),
         ('task = "facts", ', "", ("ask 1: options", "--task")),
         ("options = {", "optoins = {", ("ask 1", "no command 'optoins'", "did you mean options?")),
         ('"icl", "further"', '"icl", "nobody"', ("ask 1", "no arm 'nobody'")),

@@ -30,6 +30,8 @@ from canopy_store.errors import CanopyError, DataError, UsageError
 _MOST_BYTES = 1 << 20  # of a study file
 _KEYS = {"name", "family", "store", "models", "seeds", "arms", "ask", "answer"}
 _OF_AN_ARM = {"model", "parent", "context"}
+# Beside the jobs of `canopy ingest`: a study is often somebody else's, and none of these removes anything.
+_ANSWERS = ("select", "compare", "power", "regress", "report", "sql", "status", "verify", "export")
 
 
 @dataclass(frozen=True)
@@ -184,9 +186,9 @@ class Study:
         """The words of a command and the command; those of ``canopy ingest`` come first."""
         for words, group in ((("ingest",), self.ingest), ((), self.commands)):
             found = group.commands.get(step)
-            if found is not None and not isinstance(found, click.Group) and step != "study":
+            if found is not None and (words or step in _ANSWERS):
                 return (*words, step), found
-        names = [*self.ingest.commands, *self.commands.commands]
+        names = [*self.ingest.commands, *_ANSWERS]
         near = difflib.get_close_matches(step, names, 1)
         return self._fail(where, f"no command {step!r}" + (f"; did you mean {near[0]}?" if near else ""))
 
