@@ -30,8 +30,8 @@ from canopy_store.errors import CanopyError, DataError, UsageError
 _MOST_BYTES = 1 << 20  # of a study file
 _KEYS = {"name", "family", "store", "models", "seeds", "arms", "ask", "answer"}
 _OF_AN_ARM = {"model", "parent", "context"}
-# Beside the jobs of `canopy ingest`: a study is often somebody else's, and none of these removes anything.
-_ANSWERS = ("select", "compare", "power", "regress", "report", "sql", "status", "verify", "export")
+# Beside the jobs of `canopy ingest`: a study is often somebody else's, and none of these removes a thing.
+_ANSWERS = ("compare", "power", "regress", "report", "sql", "status", "verify", "export")
 
 
 @dataclass(frozen=True)
