@@ -30,7 +30,7 @@ from canopy_store.errors import CanopyError, DataError, UsageError
 _MOST_BYTES = 1 << 20  # of a study file
 _KEYS = {"name", "family", "store", "models", "seeds", "arms", "ask", "answer"}
 _OF_AN_ARM = {"model", "parent", "context"}
-# Beside the jobs of `canopy ingest`: a study is often somebody else's, and none of these removes a thing.
+# Beside the jobs of `canopy ingest`: a study may be somebody else's, and none of these removes a thing.
 _ANSWERS = ("compare", "power", "regress", "report", "sql", "status", "verify", "export")
 
 
