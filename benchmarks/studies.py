@@ -73,7 +73,8 @@ def figures_of_collapse(root: Path) -> pl.DataFrame:
         + pl.col("value").sort_by("variant").round(2).cast(pl.String).str.join(", ")
         + ")"
     )
-    return shown.pivot("measure", index="arm", values="value").sort("arm")
+    columns = [name for name in every["measure"].unique(maintain_order=True)]
+    return shown.pivot("measure", index="arm", values="value").select("arm", *columns).sort("arm")
 
 
 STUDIES = {"collapse": (make_collapse, figures_of_collapse)}
