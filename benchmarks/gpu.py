@@ -1,6 +1,7 @@
 """The jobs on an NVIDIA GPU: first whether they are right, then how fast: make gpu
 
-    python benchmarks/gpu.py [--device cuda] [--part checks|speed] [--write docs/performance.md]
+    python benchmarks/gpu.py [--device cuda] [--part checks|speed|kernels] [--model 1B]
+        [--write docs/performance.md]
 
 Checks: the policy and the step's attention against float64, the Markov chain against its closed form,
 equality with the CPU, resuming, memory that runs out, NaN; embedding, reward, scores and fine-tuning
@@ -44,7 +45,15 @@ from chain import (
 import canopy_store
 from canopy_store.cli import main as canopy
 from canopy_store.errors import DataError
-from canopy_store.ingest import captured, draw, engine_transformers, policy, sample, shared_prompt
+from canopy_store.ingest import (
+    captured,
+    draw,
+    energy,
+    engine_transformers,
+    policy,
+    sample,
+    shared_prompt,
+)
 from canopy_store.ingest.teacher_forcing import score_tokens
 
 POLICIES: list[dict[str, Any]] = [
@@ -119,6 +128,39 @@ def differences(a: list[draw.Rollout], b: list[draw.Rollout]) -> tuple[int, floa
             assert (there == np.isfinite(two)).all()
             largest = max(largest, float(np.abs(one[there] - two[there]).max(initial=0)))
     return other, largest
+
+
+def parted(
+    model: Any, work: list[draw.Job], sampling: draw.Sampling, a: list[Any], b: list[Any]
+) -> float:
+    """How far from its edge, in probability, a number drawn lay where two runs' tokens first differ.
+
+    Rounding moves the edges between tokens: a number that lies between where two runs have an edge is
+    another token in each. Where tokens are sorted it also swaps those that are as good as equal, and
+    takes a last one into top-p's set or not, which moves all edges by its probability. Anything farther
+    is a fault.
+    """
+    farthest = 0.0
+    for job, ones, others in zip(work, a, b, strict=True):
+        for sample_number, one, other in zip(job.samples, ones, others, strict=True):
+            x, y = one.token_ids.tolist(), other.token_ids.tolist()
+            if x == y:
+                continue
+            at = next(i for i, (s, t) in enumerate(zip(x, y, strict=False)) if s != t)
+            with torch.inference_mode():
+                ids = torch.tensor([job.prompt_ids + x[:at]], device=model.device)
+                logits = model(input_ids=ids, logits_to_keep=1).logits[0, -1:].double()
+            found = policy.sampling_policy(logits, sampling.temperature, sampling.top_k, sampling.top_p)
+            order = range(found.probabilities.shape[1]) if found.ids is None else found.ids[0].tolist()
+            places = sorted(list(order).index(token) for token in (x[at], y[at]))
+            mass = found.probabilities[0].double()
+            if found.ids is not None and (mass[places].log().diff().abs() < 1e-4).all():
+                continue
+            edges = mass.cumsum(0)[places[0] : places[1]] / mass.sum()  # between the two tokens
+            moved = mass[mass > 0].min() if sampling.top_p < 1 else 0.0
+            away = (edges - job.draw(sample_number)[at]).abs().max() - moved
+            farthest = max(farthest, float(away))
+    return farthest
 
 
 def run(*arguments: object) -> None:
@@ -288,14 +330,16 @@ def check_same_as_cpu(device: str, folder: Path) -> str:
     here.load_state_dict(there.state_dict())
     ends = tuple(range(0, shape[-1], 60))
     work = jobs(4, 50, 16, 40, shape[-1])
-    other, largest, count = 0, 0.0, 0
+    other, largest, count, farthest = 0, 0.0, 0, 0.0
     for options in POLICIES if device == "cuda" else POLICIES[:1]:
         sampling = draw.Sampling(max_new_tokens=40, end_ids=ends, width=24, **options)
-        one = flat(sample.sample_prompts(there, work, sampling))
-        two = flat(sample.sample_prompts(here, work, sampling))
-        found = differences(one, two)
-        other, largest, count = other + found[0], max(largest, found[1]), count + len(one)
-    assert other <= 0.02 * count, (other, count)
+        one = sample.sample_prompts(there, work, sampling)
+        two = sample.sample_prompts(here, work, sampling)
+        found = differences(flat(one), flat(two))
+        other, largest, count = other + found[0], max(largest, found[1]), count + len(flat(one))
+        farthest = max(farthest, parted(here, work, sampling, one, two))
+    assert other < 0.2 * count, (other, count)  # 32,000 edges a token, which rounding moves by 1e-7
+    assert farthest < 1e-5, farthest
     assert largest < 1e-3, largest
     # scored again, teacher-forced, on the device
     sampling = draw.Sampling(max_new_tokens=40, end_ids=ends, width=24)
@@ -316,7 +360,8 @@ def check_same_as_cpu(device: str, folder: Path) -> str:
     assert rescored < 1e-3, rescored
     assert np.mean(drift) < 0.02, np.mean(drift)
     return (
-        f"{other} of {count} rollouts have another token, records within {largest:.1e}; rescored within "
+        f"{other} of {count} rollouts part, each where its number lay within {farthest:.1e} of the edge "
+        f"between two tokens; the others' records within {largest:.1e}; rescored within "
         f"{rescored:.1e}, bfloat16 {np.mean(drift):.1e} in the mean"
     )
 
@@ -405,6 +450,23 @@ def check_foretold(device: str, folder: Path) -> str:
         ratios.append((torch.cuda.max_memory_reserved() - before) / (fixed + 256 * slot))
     assert max(ratios) < 1.5, ratios
     return "taken to foretold: " + ", ".join(f"{r:.2f}" for r in ratios) + " (all tokens, top-k, top-p)"
+
+
+def check_energy(device: str, folder: Path) -> str:
+    """Joules of work on the device, and the watts that they come to."""
+    used, began = energy.meter(device), time.perf_counter()
+    if device == "cuda":
+        a = torch.randn(8192, 8192, device=device, dtype=torch.bfloat16)
+        while time.perf_counter() - began < 2:
+            for _ in range(20):
+                a @ a
+            torch.cuda.synchronize()
+    joules, method = used()
+    if joules is None:
+        return "not to be read here"
+    watts = joules / (time.perf_counter() - began)
+    assert device == "cpu" or 50 < watts < 1500, watts
+    return f"{joules:.0f} J, {watts:.0f} W by {method}"
 
 
 def check_nan(device: str, folder: Path) -> str:
@@ -518,13 +580,15 @@ CHECKS: dict[str, Callable[[str, Path], str]] = {
     "out of memory": check_memory,
     "memory foretold": check_foretold,
     "NaN": check_nan,
+    "energy": check_energy,
     "embed, reward, score, finetune": check_other_jobs,
 }
 
 
-def checks(device: str) -> tuple[list[str], bool]:
+def checks(device: str, names: list[str]) -> tuple[list[str], bool]:
     lines, ok = ["| check | found |", "|---|---|"], True
-    for name, check in CHECKS.items():
+    for name in names:
+        check = CHECKS[name]
         began = time.perf_counter()
         with tempfile.TemporaryDirectory() as folder:
             try:
@@ -661,6 +725,7 @@ def row(
             sample.sample_prompts(model, work, sampling)
         return width * steps / seconds[0]
 
+    fitting(lambda: generate(model, work[0].prompt_ids, width, 4))  # neither's first call is timed
     theirs = fitting(lambda: generate(model, work[0].prompt_ids, width, steps))
     mine = fitting(ours)
     if mine is None:
@@ -686,7 +751,41 @@ def row(
     ]
 
 
-def speed(device: str) -> list[str]:
+def kernels_of_a_step(names: list[str], width: int = 256, times: int = 5) -> list[str]:
+    """What a captured step spends its milliseconds on, kernel by kernel."""
+    from torch.profiler import ProfilerActivity, profile
+
+    lines = []
+    for name in names:
+        model = llama("cuda", torch.bfloat16, *SHAPES[name])
+        prompt = jobs(1, 110, 1, 1, model.config.vocab_size)[0].prompt_ids
+        sampling = draw.Sampling(max_new_tokens=64, width=width, end_ids=())
+        shared_prompt.prepare(model)
+        with torch.inference_mode(), captured.fused_layers(model, width):
+            batch = captured.Batch(model, sampling, width, {0: prompt})
+            step = captured._captured(batch, print)
+            batch.seat([0] * width)
+            noise = np.random.default_rng(0).random((width, 64))
+            batch.begin(list(range(width)), [prompt[-1]] * width, [len(prompt) - 1] * width, noise)
+            for _ in range(30):
+                step()
+            with profile(activities=[ProfilerActivity.CUDA]) as seen:
+                for _ in range(times):
+                    step()
+        found = sorted(seen.key_averages(), key=lambda e: -e.device_time_total)
+        whole = sum(e.device_time_total for e in found) / times / 1e3
+        lines.append(f"{name}, {width} rollouts: {whole:.2f} ms of kernels a step")
+        lines += [
+            f"  {e.device_time_total / times / 1e3:7.3f} ms  {e.count // times:4d} ×  {e.key[:90]}"
+            for e in found[:14]
+        ]
+        del model, batch, step
+        gc.collect()
+        torch.cuda.empty_cache()
+    return lines
+
+
+def speed(device: str, names: list[str]) -> list[str]:
     cuda = device == "cuda"
     speeds = ceilings() if cuda else (0.0, 0.0)
     lines = [
@@ -695,7 +794,7 @@ def speed(device: str) -> list[str]:
         "|---|---|---|---|---|---|---|---|---|",
     ]
     steps = 64 if cuda else 4
-    shapes = SHAPES if cuda else {"tiny": (64, 128, 2, 4, 2, 500)}
+    shapes = {name: SHAPES[name] for name in names} if cuda else {"tiny": (64, 128, 2, 4, 2, 500)}
     cases = [(t, w) for t in (110, 800) for w in (32, 256, 512)] if cuda else [(20, 8)]
     for name, shape in shapes.items():
         model = llama(device, torch.bfloat16 if cuda else torch.float32, *shape)
@@ -720,7 +819,9 @@ def speed(device: str) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
-    parser.add_argument("--part", choices=["checks", "speed"])
+    parser.add_argument("--part", choices=["checks", "speed", "kernels"])
+    parser.add_argument("--check", choices=list(CHECKS), nargs="+", default=list(CHECKS))
+    parser.add_argument("--model", choices=list(SHAPES), nargs="+", default=list(SHAPES))
     parser.add_argument("--write", type=Path, help="file whose table is renewed")
     options = parser.parse_args()
     if options.device == "cuda" and not torch.cuda.is_available():
@@ -728,11 +829,14 @@ def main() -> None:
     card = torch.cuda.get_device_name() if options.device == "cuda" else f"{platform.machine()} CPU"
     lines = [f"{card}, torch {torch.__version__}, transformers {transformers.__version__}.", ""]
     ok = True
+    if options.part == "kernels":
+        print("\n".join(kernels_of_a_step(options.model)))
+        return
     if options.part != "speed":
-        found, ok = checks(options.device)
+        found, ok = checks(options.device, options.check)
         lines += [*found, ""]
     if options.part != "checks":
-        lines += speed(options.device)
+        lines += speed(options.device, options.model)
     print("\n".join(lines))
     if options.write:
         text = options.write.read_text()

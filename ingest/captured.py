@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -312,30 +313,90 @@ def _captured(batch: Batch, say: Callable[[str], None] | None) -> Callable[[], t
 
 @contextlib.contextmanager
 def fused_layers(model: Any, width: int) -> Iterator[None]:
-    """Inside, a step's norms and rotary positions are one kernel each, made by torch's compiler."""
-    plain: dict[Any, Any] = {}
-    if FUSE and model.device.type == "cuda":
-        files = {sys.modules[type(module).__module__] for module in model.modules()}
-        for file in files:
-            if rotary := getattr(file, "apply_rotary_pos_emb", None):
-                plain[file] = rotary
-                file.apply_rotary_pos_emb = _one_kernel(rotary, width)  # type: ignore[attr-defined]
-        compiled: dict[type, Any] = {}
-        for module in model.modules():
-            kind = type(module)
-            if kind.__name__.endswith("RMSNorm") and "forward" not in module.__dict__:
-                if kind not in compiled:
-                    compiled[kind] = _one_kernel(kind.forward, width)
-                module.forward = functools.partial(compiled[kind], module)
-                plain[module] = None
+    """Inside, a step has fewer kernels: norms, rotary positions and activations fused, q, k, v as one.
+
+    torch's compiler fuses the first three; the weights of q, k and v are laid side by side meanwhile.
+    """
+    rotaries: dict[Any, Any] = {}
+    changed: list[Any] = []
+    joined: list[list[Any]] = []
     try:
-        yield
+        if FUSE and model.device.type == "cuda":
+            # the compiler's advice for float32, which would round what is logged to 10 bits
+            warnings.filterwarnings("ignore", "TensorFloat32", UserWarning)
+            for file in {sys.modules[type(module).__module__] for module in model.modules()}:
+                if rotary := getattr(file, "apply_rotary_pos_emb", None):
+                    rotaries[file] = rotary
+                    file.apply_rotary_pos_emb = _one_kernel(rotary, width)  # type: ignore[attr-defined]
+            compiled: dict[type, Any] = {}
+            for module in model.modules():
+                kind = type(module)
+                if kind.__name__.endswith(("RMSNorm", "MLP")) and "forward" not in module.__dict__:
+                    if kind not in compiled:
+                        compiled[kind] = _one_kernel(kind.forward, width)
+                    module.forward = functools.partial(compiled[kind], module)
+                    changed.append(module)
+                parts = [getattr(module, name, None) for name in ("q_proj", "k_proj", "v_proj")]
+                if _joinable(parts):
+                    _join(parts, width)
+                    joined.append(parts)
+        # each width and number format is a kernel of its own, which is no sign of anything wrong
+        with torch._dynamo.config.patch(recompile_limit=256, accumulated_recompile_limit=1024):
+            yield
     finally:
-        for changed, rotary in plain.items():
-            if rotary is None:
-                del changed.forward
-            else:
-                changed.apply_rotary_pos_emb = rotary
+        for file, rotary in rotaries.items():
+            file.apply_rotary_pos_emb = rotary
+        for module in changed:
+            del module.forward
+        for parts in joined:
+            _part(parts)
+
+
+def _joinable(parts: Sequence[Any]) -> bool:
+    """Whether these are plain linear layers, of one number format and place, with a bias all or none."""
+    if not all(type(part) is torch.nn.Linear and "forward" not in part.__dict__ for part in parts):
+        return False
+    first = parts[0].weight
+    return all(
+        (part.weight.dtype, part.weight.device, part.in_features, part.bias is None)
+        == (first.dtype, first.device, parts[0].in_features, parts[0].bias is None)
+        for part in parts
+    )
+
+
+def _join(parts: Sequence[Any], width: int) -> None:
+    """Lets linear layers of one input be one product, which the first of them does for all.
+
+    The layers' own weights become views of it, so that no memory is taken.
+    """
+    sizes = [part.out_features for part in parts]
+    with torch.inference_mode(False), torch.no_grad():  # tensors that training can use again
+        weight = torch.cat([part.weight for part in parts])
+        for part, own in zip(parts, weight.split(sizes), strict=True):
+            part.weight.data = own
+        bias = None if parts[0].bias is None else torch.cat([part.bias for part in parts])
+    done: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def forward(number: int, x: torch.Tensor) -> torch.Tensor:
+        if len(x) == width > 1 and number == 0:
+            outs = torch.nn.functional.linear(x, weight, bias).split(sizes, -1)
+            done.update({n: (x, out) for n, out in enumerate(outs)})
+        of, out = done.pop(number, (None, None))
+        if of is x and out is not None:
+            return out
+        return torch.nn.functional.linear(x, parts[number].weight, parts[number].bias)
+
+    for number, part in enumerate(parts):
+        part.forward = functools.partial(forward, number)
+
+
+def _part(parts: Sequence[Any]) -> None:
+    """Gives layers that were joined weights of their own again."""
+    for part in parts:
+        del part.forward
+    with torch.inference_mode(False), torch.no_grad():
+        for part in parts:
+            part.weight.data = part.weight.clone()
 
 
 FUSE = True
@@ -347,6 +408,6 @@ def _one_kernel(function: Callable[..., Any], width: int) -> Callable[..., Any]:
 
     def call(*args: Any, **kwargs: Any) -> Any:
         states = next(x for x in args if isinstance(x, torch.Tensor))
-        return (compiled if len(states) == width else function)(*args, **kwargs)
+        return (compiled if len(states) == width > 1 else function)(*args, **kwargs)
 
     return call

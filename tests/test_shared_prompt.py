@@ -8,7 +8,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from canopy_store.errors import CanopyError
-from canopy_store.ingest import sample, shared_prompt
+from canopy_store.ingest import captured, sample, shared_prompt
 from canopy_store.ingest.draw import Job, Sampling, uniforms
 from canopy_store.ingest.sample import sample_prompts
 
@@ -190,3 +190,50 @@ def test_the_loop_for_a_gpu_resumes():
     assert part[1][1] is kept
     for a, b in zip(flat(whole), flat(part), strict=True):
         assert np.array_equal(a.token_ids, b.token_ids)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2"])  # qwen2's q, k and v have biases
+def test_q_k_and_v_as_one_product_are_what_they_are_apart_and_can_be_trained_after(family):
+    model = tiny(family)
+    step, prompt = torch.randint(61, (6, 1)), torch.randint(61, (1, 9))
+    with torch.no_grad():
+        want = [model(ids).logits for ids in (step, prompt)]
+    layers = [
+        [getattr(module, name) for name in ("q_proj", "k_proj", "v_proj")]
+        for module in model.modules()
+        if hasattr(module, "q_proj")
+    ]
+    assert len(layers) == 2
+    held = sum(p.numel() for p in model.parameters())
+    with torch.inference_mode():
+        for parts in layers:
+            assert captured._joinable(parts)
+            captured._join(parts, 6)
+            assert not captured._joinable(parts)
+            assert (
+                parts[0].weight.untyped_storage().data_ptr()
+                == parts[2].weight.untyped_storage().data_ptr()
+            )
+        got = [model(ids).logits for ids in (step, prompt)]
+        for parts in layers:
+            captured._part(parts)
+    for one, other in zip(got, want, strict=True):
+        assert (one - other).abs().max() < 1e-5
+    for parts in layers:
+        for part in parts:
+            assert part.weight.untyped_storage().nbytes() == part.weight.nbytes
+    assert sum(p.numel() for p in model.parameters()) == held
+    model(torch.randint(61, (2, 5)), labels=torch.randint(61, (2, 5))).loss.backward()
+    assert all(part.weight.grad is not None for parts in layers for part in parts)
+
+
+def test_layers_that_are_not_plain_stay_apart():
+    plain = [torch.nn.Linear(4, n) for n in (4, 2, 2)]
+    assert captured._joinable(plain)
+    for other in (
+        None,
+        torch.nn.Linear(4, 2, bias=False),
+        torch.nn.Linear(4, 2).bfloat16(),
+        torch.nn.Identity(),
+    ):
+        assert not captured._joinable([*plain[:2], other])
