@@ -22,6 +22,7 @@ from typing import Any
 
 from canopy_store import sql, store
 from canopy_store.errors import ConflictError, DataError, UsageError, differences
+from canopy_store.ingest import energy
 from canopy_store.ingest.progress import Progress
 from canopy_store.ingest.settings import options_of, require_options
 from canopy_store.schema import TABLES
@@ -372,14 +373,17 @@ def announce(job: Job, part: tuple[int, int], progress: Progress) -> None:
 
 def do_unit(job: Job, unit: Unit, progress: Progress) -> None:
     """Makes and stores one shard, with a note of what it took."""
-    started = time.perf_counter()
+    started, used = time.perf_counter(), energy.meter(job.device)
     columns, tokens = job.rows(unit, progress)
+    joules, method = used()
     work.note(
         job.root,
         unit.target,
         rows=unit.rows,
         tokens=tokens,
         seconds=time.perf_counter() - started,
+        energy_j=joules,
+        energy_method=method,
         device=job.device,
     )
     if job.write is not None:

@@ -169,7 +169,10 @@ def test_work_of_a_run_that_was_shared_and_resumed_is_the_sum_of_its_shards(tmp_
     run = canopy_store.read(root, "runs").row(0, named=True)
     assert run["wall_s"] == pytest.approx(work["seconds"].sum())
     assert run["n_tokens"] == work["tokens"].sum()
-    assert (run["energy_j"], work["energy_j"].to_list()) == (None, [None] * 4)
+    # a machine has a counter of energy, or none
+    known = work["energy_j"].drop_nulls()
+    assert len(known) in (0, 4)
+    assert run["energy_j"] == (pytest.approx(known.sum()) if len(known) else None)
     assert canopy("ingest", "score", "--store", root, "--scorer", chain, "--policy", "full")[0] == 0
     scored = canopy_store.read(root, "work").filter(kind="scores")
     assert scored["name"].to_list() == ["chain/base"] * 4
