@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from canopy_store.errors import ConflictError, StoreError, differences
-from canopy_store.schema import FORMAT_VERSION, TABLES
+from canopy_store.schema import FORMAT_VERSION, TABLES, view_columns
 from canopy_store.store import format1, work
 from canopy_store.store.commits import (
     Record,
@@ -156,9 +156,7 @@ def add_model(root: Path, row: Mapping[str, Any]) -> str:
     if new["parent_id"]:
         parent = stored.get(new["parent_id"], {"generation": 0})
         new["generation"] = given.get("generation") or 1 + parent["generation"]
-    path = shard_path(folder(root, "models", **keys), 0)
-    write_rows(path, "models", {key: [value] for key, value in new.items()})
-    commit(root, "models", keys, [path], {})
+    commit_rows(root, "models", [new])
     return model_id
 
 
@@ -182,6 +180,15 @@ def table_rows(root: Path, table: str) -> Iterator[tuple[Path, dict[str, Any]]]:
     for path in files(root, table):
         for row in read_rows(path).to_pylist():
             yield path, row
+
+
+def commit_rows(root: Path, table: str, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Stores rows of a small table, all of one commit, in one file; a column not given is NULL."""
+    keys = {key: rows[0][key] for key in TABLES[table].commit}
+    path = shard_path(folder(root, table, **keys), 0)
+    columns = [column.name for column in view_columns(table)]
+    write_rows(path, table, {name: [row.get(name) for row in rows] for name in columns})
+    commit(root, table, keys, [path], {})
 
 
 # ---------------------------------------------------------------- runs

@@ -7,12 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from canopy_store.errors import ConflictError, differences
-from canopy_store.schema import TABLES, view_columns
-from canopy_store.store.catalog import table_rows
-from canopy_store.store.commits import commit
-from canopy_store.store.layout import folder, shard_path
+from canopy_store.schema import view_columns
+from canopy_store.store.catalog import commit_rows, table_rows
 from canopy_store.store.locks import waiting
-from canopy_store.store.parquet import write_rows
 from canopy_store.store.plans import require_own_name
 
 
@@ -36,8 +33,5 @@ def add_scorer(root: Path, row: Mapping[str, Any]) -> str:
             )
         if known is None:
             require_own_name("scorer", scorer_id, stored)
-            keys = {key: row[key] for key in TABLES["scorers"].commit}
-            path = shard_path(folder(root, "scorers", **keys), 0)
-            write_rows(path, "scorers", {key: [value] for key, value in row.items()})
-            commit(root, "scorers", keys, [path], {})
+            commit_rows(root, "scorers", [row])
     return scorer_id

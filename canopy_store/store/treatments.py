@@ -7,13 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from canopy_store.errors import ConflictError, differences
-from canopy_store.schema import TABLES, view_columns
-from canopy_store.store.catalog import table_rows
-from canopy_store.store.commits import commit, record
+from canopy_store.store.catalog import commit_rows, table_rows
+from canopy_store.store.commits import record
 from canopy_store.store.files import exists
-from canopy_store.store.layout import folder, shard_path
 from canopy_store.store.locks import waiting
-from canopy_store.store.parquet import write_rows
 
 METHODS = ("given", "local", "global", "oracle", "rollouts", "mixed")
 
@@ -28,11 +25,8 @@ def add_training(root: Path, family: str, variant: str, rows: Sequence[Mapping[s
         stored = record(root, "training", **keys)
         if not rows or (stored and all(exists(root / name) for name in stored.files)):
             return
-        path = shard_path(folder(root, "training", **keys), 0)
-        whole = [{**row, **keys, "model_id": f"{family}/{variant}"} for row in rows]
-        own = [column.name for column in TABLES["training"].columns]
-        write_rows(path, "training", {name: [row.get(name) for row in whole] for name in own})
-        commit(root, "training", keys, [path], {})
+        model = {**keys, "model_id": f"{family}/{variant}"}
+        commit_rows(root, "training", [{**row, **model} for row in rows])
 
 
 def add_dataset(root: Path, row: Mapping[str, Any]) -> None:
@@ -54,11 +48,7 @@ def add_dataset(root: Path, row: Mapping[str, Any]) -> None:
                 was = {key: known[key] for key in given}
                 raise ConflictError(f"data {known['name']} is stored as: {differences(was, given)}")
             return
-        keys = {"data_sha256": row["data_sha256"]}
-        path = shard_path(folder(root, "datasets", **keys), 0)
-        columns = [column.name for column in view_columns("datasets")]
-        write_rows(path, "datasets", {name: [row.get(name)] for name in columns})
-        commit(root, "datasets", keys, [path], {})
+        commit_rows(root, "datasets", [row])
 
 
 def datasets(root: Path) -> list[dict[str, Any]]:
