@@ -7,8 +7,9 @@ says.
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ _FILLS = {
 _OVER_ROLLOUTS = ("embed", "score", "reward", "grade")
 
 
-def estimate(lines: Sequence[tuple[str, Mapping[str, Any]]], speeds: Path | None) -> pl.DataFrame:
+def estimate(lines: Sequence[tuple[str, Mapping[str, Any]]], speeds: Path) -> pl.DataFrame:
     """A row per kind of command: how many, and rows, tokens, bytes and hours of a device in all.
 
     What cannot be foretold is NULL: seconds of a job that the store of ``speeds`` has never seen done.
@@ -50,20 +51,24 @@ def estimate(lines: Sequence[tuple[str, Mapping[str, Any]]], speeds: Path | None
         A file of prompts, items or documents that a line names cannot be read.
     """
     known = _Known(speeds)
+    # each file is read once for all the arms that name it
+    prompts = functools.cache(read_prompts)
+    items = functools.cache(read_items)
+    documents = functools.cache(read_documents)
     rollouts, tokens = 0, 0.0
     found: list[dict[str, Any]] = []
     for name, given in lines:
         if name in _OVER_ROLLOUTS:
             rows, read = rollouts, tokens
         elif name == "rollouts":
-            rows = len(_counted(read_prompts, given["prompts"])) * given["samples"]
+            rows = len(prompts(given["prompts"])) * given["samples"]
             read = rows * known.length(given["task"], given["max_new_tokens"])
             rollouts, tokens = rollouts + rows, tokens + read
         elif name == "options" and given["items"] is not None:
-            rows = sum(map(len, _counted(read_items, given["items"])))
+            rows = sum(map(len, items(given["items"])))
             read = rows * known.per_row("option_scores", "tokens")
         elif name == "documents" and given["documents"] is not None:
-            rows = len(_counted(read_documents, given["documents"]))
+            rows = len(documents(given["documents"]))
             read = rows * known.per_row("document_scores", "tokens")
         else:
             rows, read = 0, math.nan
@@ -82,25 +87,12 @@ def estimate(lines: Sequence[tuple[str, Mapping[str, Any]]], speeds: Path | None
     return summed.with_columns(*whole, pl.col("hours").round(3).fill_nan(None))
 
 
-_read: dict[tuple[str, str], list[Any]] = {}
-
-
-def _counted(read: Callable[[str], list[Any]], path: str) -> list[Any]:
-    """What a file holds, read once for all the arms that are asked it."""
-    key = (read.__name__, str(Path(path).absolute()))
-    if key not in _read:
-        _read[key] = read(path)
-    return _read[key]
-
-
 class _Known:
     """Lengths, sizes and speeds of what a store has had done; NaN where it has nothing of the kind."""
 
-    def __init__(self, root: Path | None) -> None:
+    def __init__(self, root: Path) -> None:
         self.work = self.runs = pl.DataFrame()
         self.files: Mapping[str, tuple[int, int]] = {}
-        if root is None:
-            return
         try:
             root = store.require(root)
         except CanopyError:

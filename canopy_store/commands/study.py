@@ -114,10 +114,7 @@ class Study:
         known = sorted(known)
         for key in table:
             if key not in known:
-                near = difflib.get_close_matches(key, known, 1)
-                self._fail(
-                    where, f"no {key!r} here; " + (f"did you mean {near[0]}?" if near else _or(known))
-                )
+                self._fail(where, f"no {key!r} here; {_hint(key, known)}")
 
     def _text(self, table: Mapping[str, Any], key: str, where: str) -> str:
         value = table.get(key)
@@ -152,8 +149,7 @@ class Study:
         for name, arm in arms.items():
             for other in self._needs(arm):
                 if other not in arms:
-                    near = difflib.get_close_matches(other, arms, 1)
-                    hint = f"did you mean {near[0]}?" if near else _or(arms)
+                    hint = _hint(other, arms)
                     self._fail(f"arms.{name}", f"no arm {other!r} to come from; {hint}")
         return arms
 
@@ -188,9 +184,8 @@ class Study:
             found = group.commands.get(step)
             if found is not None and (words or step in _ANSWERS):
                 return (*words, step), found
-        names = [*self.ingest.commands, *_ANSWERS]
-        near = difflib.get_close_matches(step, names, 1)
-        return self._fail(where, f"no command {step!r}" + (f"; did you mean {near[0]}?" if near else ""))
+        hint = _hint(step, [*self.ingest.commands, *_ANSWERS])
+        return self._fail(where, f"no command {step!r}; {hint}")
 
     def _options(self, step: str, options: Any, where: str) -> None:
         """Raises unless these are options of the command, each of a type that a line can hold."""
@@ -199,10 +194,9 @@ class Study:
             self._fail(where, "needs a table of the command's options, as in { steps = 64 }")
         known = _parameters(command)
         for key, value in options.items():
-            if key.replace("_", "-") not in known:
-                near = difflib.get_close_matches(key.replace("_", "-"), known, 1)
-                hint = f"; did you mean {near[0]}?" if near else ""
-                self._fail(where, f"{step} has no option {key!r}{hint}")
+            option = key.replace("_", "-")
+            if option not in known:
+                self._fail(where, f"{step} has no option {key!r}; {_hint(option, known)}")
             for each in value if isinstance(value, list) else [value]:
                 if not isinstance(each, str | int | float | bool):
                     self._fail(where, f"{key}: needs text, a number, true or false, or a list of these")
@@ -376,6 +370,11 @@ class Study:
         return re.sub(r"\{([^{}]+)\}", name, value)
 
 
+def _hint(name: str, names: Iterable[str]) -> str:
+    near = difflib.get_close_matches(name, names := list(names), 1)
+    return f"did you mean {near[0]}?" if near else _or(names)
+
+
 def _or(names: Iterable[str]) -> str:
     return f"there are {', '.join(names)}"
 
@@ -461,28 +460,19 @@ def run_command(
     """
     if speeds is not None and not foretell:
         raise UsageError("--speeds: only with --estimate")
-    speeds = None if speeds is None else str(Path(speeds).absolute())
-    context = click.get_current_context()
-    group = context.find_root().command
+    group = click.get_current_context().find_root().command
     assert isinstance(group, click.Group)
     file = Path(path)
     study = Study(file, group)
     for name in only:
         if name not in study.arms:
             raise UsageError(f"--arm {name}: no such arm; {_or(study.arms)}")
-    if foretell:
-        with contextlib.chdir(file.parent):
-            found = estimate(
-                [(line.step, line.options) for line in study.lines(only)], Path(speeds or study.store)
-            )
-        print_rows(duckdb.from_arrow(found.to_arrow()), form)
-        unknown = found.filter(pl.col("hours").is_null())["command"].to_list()
-        if form == "table" and unknown:
-            echo(
-                f"not known of {', '.join(unknown)}: --speeds names a store that has seen such work done"
-            )
-        return
     lines = study.lines(only)
+    if foretell:
+        _print_estimate(
+            lines, file.parent, file.parent / study.store if speeds is None else speeds, form
+        )
+        return
     if dry_run:
         echo(f"cd {shlex.quote(str(file.parent))}")
         for line in lines:
@@ -493,6 +483,16 @@ def run_command(
             echo(f"[{at}/{len(lines)}] {line}", err=True)
             group.main(list(line.words), prog_name="canopy", standalone_mode=False)
     echo(f"{path}: {study.name} is done: {len(lines)} commands, store {study.store}")
+
+
+def _print_estimate(lines: list[Line], folder: Path, speeds: str | Path, form: str) -> None:
+    speeds = Path(speeds).absolute()
+    with contextlib.chdir(folder):
+        found = estimate([(line.step, line.options) for line in lines], speeds)
+    print_rows(duckdb.from_arrow(found.to_arrow()), form)
+    unknown = found.filter(pl.col("hours").is_null())["command"].to_list()
+    if form == "table" and unknown:
+        echo(f"not known of {', '.join(unknown)}: --speeds names a store that has seen such work done")
 
 
 @study_group.command("list")
