@@ -17,14 +17,13 @@ from pathlib import Path
 
 import polars as pl
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 import canopy_store
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "demo"))
 
-from tiny_model import corpus, make_tokenizer  # noqa: E402
+from tiny_model import corpus, make_tokenizer, untrained  # noqa: E402
 
 
 def write(path: Path, rows: list[dict]) -> None:
@@ -40,20 +39,7 @@ def make_collapse(out: Path) -> None:
     first = sorted({" ".join(text.split()[:2]) for text in real[:60]})[:20]
     write(out / "prompts.jsonl", [{"text": words} for words in first])
     tokenizer = make_tokenizer(real, 600)
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=96,
-            intermediate_size=256,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            max_position_embeddings=256,
-            tie_word_embeddings=True,
-            bos_token_id=None,
-            eos_token_id=tokenizer.eos_token_id,
-        )
-    )
+    model = untrained(tokenizer, 0, width=96, inner=256, layers=2, positions=256)
     model.save_pretrained(out / "untrained")
     tokenizer.save_pretrained(out / "untrained")
 

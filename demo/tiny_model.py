@@ -45,35 +45,42 @@ def make_tokenizer(texts: list[str], vocabulary: int) -> PreTrainedTokenizerFast
     return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=END)
 
 
+def untrained(
+    tokenizer: PreTrainedTokenizerFast, seed: int, width: int, inner: int, layers: int, positions: int
+) -> LlamaForCausalLM:
+    """A Llama of random weights, of so many layers of this width."""
+    torch.manual_seed(seed)
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=width,
+            intermediate_size=inner,
+            num_hidden_layers=layers,
+            num_attention_heads=4,
+            max_position_embeddings=positions,
+            tie_word_embeddings=True,
+            bos_token_id=None,
+            eos_token_id=tokenizer.eos_token_id,
+        )
+    )
+
+
 def train(out: Path, steps: int, seed: int) -> dict:
     """Saves the model in ``out``; what `finetune` says of its training."""
     transformers_logging.disable_progress_bar()
     print("a tokenizer is trained on 8,000 short texts, then the model from random weights", flush=True)
     texts = corpus(8000, seed)
     tokenizer = make_tokenizer(texts, 1200)
-    torch.manual_seed(seed)
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=128,
-            intermediate_size=344,
-            num_hidden_layers=3,
-            num_attention_heads=4,
-            max_position_embeddings=512,
-            tie_word_embeddings=True,
-            bos_token_id=None,
-            eos_token_id=tokenizer.eos_token_id,
-        )
-    )
+    model = untrained(tokenizer, seed, width=128, inner=344, layers=3, positions=512)
     with tempfile.TemporaryDirectory() as work:
-        untrained = Path(work) / "untrained"
-        model.save_pretrained(untrained)
-        tokenizer.save_pretrained(untrained)
+        start = Path(work) / "untrained"
+        model.save_pretrained(start)
+        tokenizer.save_pretrained(start)
         data = Path(work) / "corpus.jsonl"
         data.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
         # from random weights, full fine-tuning is training from scratch
         return finetune(
-            str(untrained),
+            str(start),
             data,
             out,
             steps=steps,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -197,11 +197,11 @@ def store_corpus(root: Path, corpus: str, documents: list[dict[str, Any]] | None
         return store.commit(root, "documents", {"corpus": corpus}, paths, settings)
 
 
-def corpus_sha256(documents: list[dict[str, Any]]) -> str:
-    """A hash that two corpora share where all of their documents are the same, in one order."""
+def corpus_sha256(documents: list[dict[str, Any]], keys: Sequence[str] = _GIVEN) -> str:
+    """A hash that two corpora share where all of their documents are the same in this, in one order."""
     digest = hashlib.sha256()
     for document in documents:
-        digest.update(store.canonical([document[key] for key in _GIVEN]).encode() + b"\n")
+        digest.update(store.canonical([document[key] for key in keys]).encode() + b"\n")
     return digest.hexdigest()
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,9 +15,10 @@ from canopy_store.ingest import models
 from canopy_store.ingest.corpus import read_documents, store_corpus, stored_documents
 from canopy_store.ingest.draw import Sampling
 from canopy_store.ingest.jobs import Columns, Job, Unit, run_job, shard_group
+from canopy_store.ingest.number_formats import Emulation
 from canopy_store.ingest.progress import Progress
 from canopy_store.ingest.rendering import leading_ids
-from canopy_store.ingest.scorer import Scorer, open_scorer, register_scorer
+from canopy_store.ingest.scorer import open_scorer, register_scorer
 from canopy_store.ingest.settings import Checkpoint
 from canopy_store.ingest.sources import check_model, resolve_model
 from canopy_store.ingest.teacher_forcing import score_tokens
@@ -130,7 +131,8 @@ def open_documents(
             )
         read = [reading.read(text, name) for text, name in zip(part["text"], names, strict=True)]
         _check_ids(scorer.model, read, names)
-        scores = _score(scorer, read, batch_tokens, chunk_tokens, progress, names)
+        sizes = batch_tokens, chunk_tokens
+        scores = _score(scorer.model, scorer.emulation, read, *sizes, names, progress.tokens)
         columns = {"document_id": part["document_id"], **_columns(read, scores)}
         return columns, sum(len(each.token_ids) for each in read)
 
@@ -161,20 +163,10 @@ def losses(model: Any, tokenizer: Any, corpus: str, documents: Sequence[dict[str
     names = [f"corpus {corpus}: document {each['document_id']}" for each in documents]
     read = [reading.read(each["text"], name) for each, name in zip(documents, names, strict=True)]
     _check_ids(model, read, names)
-    pieces = [(at, *each) for at, text in enumerate(read) for each in text.windows]
-    found: dict[str, tuple[int, float]] = {}
-    scored = score_tokens(
-        model,
-        [context for _, context, _ in pieces],
-        [wanted for *_, wanted in pieces],
-        Sampling(width=4096),
-        names=[names[at] for at, *_ in pieces],
-        batch_tokens=4096,
-    )
-    for (at, *_), record in zip(pieces, scored, strict=True):
-        tokens, total = found.get(documents[at]["split"], (0, 0.0))
-        summed = tokens + record.shape[1], total - float(record[0].sum(dtype=np.float64))
-        found[documents[at]["split"]] = summed
+    found: Losses = {}
+    for each, (logprob, _) in zip(documents, _score(model, None, read, 4096, 512, names), strict=True):
+        tokens, total = found.get(each["split"], (0, 0.0))
+        found[each["split"]] = tokens + len(logprob), total - float(logprob.sum(dtype=np.float64))
     return found
 
 
@@ -303,27 +295,28 @@ def _check_ids(model: Any, read: list[Text], names: list[str]) -> None:
 
 
 def _score(
-    scorer: Scorer,
+    model: Any,
+    emulation: Emulation | None,
     read: list[Text],
     batch_tokens: int,
     chunk_tokens: int,
-    progress: Progress,
     names: list[str],
+    on_tokens: Callable[[int], None] | None = None,
 ) -> list[np.ndarray]:
     """Log-probability and entropy (2, N), float32 nats, of each text's scored tokens; KL too: (3, N)."""
     pieces = [(at, *window) for at, each in enumerate(read) for window in each.windows]
     scores = score_tokens(
-        scorer.model,
+        model,
         [context for _, context, _ in pieces],
         [scored for *_, scored in pieces],
         Sampling(width=batch_tokens),
         chunk_tokens,
-        progress.tokens,
+        on_tokens,
         [names[at] for at, *_ in pieces],
         batch_tokens=batch_tokens,
-        emulation=scorer.emulation,
+        emulation=emulation,
     )
-    height = 4 if scorer.emulation else 3
+    height = 4 if emulation else 3
     joined: list[list[np.ndarray]] = [[np.empty((height, 0), np.float32)] for _ in read]
     for (at, *_), record in zip(pieces, scores, strict=True):
         joined[at].append(record)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import math
 import sys
@@ -28,9 +27,10 @@ from canopy_store.ingest.children import (
     require_new,
     save_child,
 )
-from canopy_store.ingest.corpus import stored_documents
+from canopy_store.ingest.corpus import corpus_sha256, stored_documents
 from canopy_store.ingest.documents import Losses
 from canopy_store.ingest.documents import losses as corpus_losses
+from canopy_store.ingest.register import register_dataset
 from canopy_store.ingest.regularise import REGULARISERS, Batch, Penalty, penalty_of
 from canopy_store.ingest.sources import check_trainable, resolve_model
 from canopy_store.ingest.training_data import read_records, segments
@@ -82,9 +82,7 @@ def finetune_child(
     done = finetune(model, data, out, method=method, eval_corpora=corpora, **options)
     curve = done.pop("curve")
     root = store.init(root)
-    given = {"name": Path(data).stem, "lines": done["lines"], "method": "given"}
-    if not any(row["data_sha256"] == done["data_sha256"] for row in treatments.datasets(root)):
-        treatments.add_dataset(root, {"data_sha256": done["data_sha256"], **given})
+    register_dataset(root, data)
     name_child(
         root,
         out,
@@ -94,7 +92,7 @@ def finetune_child(
             "parent_id": parent or f"{family}/base",
             "treatment": treatment or {"full": "sft"}.get(method, method),
             "hyperparameters": store.canonical(
-                {k: v for k, v in done.items() if k not in ("data_sha256", "wall_s", "lines")}
+                {k: v for k, v in done.items() if k not in ("data_sha256", "wall_s")}
             ),
             "data_sha256": done["data_sha256"],
             "seed": done["seed"],
@@ -211,7 +209,9 @@ def finetune(
         "reference_sha256": None if reference is None else store.sha256(Path(reference)),
         "replay_sha256": None if replay is None else store.sha256(Path(replay)),
         "replay_share": share,
-        "eval_corpora": {name: _texts_sha256(each) for name, each in corpora.items()},
+        "eval_corpora": {
+            name: corpus_sha256(each, ("document_id", "split", "text")) for name, each in corpora.items()
+        },
         "eval_every": eval_every,
         "early_stop": early_stop,
     }
@@ -264,7 +264,6 @@ def finetune(
         "seed": seed,
         "final_loss": sum(last) / len(last),
         "data_sha256": asked["data_sha256"],
-        "lines": len(sequences),
         "wall_s": time.perf_counter() - started,
         **({"lora_rank": lora_rank} if method == "lora" else {}),
         **{key: asked[key] for key in _TREATMENTS if asked[key]},
@@ -286,12 +285,6 @@ _TREATMENTS = (
     "replay_share",
     "early_stop",
 )
-
-
-def _texts_sha256(documents: list[dict[str, Any]]) -> str:
-    """A hash of what is read of a corpus in an evaluation."""
-    read = [[each["document_id"], each["split"], each["text"]] for each in documents]
-    return hashlib.sha256(store.canonical(read).encode()).hexdigest()
 
 
 def _check_treatment(

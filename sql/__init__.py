@@ -12,7 +12,8 @@ import functools
 import glob
 import re
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from importlib.resources import files as resources
 from pathlib import Path
 from typing import Any, TypeVar
@@ -63,6 +64,7 @@ VIEWS = (
 )
 
 
+@functools.cache
 def source(name: str) -> str:
     """The text of one of the SQL files beside this one."""
     return resources(__name__).joinpath(f"{name}.sql").read_text(encoding="utf-8")
@@ -205,21 +207,12 @@ def write_database(root: str | Path) -> Path | None:
 def make_database(path: Path, root: Path, shown: dict[str, list[str]]) -> None:
     """Writes a new database of views on the files ``shown``, for a shell in the store's folder."""
     path.write_bytes(_empty_database(format1.is_old(root), tuple(TABLES)))
-    con = duckdb.connect()
     try:
-        con.execute(f"attach '{_literal(str(path))}' as canopy")
-        con.execute("use canopy")
-        con.execute(_no_files())
-        con.execute("begin")
-        _on_files(con, root, shown, relative=True)
-        _comment(con, [table for table, names in shown.items() if names])
-        con.execute("commit")
-        con.execute("use memory")
-        con.execute("detach canopy")
+        with _inside(path) as con:
+            _on_files(con, root, shown, relative=True)
+            _comment(con, [table for table, names in shown.items() if names])
     except duckdb.Error as error:
         raise explain(error) from None
-    finally:
-        con.close()
 
 
 @functools.cache
@@ -227,17 +220,24 @@ def _empty_database(old: bool, tables: tuple[str, ...]) -> bytes:
     """A database of every view, on no files: most of the time that one of a store takes to make."""
     with tempfile.TemporaryDirectory(prefix="canopy-") as scratch:
         path = Path(scratch) / "canopy.duckdb"
-        with duckdb.connect() as con:
-            con.execute(f"attach '{_literal(str(path))}' as canopy (storage_version 'v1.2.0')")
-            con.execute("use canopy")
-            con.execute(_no_files())
-            con.execute("begin")  # else each statement is flushed to the disk by itself
+        with _inside(path, "(storage_version 'v1.2.0')") as con:
             con.execute(";\n".join(_on_no_files(old)))
             _comment(con, (*tables, *VIEWS))
-            con.execute("commit")
-            con.execute("use memory")
-            con.execute("detach canopy")
         return path.read_bytes()
+
+
+@contextmanager
+def _inside(path: Path, options: str = "") -> Iterator[duckdb.DuckDBPyConnection]:
+    """A connection that makes views in a database file, which is whole when the block ends."""
+    with duckdb.connect() as con:
+        con.execute(f"attach '{_literal(str(path))}' as canopy {options}")
+        con.execute("use canopy")
+        con.execute(_no_files())
+        con.execute("begin")  # else each statement is flushed to the disk by itself
+        yield con
+        con.execute("commit")
+        con.execute("use memory")
+        con.execute("detach canopy")
 
 
 # Views are bound as they are made. Those of canopy.duckdb are bound to this in place of files, which
