@@ -26,7 +26,11 @@ NAMES = {
 }
 PARTS = {"base": "baseline", "instruct": "treated", "delta": "delta", "percent_delta": "percent_delta"}
 
-VIEWED = [name for name in bootstrap.MEASURES if name not in bootstrap.ESTIMATED]
+VIEWED = [
+    name
+    for name, measure in bootstrap.MEASURES.items()
+    if measure.unit == "prompt" and name not in bootstrap.ESTIMATED
+]
 
 
 @pytest.fixture(scope="module")

@@ -1,10 +1,11 @@
 """Pooling over prompts and its paired bootstrap, as matrix products.
 
 Every pooled measure but one is ``out(sum w f(x) / sum w)`` over prompts, with x a column of
-prompt_metrics. A replicate that draws prompt p c_p times is the same with w c_p: all replicates are one
-product of the counts (B, P) with the weighted values (P, K). ``rho_pooled`` is a ratio of three sums,
-and needs a fourth to know whether any prompt varies: so there are SUMS sums of every measure. The view
-model_metrics pools the same way in SQL; a test holds the two together.
+prompt_metrics; or over clusters of items or documents, with x of `unit_rows`. A replicate that draws
+prompt p c_p times is the same with w c_p: all replicates are one product of the counts (B, P) with the
+weighted values (P, K). ``rho_pooled`` is a ratio of three sums, and needs a fourth to know whether any
+prompt varies: so there are SUMS sums of every measure. The view model_metrics pools the same way in SQL;
+a test holds the two together.
 """
 
 from __future__ import annotations
@@ -27,8 +28,10 @@ class Measure:
     column: str
     into: Callable[[Array], Array] = np.asarray
     out: Callable[[Array], Array] = np.asarray
-    weight: str = "one"  # one, length, fisher (n - 3), pairs (n (n - 1) / 2) or freedom (n - 1)
+    # one, length, fisher (n - 3), pairs (n (n - 1) / 2) or freedom (n - 1); units, tokens or bytes
+    weight: str = "one"
     positive: bool = True
+    unit: str = "prompt"  # whose rows it is of: a prompt's rollouts, an item, a document
 
 
 def _reciprocal(x: Array) -> Array:
@@ -70,6 +73,17 @@ MEASURES: dict[str, Measure] = {
     "vendi_score": Measure("vendi_score", np.log, np.exp),
     "diversity_number": Measure("squared_similarity", out=_reciprocal),
     "ce_star_cv": Measure("ce_star_cv"),
+    **{
+        name: Measure(name, weight="units", positive=name.startswith("accuracy"), unit="item")
+        for name in (
+            *("accuracy_sum", "accuracy_token", "accuracy_char", "accuracy_pmi"),
+            *("margin", "margin_token", "margin_pmi"),
+        )
+    },
+    "nll": Measure("nll", weight="tokens", unit="document"),
+    "expected_nll": Measure("expected_nll", weight="tokens", unit="document"),
+    "bits_per_byte": Measure("bits_per_byte", weight="bytes", unit="document"),
+    "perplexity": Measure("nll", out=np.exp, weight="tokens", unit="document"),
 }
 # not in prompt_metrics: `control_variate.with_estimates` adds them
 ESTIMATED = ("ce_star_cv",)
@@ -87,6 +101,8 @@ def weighted_values(values: Mapping[str, Array], names: Sequence[str]) -> Array:
         "fisher": np.maximum(n - 3, 0),
         "pairs": n * (n - 1) / 2,
         "freedom": n - 1,
+        "units": n,
+        **{name: values[f"n_{name}"] for name in ("tokens", "bytes") if f"n_{name}" in values},
     }
     sums = np.zeros((SUMS, *length.shape, len(names)))
     for k, name in enumerate(names):

@@ -92,7 +92,7 @@ def comparable(
     rows = only_runs(rows.filter(selection=selection), runs)
     if seeds:
         rows = as_variants(rows, seeds, baseline=baseline)
-    rows = _only(rows, families=families, tasks=tasks, variants=variants, baseline=baseline)
+    rows = only(rows, families=families, tasks=tasks, variants=variants, baseline=baseline)
     require_one_run(rows.with_columns(variant="checkpoint") if seeds else rows)
     own_first = (pl.col("embedder") != embedder, "embedder")
     of_run = rows.group_by("run_id").agg(pl.col("embedder").sort_by(*own_first).first())
@@ -104,20 +104,28 @@ def comparable(
     return rows, embedder
 
 
-def _only(
+def only(
     rows: pl.DataFrame,
     *,
     families: Sequence[str],
     tasks: Sequence[str],
     variants: Sequence[str],
     baseline: str,
+    task: str = "task",
 ) -> pl.DataFrame:
-    """The rows of these families, tasks and variants, all where none is named; the baseline's too."""
-    for column, names in (("family", families), ("task", tasks), ("variant", variants)):
+    """The rows of these families, tasks and variants, all where none is named; the baseline's too.
+
+    ``task`` is the column that tasks are names of.
+    """
+    for column, option, names in (
+        ("family", "family", families),
+        (task, "task", tasks),
+        ("variant", "variant", variants),
+    ):
         for name in names:
             if name not in rows[column]:
                 there = ", ".join(sorted(rows[column].unique()))
-                raise DataError(f"--{column} {name}: not in the store; it has {there}")
+                raise DataError(f"--{option} {name}: not in the store; it has {there}")
         if names:
             wanted = [*names, baseline] if column == "variant" else names
             rows = rows.filter(pl.col(column).is_in(wanted))

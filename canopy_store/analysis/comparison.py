@@ -9,7 +9,7 @@ from typing import Any
 import polars as pl
 
 from canopy_store import sql
-from canopy_store.analysis.bootstrap import MEASURES, ROLLOUT_LEVEL, Rollouts
+from canopy_store.analysis.bootstrap import ROLLOUT_LEVEL, Rollouts
 from canopy_store.analysis.checkpoints import over_checkpoints
 from canopy_store.analysis.comparable import view_rows
 from canopy_store.analysis.control_variate import with_estimates
@@ -29,23 +29,36 @@ from canopy_store.analysis.prompt_changes import prompt_changes
 from canopy_store.analysis.prompt_rows import prompt_rows
 from canopy_store.analysis.rarefaction import rollouts_of
 from canopy_store.analysis.row_facts import RowFacts
+from canopy_store.analysis.unit_rows import unit_of, unit_rows
 from canopy_store.errors import UsageError
 
 REPLICATES = 2000
 CONFIDENCE = 0.95
 SEED = 42
 # branching_factor is entropy_rate on another scale: one test, not two
-DEFAULT_METRICS = (
-    "ce_star",
-    "entropy_rate",
-    "mean_length",
-    "rho_pearson",
-    "rho_spearman",
-    "rho_kendall",
-    "semantic_diversity",
-    "vendi_score",
-    "truncation_rate",
-)
+DEFAULT_METRICS = {
+    "prompt": (
+        "ce_star",
+        "entropy_rate",
+        "mean_length",
+        "rho_pearson",
+        "rho_spearman",
+        "rho_kendall",
+        "semantic_diversity",
+        "vendi_score",
+        "truncation_rate",
+    ),
+    "item": ("accuracy_sum", "accuracy_token", "accuracy_pmi", "margin"),
+    "document": ("nll", "bits_per_byte"),
+}
+# what only rollouts have, and the value that leaves it out
+_OF_ROLLOUTS: dict[str, Any] = {
+    "selection": "all",
+    "embedder": None,
+    "runs": (),
+    "horizon": None,
+    "resample": "prompts",
+}
 _TEXTS = ("treatment", "selection_rule", "without_baseline", "allowed", "unrecorded", "reason")
 LARGEST = "prompt"  # --by prompt: the changes of single prompts
 
@@ -55,12 +68,14 @@ def compare(
     *,
     baseline: str = "base",
     metrics: Sequence[str] = (),
+    unit: str | None = None,
     by: str | None = None,
     selection: str = "all",
     embedder: str | None = None,
     runs: Sequence[str] = (),
     families: Sequence[str] = (),
     tasks: Sequence[str] = (),
+    splits: Sequence[str] = (),
     variants: Sequence[str] = (),
     seeds: Mapping[str, str] | None = None,
     allow: Sequence[str] = (),
@@ -83,16 +98,23 @@ def compare(
     Runs that were not sampled alike are refused, and a Vendi score, which grows with the number of
     rollouts, is taken at the fewest that a prompt has in any variant.
 
+    Items and documents are compared in the same way: the arms, which are scorers, stand where variants
+    do, and clusters where prompts do (`unit_rows`).
+
     Parameters
     ----------
     root : path of the store
     baseline : the variant every other is compared with, within its family
-    metrics : columns of model_metrics; by default the main ones the store has
+    metrics : columns of model_metrics; by default the main ones the store has. Of items accuracy_sum,
+        accuracy_token, accuracy_char, accuracy_pmi, margin, margin_token, margin_pmi; of documents nll,
+        expected_nll, bits_per_byte, perplexity
+    unit : 'prompt' (its rollouts), 'item' or 'document'; by default that of the metrics, else 'prompt'
     by : 'task' (each family and task), 'family' (pooled over tasks), 'all'; by default all three; or
         'prompt', the changes of single prompts (`prompt_changes`)
     selection : the subset of rollouts compared
     embedder : needed where the store has several
-    runs, families, tasks, variants : only these
+    runs, families, tasks, variants : only these; of documents the tasks are corpora
+    splits : only these parts of a task's items or of a corpus
     seeds : variants that are checkpoints of one, trained with several seeds: {"sft": "sft-*"}. The
         change is their mean; its variance has a part of seeds and one of prompts
     allow : settings that may differ: cap, temperature, top_k, top_p, rendering, template
@@ -119,6 +141,8 @@ def compare(
     n_samples : rollouts a prompt, of the side that has fewer; ``baseline_n_samples`` and
         ``treated_n_samples`` of each, the median over prompts
     n_left_out, left_out_share : prompts left out, and their share of the rollouts of both sides
+    unit : that the row is over. Of items and documents n_prompts counts clusters, n_samples the units in
+        one; a task that has parts is followed by its part, as in facts:reversal
     baseline_cut, treated_cut : share of rollouts cut, over the prompts compared; NULL unknown
     horizon : tokens that the measures cover, the cap of both sides or that asked for; NULL where it is
         not known, or not one
@@ -146,6 +170,33 @@ def compare(
         An unknown metric or setting, a horizon above a cap, or several embedders and none named.
     """
     _check(by, resample, replicates, confidence, interval)
+    unit = unit_of(metrics, unit)
+    drawn: dict[str, Any] = {"replicates": replicates, "seed": seed}
+    drawn |= {"confidence": confidence, "interval": interval}
+    if unit != "prompt":
+        given: dict[str, Any] = {"selection": selection, "embedder": embedder, "runs": runs}
+        given |= {"horizon": horizon, "resample": resample}
+        _require_none(unit, given, by)
+        with sql.connect(root) as con:
+            rows = unit_rows(
+                con,
+                root,
+                unit,
+                baseline=baseline,
+                metrics=metrics,
+                families=families,
+                tasks=tasks,
+                splits=splits,
+                variants=variants,
+                seeds=seeds,
+                allow=allow,
+            )
+            models = view_rows(con, "models")
+        return compare_prompts(
+            rows, models, baseline=baseline, metrics=metrics, unit=unit, by=by, margins=margins, **drawn
+        )
+    if splits:
+        raise UsageError("--split: of items and documents; rollouts have tasks alone")
     with sql.connect(root) as con:
         prompts, embedder = prompt_rows(
             con,
@@ -180,12 +231,9 @@ def compare(
         metrics=metrics,
         by=by,
         resample=resample,
-        replicates=replicates,
-        confidence=confidence,
-        interval=interval,
         margins=margins,
-        seed=seed,
         kernels=kernels,
+        **drawn,
     )
 
 
@@ -195,6 +243,7 @@ def compare_prompts(
     *,
     baseline: str = "base",
     metrics: Sequence[str] = (),
+    unit: str = "prompt",
     by: str | None = None,
     resample: str = "prompts",
     replicates: int = REPLICATES,
@@ -208,13 +257,13 @@ def compare_prompts(
 
     Parameters
     ----------
-    prompts : rows of ``prompt_metrics``, as `prompt_rows` gives them
+    prompts : rows of ``prompt_metrics``, as `prompt_rows` gives them; or what `unit_rows` gives
     models : rows of ``models``, for the treatments
     kernels : rollouts by run and prompt, needed unless ``resample`` is 'prompts'
 
     The others, and errors, are those of `compare`.
     """
-    names = _metrics(metrics, prompts, resample)
+    names = _metrics(metrics, prompts, resample, unit)
     margins = dict(margins or {})
     for name in margins:
         if name not in names:
@@ -256,7 +305,7 @@ def compare_prompts(
                     counted = facts.of(several, k, used[:, k])
                     pooled = {"metric": name, "checkpoint": "", "n_checkpoints": len(several)}
                     out.append({**where, **pooled, **counted, **row})
-    said = {"interval": interval, "confidence": confidence}
+    said = {"unit": unit, "interval": interval, "confidence": confidence}
     return _framed(pl.DataFrame([{**row, **said} for row in out], infer_schema_length=None))
 
 
@@ -351,14 +400,24 @@ def _check(by: str | None, resample: str, replicates: int, confidence: float, in
         raise UsageError(f"--interval {interval}: {' or '.join(INTERVALS)}")
 
 
-def _metrics(metrics: Sequence[str], rows: pl.DataFrame, resample: str) -> list[str]:
-    for name in metrics:
-        if name not in MEASURES:
-            raise UsageError(f"--metric {name}: one of {', '.join(MEASURES)}")
+def _require_none(unit: str, given: Mapping[str, Any], by: str | None) -> None:
+    """Raises where an option is given that only rollouts have."""
+    if by == LARGEST:
+        raise UsageError(f"--by {by}: of rollouts alone; single {unit}s are in canopy sql")
+    for name, value in given.items():
+        if value != _OF_ROLLOUTS[name]:
+            option = {"runs": "run"}.get(name, name)
+            raise UsageError(f"--{option}: of rollouts alone; a comparison of {unit}s has none")
+
+
+def _metrics(
+    metrics: Sequence[str], rows: pl.DataFrame, resample: str, unit: str = "prompt"
+) -> list[str]:
+    unit_of(metrics, unit)
     names = list(dict.fromkeys(metrics))
     if not names:
         known = {name for name in rows.columns if rows[name].null_count() < len(rows)}
-        names = [name for name in DEFAULT_METRICS if name in known]
+        names = [name for name in DEFAULT_METRICS[unit] if name in known]
     if resample != "prompts":
         cannot = [name for name in names if name not in ROLLOUT_LEVEL]
         if cannot and metrics:

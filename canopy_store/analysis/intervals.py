@@ -25,7 +25,12 @@ from canopy_store.errors import UsageError
 
 INTERVALS = ("t", "percentile")
 # A measure that is another one on another scale: their tests are one test.
-SAME_TEST = {"branching_factor": "entropy_rate", "canopy_size_log10": "ce_star"}
+SAME_TEST = {
+    "branching_factor": "entropy_rate",
+    "canopy_size_log10": "ce_star",
+    "perplexity": "nll",
+    "bits_per_byte": "nll",
+}
 _DEFINED = 0.9  # of the replicates: a spread over the few that happen to be defined would be a wrong one
 Columns = dict[str, float | None]
 
@@ -216,16 +221,17 @@ def _margin(margin: float | str, baseline: float) -> float | None:
 def adjusted(frame: pl.DataFrame) -> pl.DataFrame:
     """Adds p_holm and p_bh over every p there is, and ``equivalent`` at 0.05.
 
-    A measure that is another one on another scale counts once: of SAME_TEST the second stands for both,
-    and the first is adjusted as if it stood in its place. Rows of single seeds are not adjusted: the row
-    over all of them is.
+    A measure that is another one on another scale counts once: of SAME_TEST the second stands for all,
+    and each first is adjusted as if it stood in its place. Rows of single seeds are not adjusted: the
+    row over all of them is.
     """
     metric, tests = frame["metric"], set(frame["metric"])
     counted = frame["p"].is_not_null() & (frame["level"] != "seed")
     twins = {name: of for name, of in SAME_TEST.items() if {name, of} <= tests}
     out = {name: np.full(len(frame), np.nan) for name in ("p_holm", "p_bh")}
     p = frame["p"].cast(pl.Float64).to_numpy()
-    for left_out in dict.fromkeys([tuple(twins), tuple(twins.values())]):
+    others = [set(twins), *({*twins, of} - {name} for name, of in twins.items())]
+    for left_out in others:
         at = (counted & ~metric.is_in(left_out)).to_numpy()
         for name, values in _adjustments(p[at]).items():
             place = out[name]

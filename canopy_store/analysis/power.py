@@ -105,7 +105,8 @@ def power(
     Parameters
     ----------
     root : the pilot store
-    metric : one that rollouts can be drawn anew for: ce_star, entropy_rate, rho_pearson, …
+    metric : one that rollouts can be drawn anew for: ce_star, entropy_rate, rho_pearson, …; or one of
+        items or documents, whose clusters are then what a plan counts, as large as the pilot's
     delta : the change to detect, in the metric's unit, either way
     prompts : instead of ``delta``: the prompts there are, of which the change that they detect is told
     samples : numbers of rollouts per prompt to answer for
@@ -132,8 +133,9 @@ def power(
     DataError, UsageError
         As `compare`; or a pilot too small for an estimate.
     """
-    if metric not in ROLLOUT_LEVEL:
-        raise UsageError(f"--metric {metric}: one of {', '.join(ROLLOUT_LEVEL)}")
+    of_units = [name for name, measure in MEASURES.items() if measure.unit != "prompt"]
+    if metric not in (*ROLLOUT_LEVEL, *of_units):
+        raise UsageError(f"--metric {metric}: one of {', '.join((*ROLLOUT_LEVEL, *of_units))}")
     if (delta is None) == (prompts is None):
         raise UsageError("give either --delta, the change to detect, or --prompts, those there are")
     if delta is not None and not (delta and math.isfinite(delta)):
@@ -147,6 +149,8 @@ def power(
     for option, cost in (("--cost-prompt", cost_prompt), ("--cost-rollout", cost_rollout)):
         if cost is not None and not 0 < cost < math.inf:
             raise UsageError(f"{option} {cost:g}: needs more than 0")
+    if cost_prompt is not None and metric in of_units:
+        raise UsageError(f"--cost-prompt: of rollouts alone; {metric} has clusters of one size")
     lost = 3 if MEASURES[metric].weight == "fisher" else 0
     if any(m <= lost for m in samples):
         raise UsageError(f"--samples: {metric} needs more than {lost} rollouts a prompt")
@@ -155,6 +159,7 @@ def power(
     rows: list[dict[str, Any]] = []
     for variant, pilot in _pilots(root, metric, lost, options).items():
         of = {"variant": variant, "metric": metric}
+        samples = [int(pilot.samples)] if metric in of_units else samples
         if prompts is not None:
             rows += ({**of, **row} for row in _detected(pilot, prompts, samples, power, alpha))
         else:
@@ -169,6 +174,8 @@ def power(
 
 def _pilots(root: str | Path, metric: str, lost: int, options: Mapping[str, Any]) -> dict[str, Pilot]:
     """The pilot of each variant, from the two bootstraps of `compare`."""
+    if MEASURES[metric].unit != "prompt":
+        return _pilots_of_clusters(root, metric, options)
     frames = [compare(root, metrics=[metric], resample=r, **options) for r in ("prompts", "rollouts")]
     both = (widest(frame).sort("variant").iter_rows(named=True) for frame in frames)
     pilots = {}
@@ -186,6 +193,21 @@ def _pilots(root: str | Path, metric: str, lost: int, options: Mapping[str, Any]
         # but not a correlation's: on few rollouts its bootstrap is too wide rather
         noise = min(noise, spread) if lost else noise * samples / (samples - 1)
         pilots[variant] = Pilot(prompts, at, samples, spread, noise * (samples - lost), lost)
+    return pilots
+
+
+def _pilots_of_clusters(root: str | Path, metric: str, options: Mapping[str, Any]) -> dict[str, Pilot]:
+    """The pilot of each arm: nothing within a cluster is sampled, all the variance is between them."""
+    pilots = {}
+    for row in widest(compare(root, metrics=[metric], **options)).sort("variant").to_dicts():
+        clusters, tasks = row["n_prompts"], row["n_tasks"]
+        if row["delta_se"] is None or clusters <= tasks:
+            raise DataError(
+                f"{metric} of {row['variant']}: the pilot has too few clusters; it needs more than one "
+                "a task"
+            )
+        spread = clusters * row["delta_se"] ** 2 * clusters / (clusters - tasks)
+        pilots[row["variant"]] = Pilot(clusters, tasks, row["n_samples"], spread, 0.0)
     return pilots
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import polars as pl
 
-from canopy_store.analysis.bootstrap import ESTIMATED
+from canopy_store.analysis.bootstrap import ESTIMATED, MEASURES
 from canopy_store.analysis.pairing import POOLED, widest
 from canopy_store.sql.columns import column_of
 
@@ -33,10 +33,19 @@ LABELS = {
     "semantic_diversity": "semantic diversity",
     "diversity_number": "diversity number",
     "vendi_score": "Vendi score",
+    "accuracy_sum": "accuracy",
+    "accuracy_token": "accuracy per token",
+    "accuracy_char": "accuracy per character",
+    "accuracy_pmi": "accuracy by PMI",
+    "nll": "NLL",
+    "expected_nll": "expected NLL",
 }
+# the views that say in what a unit's measures are measured
+_VIEWS = {"prompt": "model_metrics", "item": "item_metrics", "document": "perplexity"}
+_WITHIN = {"prompt": "rollouts", "item": "items", "document": "documents"}
 # Sums over the rollout: of a cut one they are those of its first tokens, of a subset no entropy.
 OF_THE_WHOLE = ("ce_star", "ce_star_cv", "surprisal_mean", "canopy_size_log10", "gen_ppl")
-_FIRST = ("ce_star", "entropy_rate")
+_FIRST = ("ce_star", "entropy_rate", "accuracy_sum", "nll")
 _SECOND = ("rho_pearson", "rho_pooled", "semantic_diversity")
 _VARIANTS = 3  # sentences of the headline
 
@@ -54,7 +63,17 @@ def label(row: Row) -> str:
 def unit(metric: str) -> str:
     """The metric's unit; '' where it has none."""
     # an estimate of CE* is no column of a view, and in its unit
-    return column_of("model_metrics", "ce_star" if metric in ESTIMATED else metric).unit
+    name = "ce_star" if metric in ESTIMATED else metric
+    view = "option_accuracy" if metric.startswith("accuracy_") else _VIEWS[MEASURES[metric].unit]
+    return column_of(view, name).unit
+
+
+def counted(row: Row, number: int) -> str:
+    """So many of what a row is over: prompts, items, documents, or clusters of these."""
+    noun = row.get("unit", "prompt")
+    if noun != "prompt" and row["baseline_n_samples"] != 1:
+        return f"{number} cluster{'s' * (number != 1)} of {noun}s"
+    return f"{number} {noun}{'s' * (number != 1)}"
 
 
 def marks(row: Row) -> list[str]:
@@ -95,7 +114,7 @@ def _direction(row: Row) -> str:
     if row["delta"] is None:
         return "not defined"
     if row["p"] is None:
-        return "too few prompts to tell"
+        return f"too few {counted(row, 0).removeprefix('0 ')} to tell"
     if _told(row):
         return "falls" if row["delta"] < 0 else "rises"
     if row["equivalent"]:
@@ -148,7 +167,8 @@ def _sentence(first: Row, second: Row | None) -> str:
     if second is not None and second["delta"] is not None:
         rises = "falls" if second["delta"] < 0 else "rises"
         told = "" if _told(second) else ", not distinguishable from 0 after Holm"
-        told = ", with too few prompts to tell" if second["p"] is None else told
+        few = f", with too few {counted(second, 0).removeprefix('0 ')} to tell"
+        told = few if second["p"] is None else told
         amount = f"{abs(second['delta']):.2g} {unit(second['metric'])}".strip()
         text += f"; {label(second)} {rises} by {amount}{told}"
     text += "."
@@ -187,7 +207,7 @@ def _change(row: Row) -> str:
 
 
 def _where(row: Row) -> str:
-    prompts = f"over {row['n_prompts']} prompt{'s' * (row['n_prompts'] != 1)}"
+    prompts = f"over {counted(row, row['n_prompts'])}"
     if row["task"] != POOLED:
         return f"{prompts} of {row['task']}"
     return f"{prompts} of {row['n_tasks']} tasks"
@@ -206,8 +226,8 @@ def notes(frame: pl.DataFrame) -> list[str]:
     lost = rows.filter(pl.col("n_left_out") > 0).sort("n_left_out", descending=True)
     if len(lost):
         told = [
-            f"{label({**row, 'horizon': None})} {row['n_left_out']} prompt"
-            f"{'s' * (row['n_left_out'] != 1)} ({row['left_out_share']:.0%} of the rollouts)"
+            f"{label({**row, 'horizon': None})} {counted(row, row['n_left_out'])} "
+            f"({row['left_out_share']:.0%} of the {_WITHIN[row.get('unit', 'prompt')]})"
             for row in lost.unique("metric", maintain_order=True).to_dicts()
         ]
         out.append("left out, as one variant lacks them or has no value of them: " + ", ".join(told))

@@ -8,6 +8,7 @@ from typing import Any
 import click
 import duckdb
 
+from canopy_store.analysis.bootstrap import MEASURES
 from canopy_store.analysis.comparison import SEED, compare
 from canopy_store.analysis.power import SAMPLES, power, power_of_regression
 from canopy_store.analysis.selections import select_lengths, select_reward
@@ -97,7 +98,13 @@ def _comparison_options(command: Callable[..., Any]) -> Callable[..., Any]:
     "metrics",
     multiple=True,
     metavar="NAME",
-    help="Column of model_metrics; repeatable [default: the main ones].",
+    help="Column of model_metrics, or a measure of items or documents; repeatable [default: the main "
+    "ones].",
+)
+@click.option(
+    "--unit",
+    type=click.Choice(["prompt", "item", "document"]),
+    help="What is compared: rollouts of prompts, scored items or documents [default: the metrics'].",
 )
 @click.option(
     "--by",
@@ -106,6 +113,9 @@ def _comparison_options(command: Callable[..., Any]) -> Callable[..., Any]:
 )
 @click.option("--family", "families", multiple=True, metavar="F", help="Only this one; repeatable.")
 @click.option("--task", "tasks", multiple=True, metavar="T", help="Only this one; repeatable.")
+@click.option(
+    "--split", "splits", multiple=True, metavar="S", help="Only this part of items or documents."
+)
 @click.option(
     "--variant", "variants", multiple=True, metavar="V", help="Only this and the baseline; repeatable."
 )
@@ -144,9 +154,10 @@ def _comparison_options(command: Callable[..., Any]) -> Callable[..., Any]:
 def compare_command(root: str, margins: tuple[str, ...], form: str, **options: Any) -> None:
     """Compare each variant with the baseline of its family, prompt by prompt.
 
-    Deltas with intervals from the paired bootstrap over prompts, and p-values adjusted over all that
-    is shown. Runs that were not sampled alike are refused until --allow names what differs. The table
-    has the main columns, csv, json and parquet have all.
+    Deltas with intervals from the paired bootstrap over prompts (of scored items and documents over
+    their clusters, each scorer an arm), and p-values adjusted over all that is shown. What was not
+    sampled or read alike is refused until --allow names what differs. The table has the main columns,
+    csv, json and parquet have all.
 
     \b
     Examples:
@@ -156,6 +167,8 @@ def compare_command(root: str, margins: tuple[str, ...], form: str, **options: A
       canopy compare --store S --horizon 64
       canopy compare --store S --allow rendering --by prompt --metric ce_star
       canopy compare --store S --seeds 'sft=sft-*'
+      canopy compare --store S --unit item --split reversal
+      canopy compare --store S --metric nll --task licences
     """
     sizes = {}
     for text in margins:
@@ -175,7 +188,7 @@ def compare_command(root: str, margins: tuple[str, ...], form: str, **options: A
 @click.command("power")
 @STORE
 @_comparison_options
-@click.option("--metric", metavar="NAME", help="ce_star, entropy_rate, rho_pearson, …")
+@click.option("--metric", metavar="NAME", help="ce_star, rho_pearson, …; accuracy_sum, nll, …")
 @click.option("--delta", type=float, help="Change to detect, in the metric's unit.")
 @click.option("--prompts", type=int, metavar="P", help="Instead: what change P prompts detect.")
 @click.option(
@@ -224,6 +237,7 @@ def power_command(
       canopy power --store S --metric rho_pearson --delta 0.1
       canopy power --store S --metric ce_star --delta 1 --cost-prompt 60 --cost-rollout 2
       canopy power --store S --metric ce_star --prompts 40
+      canopy power --store S --metric accuracy_sum --delta 0.1
       canopy power --store S --reliability 0.8
     """
     if reliability is not None:
@@ -243,10 +257,12 @@ def power_command(
 
 def _in_words(row: dict[str, Any]) -> str:
     """The cheapest plan of a variant."""
+    unit = MEASURES[row["metric"]].unit
+    whole, part = ("prompts", "samples") if unit == "prompt" else ("clusters", f"{unit}s")
     return (
-        f"{row['variant']}: {row['n_prompts']} prompts of {row['n_samples']} samples detect a change of "
+        f"{row['variant']}: {row['n_prompts']} {whole} of {row['n_samples']} {part} detect a change of "
         f"{row['delta']:g} in {row['metric']} with power {row['power']:.2f}, if the pilot's "
-        f"{row['pilot_prompts']} prompts are right; {row['n_prompts_upper']} prompts to be safer"
+        f"{row['pilot_prompts']} {whole} are right; {row['n_prompts_upper']} {whole} to be safer"
     )
 
 

@@ -15,21 +15,23 @@ _LARGEST = 10  # prompts that the table of --by prompt has for each measure
 _PLACES = ("family", "task", "variant", "checkpoint")
 # What a table leaves out for a narrower terminal, in this order; what is left out of it stands below it,
 # in the first line, or in csv and json.
-_NARROWER = ("% [interval]", "M", "baseline", "treated", "unit", "prompts")
+_NARROWER = ("% [interval]", "M", "each", "baseline", "treated", "unit", "prompts", "clusters")
 Row = Mapping[str, Any]
 
 
 def show_comparison(frame: pl.DataFrame) -> None:
     """Prints what `compare` gives: first in words, then a row a change, then what to read it with."""
     echo(headline(frame))
+    # of items and documents it is clusters, each of so many of them
+    number, within = ("prompts", "M") if frame["unit"][0] == "prompt" else ("clusters", "each")
     letters: dict[str, str] = {}
     rows = [
         {
             **_place(row, frame),
             "measure": label(row),
             "unit": unit(row["metric"]),
-            "prompts": row["n_prompts"],
-            "M": _pair(row["baseline_n_samples"], row["treated_n_samples"]),
+            number: row["n_prompts"],
+            within: _pair(row["baseline_n_samples"], row["treated_n_samples"]),
             "baseline": _number(row["baseline"]),
             "treated": _number(row["treated"]),
             "delta [interval]": _with_interval(row, "delta"),
@@ -59,7 +61,7 @@ def _fitting(table: pl.DataFrame) -> pl.DataFrame:
     if table_width(fuller) <= terminal_width():
         return fuller
     for name in _NARROWER:
-        table = table.drop(name)
+        table = table.drop(name, strict=False)
         if table_width(table) <= terminal_width():
             break
     return table
