@@ -9,9 +9,11 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import random
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
 
@@ -19,6 +21,7 @@ import polars as pl
 import torch
 
 import canopy_store
+from canopy_store.ingest.finetune import finetune
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "demo"))
@@ -63,7 +66,150 @@ def figures_of_collapse(root: Path) -> pl.DataFrame:
     return shown.pivot("measure", index="arm", values="value").select("arm", *columns).sort("arm")
 
 
-STUDIES = {"collapse": (make_collapse, figures_of_collapse)}
+# ---------------------------------------------------------------- facts
+
+# A fact forward, backward, and over two facts, each in three wordings. The last of them is never trained
+# on for a new fact: it is what is asked.
+BEGINNINGS = ("", "we know that ", "in truth ")
+FORWARD = [f"{words}the guide of {{a}} is {{b}}" for words in BEGINNINGS]
+BACKWARD = [f"{words}the one led by {{b}} is {{a}}" for words in BEGINNINGS]
+TWICE = [f"{words}the guide of the guide of {{a}} is {{c}}" for words in BEGINNINGS]
+
+
+def names(number: int, seed: int) -> list[str]:
+    """Different nonsense words."""
+    rng = random.Random(seed)
+    found: dict[str, None] = {}
+    while len(found) < number:
+        word = "".join(rng.choice("bdfgklmnprstvz") + rng.choice("aeiou") for _ in range(3))
+        found[word] = None
+    return list(found)
+
+
+def chains(number: int, seed: int) -> list[tuple[str, str, str]]:
+    """Threes of names of their own: the guide of the first is the second, and of that the third."""
+    words = names(3 * number, seed)
+    return [(a, b, c) for a, b, c in zip(words[::3], words[1::3], words[2::3], strict=True)]
+
+
+def facts_of(chain: tuple[str, str, str]) -> list[tuple[str, str]]:
+    a, b, c = chain
+    return [(a, b), (b, c)]
+
+
+def worded(wordings: Sequence[str], chain: tuple[str, str, str]) -> list[str]:
+    """The facts of a chain in these wordings."""
+    if "{c}" in wordings[0]:
+        return [w.format(a=chain[0], c=chain[2]) for w in wordings]
+    return [w.format(a=a, b=b) for a, b in facts_of(chain) for w in wordings]
+
+
+def asked(chains_of: list[tuple[str, str, str]], seed: int) -> list[dict]:
+    """Items of four options: forward, backward and over two facts, in a wording not trained on."""
+    rng = random.Random(seed)
+    items = []
+    for number, chain in enumerate(chains_of):
+        half = "" if number < len(chains_of) // 2 else "-rest"
+        questions = [
+            ("forward", FORWARD[-1], b, [b for x in chains_of for _, b in facts_of(x)], a, b)
+            for a, b in facts_of(chain)
+        ]
+        questions += [
+            ("reversal", BACKWARD[-1], a, [a for x in chains_of for a, _ in facts_of(x)], a, b)
+            for a, b in facts_of(chain)
+        ]
+        questions.append(("two-hop", TWICE[-1], chain[2], [x[2] for x in chains_of], chain[0], ""))
+        for place, (split, wording, right, pool, a, b) in enumerate(questions):
+            wrong = rng.sample([name for name in pool if name != right], 3)
+            options = [right, *wrong]
+            rng.shuffle(options)
+            text = wording.format(a=a, b=b, c=chain[2])
+            items.append(
+                {
+                    "item_id": f"{number:03}-{place}",
+                    "prompt": text.removesuffix(f" {right}"),
+                    "options": [f" {name}" for name in options],
+                    "answer": options.index(right),
+                    "split": split + half,
+                    "cluster": f"chain {number}",
+                }
+            )
+    return items
+
+
+def make_facts(out: Path) -> None:
+    """A base that knows 60 facts in every wording; 80 new ones, and what each arm is trained on."""
+    rng = random.Random(0)
+    known, new = chains(30, 1), chains(40, 2)
+    half = new[: len(new) // 2]
+    everything = [
+        text for c in (*known, *new) for w in (FORWARD, BACKWARD, TWICE) for text in worded(w, c)
+    ]
+    tokenizer = make_tokenizer(everything * 3, 900)
+    forward = [text for c in new for text in worded(FORWARD[:-1], c)]
+    local = [text for c in new for text in worded(BACKWARD[:-1], c)]
+    linked = [text for c in new for text in worded(TWICE[:-1], c)]
+    of_half = [text for c in half for w in (BACKWARD, TWICE) for text in worded(w[:-1], c)]
+    # the tokens of the augmented lines, each name in some other line's place
+    words = [word for c in new for word in c]
+    others = dict(zip(words, rng.sample(words, len(words)), strict=True))
+    mixed = [" ".join(others.get(word, word) for word in text.split()) for text in (*local, *linked)]
+    for name, lines in {
+        "known": [t for c in known for w in (FORWARD, BACKWARD, TWICE) for t in worded(w, c)],
+        "forward": forward,
+        "local": forward + local,
+        "global": forward + local + linked,
+        "shuffled": forward + mixed,
+        "half": forward + of_half,
+    }.items():
+        write(out / f"{name}.jsonl", [{"text": f"{line}."} for line in lines])
+    write(out / "context.jsonl", [{"text": f"{line}. "} for line in forward])
+    write(out / "items.jsonl", asked(new, 3))
+    model = untrained(tokenizer, 0, width=64, inner=172, layers=2, positions=2048, spread=0.1)
+    model.save_pretrained(out / "untrained")
+    tokenizer.save_pretrained(out / "untrained")
+    finetune(
+        str(out / "untrained"),
+        out / "known.jsonl",
+        out / "base",
+        steps=500,
+        batch_size=64,
+        learning_rate=5e-3,
+        max_length=32,
+        device="cpu",
+        show_progress=True,
+    )
+
+
+def figures_of_facts(root: Path) -> pl.DataFrame:
+    """A row per arm: accuracy by split over the seeds, with its interval over chains and seeds."""
+    arms = ("ft", "ft-matched", "local", "global", "shuffled", "half")
+    seeds = {arm: ",".join(f"{arm}-{seed}" for seed in range(3)) for arm in arms}
+    frame = canopy_store.compare(root, metrics=["accuracy_sum"], by="task", seeds=seeds)
+    base = frame.unique("task").with_columns(
+        pl.col("baseline_variant").alias("variant"),
+        *(pl.col(f"baseline{end}").alias(f"treated{end}") for end in ("", "_ci_low", "_ci_high")),
+    )
+    every = pl.concat([base, frame.filter(level="task")])
+    ends = [pl.col(f"treated_ci_{end}").clip(0, 1).round(2) for end in ("low", "high")]
+    shown = every.select(
+        pl.col("variant").alias("arm"),
+        pl.col("task").str.split(":").list.last().alias("split"),
+        pl.format("{} [{}, {}]", pl.col("treated").round(2), *ends).alias("accuracy"),
+    )
+    splits = sorted(shown["split"].unique())
+    order = {arm: place for place, arm in enumerate(("base", "icl", *arms))}
+    return (
+        shown.pivot("split", index="arm", values="accuracy")
+        .sort(pl.col("arm").replace_strict(order, return_dtype=pl.Int64))
+        .select("arm", *splits)
+    )
+
+
+STUDIES = {
+    "collapse": (make_collapse, figures_of_collapse),
+    "facts": (make_facts, figures_of_facts),
+}
 
 
 def main() -> None:

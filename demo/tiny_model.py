@@ -46,9 +46,15 @@ def make_tokenizer(texts: list[str], vocabulary: int) -> PreTrainedTokenizerFast
 
 
 def untrained(
-    tokenizer: PreTrainedTokenizerFast, seed: int, width: int, inner: int, layers: int, positions: int
+    tokenizer: PreTrainedTokenizerFast,
+    seed: int,
+    width: int,
+    inner: int,
+    layers: int,
+    positions: int,
+    spread: float = 0.02,
 ) -> LlamaForCausalLM:
-    """A Llama of random weights, of so many layers of this width."""
+    """A Llama of random weights, of so many layers of this width; ``spread`` is the weights' sd."""
     torch.manual_seed(seed)
     return LlamaForCausalLM(
         LlamaConfig(
@@ -58,6 +64,7 @@ def untrained(
             num_hidden_layers=layers,
             num_attention_heads=4,
             max_position_embeddings=positions,
+            initializer_range=spread,
             tie_word_embeddings=True,
             bos_token_id=None,
             eos_token_id=tokenizer.eos_token_id,

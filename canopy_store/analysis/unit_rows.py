@@ -77,7 +77,7 @@ def unit_rows(
     ----------
     root : path of the store, for messages
     unit : 'item' or 'document'
-    baseline : an arm: a scorer's name without ``FAMILY.``
+    baseline : an arm: a variant, or of a variant with several scorers a scorer's name less ``FAMILY.``
     tasks : of items; corpora of documents
     splits : only these parts of a task
     allow : 'template', where arms may differ in it
@@ -102,8 +102,10 @@ def unit_rows(
     rows = con.sql(query).pl()
     if rows.is_empty():
         raise DataError(f"{root}: no {unit} is scored; see: canopy ingest {what} --help")
-    plain = pl.col("scorer_id").str.strip_prefix(pl.col("family") + ".")
-    rows = rows.with_columns(variant=plain)
+    # one scorer of a variant is the variant; of several each is an arm by its own name
+    alone = pl.col("scorer_id").n_unique().over("family", "variant") == 1
+    own = pl.col("scorer_id").str.strip_prefix(pl.col("family") + ".")
+    rows = rows.with_columns(variant=pl.when(alone).then("variant").otherwise(own))
     if splits:
         missing = [name for name in splits if name not in rows["split"]]
         if missing:
