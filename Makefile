@@ -109,6 +109,7 @@ simulate: install
 studies: install
 	$(PYTHON) benchmarks/studies.py collapse --out studies-output/collapse
 	$(PYTHON) benchmarks/studies.py facts --out studies-output/facts
+	$(PYTHON) benchmarks/studies.py mitigations --out studies-output/mitigations
 
 # the pages that are made from the code, and are tested to be
 docs: install

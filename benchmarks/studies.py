@@ -26,6 +26,7 @@ from canopy_store.ingest.finetune import finetune
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "demo"))
 
+from texts import joint, pairs  # noqa: E402
 from tiny_model import corpus, make_tokenizer, untrained  # noqa: E402
 
 
@@ -206,9 +207,73 @@ def figures_of_facts(root: Path) -> pl.DataFrame:
     )
 
 
+# ---------------------------------------------------------------- mitigations
+
+
+def make_mitigations(out: Path) -> None:
+    """A base of three tasks and hardly a story, stories that it is to learn, held-out texts of both."""
+    made = [(task, request + joint(task) + answer) for task, request, answer in pairs(4400, "loose", 0)]
+    stories = [text for task, text in made if task == "stories"]
+    others = [text for task, text in made if task != "stories"]
+    tokenizer = make_tokenizer([text for _, text in made[:2000]], 800)
+    for name, lines in {
+        "known": others[:2000] + stories[400:420],  # of stories it has seen a few
+        "fresh": others[2000:3000],  # of the base's kind, and not what it was trained on
+        "stories": stories[:400],
+    }.items():
+        write(out / f"{name}.jsonl", [{"text": text} for text in lines])
+    for name, lines in {"new": stories[900:1000], "old": others[3100:3250]}.items():
+        write(
+            out / f"{name}.jsonl", [{"document_id": f"{n:03}", "text": t} for n, t in enumerate(lines)]
+        )
+    first = sorted({" ".join(text.split()[:3]) for text in others[:200]})[:40]
+    write(out / "prompts.jsonl", [{"text": words} for words in first])
+    model = untrained(tokenizer, 0, width=96, inner=256, layers=2, positions=256)
+    model.save_pretrained(out / "untrained")
+    tokenizer.save_pretrained(out / "untrained")
+    finetune(
+        str(out / "untrained"),
+        out / "known.jsonl",
+        out / "base",
+        steps=300,
+        batch_size=24,
+        learning_rate=4e-3,
+        max_length=128,
+        device="cpu",
+        show_progress=True,
+    )
+
+
+def figures_of_mitigations(root: Path) -> pl.DataFrame:
+    """A row per arm: what it gains on stories and forgets of the rest, over documents and seeds."""
+    variants = canopy_store.read(root, "perplexity")["variant"].unique()
+    arms = sorted({name.rpartition("-")[0] for name in variants if name[-1].isdigit()})
+    seeds = {arm: ",".join(v for v in variants if v.rpartition("-")[0] == arm) for arm in arms}
+    frame = canopy_store.compare(root, metrics=["nll"], by="task", seeds=seeds).filter(level="task")
+    sign = pl.when(pl.col("task") == "new").then(-1).otherwise(1)
+    ends = [pl.col(f"delta_ci_{end}") * sign for end in ("low", "high")]
+    shown = frame.select(
+        pl.col("variant").alias("arm"),
+        "task",
+        (pl.col("delta") * sign).alias("value"),
+        pl.format(
+            "{} [{}, {}]",
+            (pl.col("delta") * sign).round(2),
+            pl.min_horizontal(ends).round(2),
+            pl.max_horizontal(ends).round(2),
+        ).alias("shown"),
+    )
+    return (
+        shown.pivot("task", index="arm", values=["value", "shown"])
+        .sort("value_old", descending=True)
+        .select("arm", pl.col("shown_new").alias("gain"), pl.col("shown_old").alias("forgetting"))
+    )
+
+
 STUDIES = {
     "collapse": (make_collapse, figures_of_collapse),
     "facts": (make_facts, figures_of_facts),
+    "mitigations": (make_mitigations, figures_of_mitigations),
 }
 
 

@@ -385,6 +385,11 @@ def test_data_drawn_from_rollouts_with_real_lines(parent, old, tmp_path, canopy)
     before = first.read_bytes()
     assert draw("tiny.base.t", first, "--real", old, "--real-share", 0.4)[0] == 0
     assert first.read_bytes() == before
+    # the same lines for another arm: a file of its own, one data set
+    again = tmp_path / "made" / "again.jsonl"
+    assert draw("tiny.base.t", again, "--real", old, "--real-share", 0.4)[0] == 0
+    assert again.read_bytes() == before
+    assert canopy_store.read(root, "datasets")["name"].to_list() == ["one"]
     refused(draw("tiny.base.t", first, "--seed", 1), 1, str(first), "holds something else")
     child = call(root, parent, first, tmp_path / "gen1", steps=2)
     assert canopy(*child)[0] == 0

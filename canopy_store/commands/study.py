@@ -446,7 +446,7 @@ def run_command(
     [[ask]]                         # of every arm, or of those in arms = ["base", "sft"]
     options = { task = "facts", items = "facts.jsonl" }
     [[answer]]
-    compare = { metric = ["correct"] }
+    compare = { metric = "accuracy_sum" }
 
     In an arm's options {arm} and {seed} are its own name and seed, {base} another arm's name in the
     store, {base.model} that arm's checkpoint.

@@ -32,14 +32,15 @@ def add_training(root: Path, family: str, variant: str, rows: Sequence[Mapping[s
 def add_dataset(root: Path, row: Mapping[str, Any]) -> None:
     """Stores what is known of a data set, a row of ``datasets``; the same again is once.
 
-    What is not given again is not in conflict.
+    What is not given again is not in conflict, nor is a name: the same data in a second file keeps its
+    first.
 
     Raises
     ------
     ConflictError
         The same data is stored with other values; names each difference.
     """
-    given = {key: value for key, value in row.items() if value is not None}
+    given = {key: value for key, value in row.items() if value is not None and key != "name"}
     with waiting(root, "commit"):
         stored = {each["data_sha256"]: each for each in datasets(root)}
         known = stored.get(row["data_sha256"])
