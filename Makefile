@@ -110,6 +110,7 @@ studies: install
 	$(PYTHON) benchmarks/studies.py collapse --out studies-output/collapse
 	$(PYTHON) benchmarks/studies.py facts --out studies-output/facts
 	$(PYTHON) benchmarks/studies.py mitigations --out studies-output/mitigations
+	$(PYTHON) benchmarks/studies.py domain --out studies-output/domain
 
 # the pages that are made from the code, and are tested to be
 docs: install

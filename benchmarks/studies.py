@@ -16,6 +16,7 @@ import time
 from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
+from pydoc_data.topics import topics
 
 import polars as pl
 import torch
@@ -26,6 +27,7 @@ from canopy_store.ingest.finetune import finetune
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "demo"))
 
+from demo_real import save_base  # noqa: E402
 from texts import joint, pairs  # noqa: E402
 from tiny_model import corpus, make_tokenizer, untrained  # noqa: E402
 
@@ -270,10 +272,63 @@ def figures_of_mitigations(root: Path) -> pl.DataFrame:
     )
 
 
+# ---------------------------------------------------------------- domain
+
+
+def pieces(text: str, size: int) -> list[str]:
+    """Whole lines of a text, at least so many characters a piece."""
+    found, piece = [], ""
+    for line in text.splitlines(keepends=True):
+        piece += line
+        if len(piece) >= size:
+            found.append(piece)
+            piece = ""
+    return found
+
+
+def make_domain(out: Path) -> None:
+    """SmolLM2 from its package; pages of Python's own help, to learn and to test, and a licence."""
+    save_base(out / "base")
+    pages = [page for name in sorted(topics) for page in pieces(topics[name], 400)[:3]]
+    random.Random(0).shuffle(pages)
+    write(out / "help.jsonl", [{"text": page} for page in pages[:24]])
+    licence = pieces((ROOT / "LICENSE").read_text(), 400)
+    for name, texts in {"train": pages[:24], "help": pages[40:64], "licence": licence[:24]}.items():
+        rows = [{"document_id": f"{n:02}", "text": text} for n, text in enumerate(texts)]
+        write(out / f"{name}-corpus.jsonl", rows)
+
+
+def figures_of_domain(root: Path) -> pl.DataFrame:
+    """A row per arm: change of the loss on pages trained on, other pages, a licence; by token type."""
+    losses = canopy_store.compare(root, metrics=["nll"], by="task")
+    value = "{} [{}, {}]"
+    of_arms = losses.select(
+        pl.col("variant").alias("arm"),
+        pl.col("task").alias("what"),
+        pl.format(value, *(pl.col(f"delta{end}").round(2) for end in ("", "_ci_low", "_ci_high"))).alias(
+            "shown"
+        ),
+    )
+    base = losses.unique("task").select(
+        pl.lit("base").alias("arm"),
+        pl.col("task").alias("what"),
+        pl.col("baseline").round(2).cast(pl.String).alias("shown"),
+    )
+    types = canopy_store.read(root, "token_type_contributions").filter(corpus="help")
+    shares = types.select(
+        pl.col("variant").alias("arm"),
+        pl.col("token_type").alias("what"),
+        pl.col("contribution").round(3).cast(pl.String).alias("shown"),
+    )
+    every = pl.concat([base.sort("what"), of_arms, shares.sort("what")])
+    return every.pivot("what", index="arm", values="shown")
+
+
 STUDIES = {
     "collapse": (make_collapse, figures_of_collapse),
     "facts": (make_facts, figures_of_facts),
     "mitigations": (make_mitigations, figures_of_mitigations),
+    "domain": (make_domain, figures_of_domain),
 }
 
 
@@ -297,7 +352,7 @@ def main() -> None:
     with pl.Config(
         tbl_formatting="MARKDOWN", tbl_hide_column_data_types=True, tbl_hide_dataframe_shape=True
     ):
-        pl.Config.set_tbl_rows(-1).set_fmt_str_lengths(60).set_tbl_width_chars(200)
+        pl.Config.set_tbl_rows(-1).set_tbl_cols(-1).set_fmt_str_lengths(60).set_tbl_width_chars(200)
         print(figures(out / "store"))
     print(f"{took:.0f} s on {platform.machine()}, {torch.get_num_threads()} threads")
 
