@@ -16,7 +16,7 @@ from canopy_store.errors import StoreError, UsageError
 from canopy_store.ingest.sources import check_model, resolve_model
 
 # In one of these every tokenizer keeps itself; without them transformers may make an empty one up.
-_TOKENIZERS = ("tokenizer*", "vocab*", "*.model", "*.tiktoken", "merges.txt", "tekken.json")
+TOKENIZERS = ("tokenizer*", "vocab*", "*.model", "*.tiktoken", "merges.txt", "tekken.json")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -63,7 +63,7 @@ def load_model(
     folder = path
     if path.is_file():
         folder, kwargs["gguf_file"] = path.parent, path.name
-    elif not any(any(path.glob(pattern)) for pattern in _TOKENIZERS):
+    elif not any(any(path.glob(pattern)) for pattern in TOKENIZERS):
         raise StoreError(f"{path}: no tokenizer; save it there with its save_pretrained")
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, **kwargs)

@@ -9,6 +9,7 @@ from typing import Any
 from canopy_store import sql, store
 from canopy_store.errors import DataError, StoreError
 from canopy_store.ingest import models
+from canopy_store.ingest.tokenizer import load_tokenizer
 from canopy_store.store import treatments
 
 # What the files beside the weights say of the treatment: of adapter_config.json, of trainer_state.json.
@@ -28,8 +29,9 @@ def register_checkpoint(
 ) -> str:
     """The model_id of a checkpoint in a local folder, now in ``models``, its curve in ``training``.
 
-    Nothing is loaded or run: weights are hashed, and of adapter_config.json and trainer_state.json (as
-    TRL, axolotl and transformers' Trainer save them) known numbers and names are taken.
+    No weights are loaded, and nothing is run: weights and tokenizer are hashed, and of
+    adapter_config.json and trainer_state.json (as TRL, axolotl and transformers' Trainer save them)
+    known numbers and names are taken.
 
     Parameters
     ----------
@@ -66,6 +68,7 @@ def register_checkpoint(
         "treatment": treatment or kind,
         "hyperparameters": store.canonical(said) if said else None,
         "weights_sha256": models.weights_sha256(folder),
+        "tokenizer_sha256": _tokenizer_sha256(folder),
         "source": folder.resolve().name,
     }
     if data is not None:
@@ -95,6 +98,13 @@ def register_dataset(root: str | Path, data: str | Path, **said: Any) -> str:
         row = {"name": path.stem, "method": "given", **{k: v for k, v in said.items() if v is not None}}
         treatments.add_dataset(root, {"data_sha256": digest, "lines": lines, **row})
     return digest
+
+
+def _tokenizer_sha256(folder: Path) -> str | None:
+    """The hash of the folder's tokenizer, as jobs that sample the model have it; None without one."""
+    if not any(any(folder.glob(pattern)) for pattern in models.TOKENIZERS):
+        return None
+    return models.tokenizer_sha256(load_tokenizer(str(folder)))
 
 
 def _object(path: Path) -> dict[str, Any]:

@@ -58,9 +58,12 @@ VIEWS = (
     "forgetting",
     "paired_documents",
     "token_type_contributions",
+    "gain_forgetting",
     "number_formats",
     "item_metrics",
     "option_accuracy",
+    "collapse",
+    "cost_per_token",
 )
 
 

@@ -41,8 +41,8 @@ TESTS = {
     "canopy_store/store/plans.py": "test_merge test_executors test_bad_input",
     "canopy_store/store/format1.py": "test_upgrade",
     "canopy_store/analysis/bootstrap.py": "test_comparison",
-    "canopy_store/analysis/comparison.py": "test_units test_comparison",
-    "canopy_store/analysis/intervals.py": "test_units test_comparison",
+    "canopy_store/analysis/comparison.py": "test_units test_comparison test_like_with_like",
+    "canopy_store/analysis/intervals.py": "test_units test_comparison test_like_with_like",
     "canopy_store/analysis/unit_rows.py": "test_units",
     "canopy_store/analysis/power.py": "test_power test_comparison",
     "canopy_store/analysis/regression/linear.py": "test_regression",
@@ -50,7 +50,7 @@ TESTS = {
     "canopy_store/analysis/regression/slopes.py": "test_regression",
     "ingest/policy.py": "test_sampler test_golden test_ground_truth",
 }
-OF_SQL = "test_scored_views test_golden test_views test_sql"
+OF_SQL = "test_study_views test_scored_views test_golden test_views test_sql"
 SKIPPED = (".git", ".venv*", "demo*output", "build", "__pycache__", ".*_cache", "*.egg-info")
 # how an operator is written, and what takes its place
 SWAPS = {

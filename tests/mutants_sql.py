@@ -8,6 +8,20 @@ SQL: dict[str, list[tuple[str, str]]] = {
         ("covar_pop(n, r)", "covar_samp(n, r)"),
         ("count(stop_entropy_sum) = count(*)", "count(stop_entropy_sum) > 0"),
     ],
+    "collapse": [
+        ("where c.times <= 2", "where c.times < 2"),
+        ("where share <= 0.1", "where share <= 0.2"),
+        ("avg((r.pair is not null)::integer)", "sum((r.pair is not null)::integer)"),
+        ("sum(case when c.pair is null then r.times", "sum(case when c.pair is null then 1"),
+        ("case when k.known and x.known then u.unseen_pairs end", "u.unseen_pairs"),
+        ("arg_max(first_id, generation)", "arg_min(first_id, generation)"),
+        ("p.nll - q.nll", "q.nll - p.nll"),
+    ],
+    "cost_per_token": [
+        ("count(energy_j) = count(*) and", "count(energy_j) > 0 and"),
+        ("and count(distinct energy_method) = 1", "and count(distinct energy_method) > 0"),
+        ("case when count(tokens) = count(*)", "case when count(tokens) > 0"),
+    ],
     "cross_entropy": [
         ("count(*) - count(scorer_surprisal_sum)", "count(scorer_surprisal_sum)"),
         ("sqrt(count(log_ratio))", "sqrt(count(*))"),
@@ -22,6 +36,13 @@ SQL: dict[str, list[tuple[str, str]]] = {
         ("and position = n_tokens", "and position <= n_tokens"),
         ("avg(h - stop_entropy_of(e))", "avg(h)"),
         ("avg(exp(e))", "exp(avg(e))"),
+    ],
+    "gain_forgetting": [
+        ("where distance = 1", "where distance >= 1"),
+        ("-o.transfer as forgotten,", "o.transfer as forgotten,"),
+        ("q.gain >= p.gain and", "q.gain > p.gain and"),
+        ("and (q.gain > p.gain or q.forgotten < p.forgotten)", ""),
+        ("where q.parent_scorer_id = p.parent_scorer_id", "where true"),
     ],
     "kl_divergence": [
         ("stddev_samp(kl) / sqrt(count(kl))", "stddev_samp(kl) / sqrt(count(*))"),

@@ -28,7 +28,7 @@ RUN = "chain.base.walk"  # the run that ingest_arguments() names
 OF_TEXTS = {
     *("scorers", "documents", "document_scores", "items", "option_scores", "training", "datasets"),
     *("document_metrics", "perplexity", "forgetting", "paired_documents", "token_type_contributions"),
-    *("number_formats", "item_metrics", "option_accuracy"),
+    *("number_formats", "item_metrics", "option_accuracy", "gain_forgetting", "collapse"),
 }
 
 

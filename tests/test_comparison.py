@@ -14,6 +14,7 @@ from canopy_store import compare, sql
 from canopy_store.analysis import bootstrap
 from canopy_store.analysis.comparable import comparable, view_rows
 from canopy_store.analysis.comparison import estimate
+from canopy_store.analysis.intervals import percent_change
 
 NAMES = {
     "gen_ppl": "gen_ppl",
@@ -92,6 +93,25 @@ def test_replicates_are_what_a_slow_bootstrap_gives(golden):
             low, high = np.percentile(drawn_values, [2.5, 97.5])
             assert row[f"{part}_ci_low"] == pytest.approx(low, rel=1e-9)
             assert row[f"{part}_ci_high"] == pytest.approx(high, rel=1e-9)
+
+
+@pytest.mark.parametrize(
+    "name", [n for n in bootstrap.MEASURES if n.startswith(("rho", "cov", "margin"))]
+)
+def test_what_may_be_negative_has_no_percent_change(name):
+    assert np.isnan(percent_change(name, np.array(0.2), np.array(0.4)))
+
+
+def test_two_rollouts_have_a_covariance_of_their_own():
+    """Of M = 2 the divisor is 1: drawn both, the sample's covariance; drawn one twice, none."""
+    ones = np.array([1.0, 3.0])
+    prompt = bootstrap.Rollouts(
+        n_tokens=np.array([2, 4]), entropy_sum=ones, surprisal_sum=ones, entropy_rate=ones, cut=0 * ones
+    )
+    values = bootstrap.redraw(prompt, 40, np.random.default_rng(1))["cov_length_rate"]
+    drawn = np.random.default_rng(1).integers(0, 2, (40, 2))
+    assert set(values[drawn[:, 0] != drawn[:, 1]]) == {2.0}
+    assert set(values[drawn[:, 0] == drawn[:, 1]]) == {0.0}
 
 
 def test_the_second_level_is_that_of_drawn_rollouts():

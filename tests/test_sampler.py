@@ -48,6 +48,16 @@ def jobs(samples: int, steps: int, prompts=([5, 9, 2], [8])) -> list[Job]:
     ]
 
 
+def test_the_likeliest_tokens_of_one_row_are_as_many_as_asked():
+    """Of a batch of one, and no more than there are."""
+    logits = torch.tensor([[0.0, 3.0, 1.0, 2.0]])
+    for asked, want in ((3, [1, 3, 2]), (9, [1, 3, 2, 0])):
+        for top_k in (0, 4):
+            ids, logprobs = sampling_policy(logits, 1.0, top_k, 1.0).top(asked)
+            assert ids.tolist() == [want]
+            assert torch.allclose(logprobs, logits.log_softmax(-1)[:, want])
+
+
 @pytest.mark.parametrize("size", [7, 1024, 1025, 5000, 50_257])
 def test_inversion_gives_each_token_its_share(size):
     """An even grid of uniforms must hit each token in proportion, in order, and no other token ever."""
