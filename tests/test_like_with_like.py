@@ -511,6 +511,30 @@ def test_seeds_are_checkpoints_of_one_variant(tmp_path, canopy):
         compare(tmp_path / "s", interval="percentile", seeds={"sft": "sft-*"})
 
 
+@pytest.mark.parametrize("lacks", ["sft-0", "sft-1"])
+def test_a_checkpoint_that_lacks_a_task_is_in_no_row_over_it(tmp_path, lacks):
+    rng = np.random.default_rng(4)
+    rows = [
+        row | {"entropy": rng.random(len(row["entropy"])).tolist()}
+        for variant in ("base", "sft-0", "sft-1")
+        for task in ("a", "b")
+        if (variant, task) != (lacks, "b")
+        for row in rollout_rows(variant, prompts=[f"p{i}" for i in range(6)], task=task)
+    ]
+    source = write_parquet(tmp_path / "r.parquet", rows)
+    canopy_store.import_rollouts(tmp_path / "s", source, max_new_tokens=8)
+    frame = compare(tmp_path / "s", metrics=["ce_star"], seeds={"sft": "sft-*"})
+    other = {"sft-0": "sft-1", "sft-1": "sft-0"}[lacks]
+    found = frame.select("level", "task", "checkpoint", "n_checkpoints").rows()
+    assert set(found) == {
+        ("seed", "a", "sft-0", 1),
+        ("seed", "a", "sft-1", 1),
+        ("task", "a", None, 2),
+        ("seed", "b", other, 1),
+        ("seed", "(all)", other, 1),
+    }
+
+
 def test_over_one_value_each_seeds_are_what_one_is(tmp_path):
     """Three copies of one checkpoint: the pooled row is that of one, by the jackknife."""
     for variant in ("base", "sft-1", "sft-2", "sft-3"):

@@ -132,11 +132,11 @@ def _tables(groups: Sequence[Cells], width: int) -> tuple[Array, Array]:
     blocks, task_of = [], []
     for number, task in enumerate(tasks):
         of_task = [[cell for key, cell in group.items() if key[2] == task] for group in groups]
+        # of a task that a checkpoint lacks there is no prompt that all have
         shared = [{p for first, *_ in cells for p in first.prompts} for cells in of_task]
         prompts = sorted(set.intersection(*shared))
         place = {prompt: at for at, prompt in enumerate(prompts)}
-        parts = len(of_task[0][0][0].sums)
-        sums = np.zeros((len(groups), 2, parts, len(prompts), width))
+        sums = np.zeros((len(groups), 2, bootstrap.SUMS, len(prompts), width))
         for s, cells in enumerate(of_task):
             for cell in cells:
                 kept = [i for i, prompt in enumerate(cell[0].prompts) if prompt in place]

@@ -281,7 +281,8 @@ def compare_prompts(
             where = {"level": level, "family": family, "task": task, "variant": variant}
             for checkpoint, group in groups.items():
                 values, drawn, used = evaluate(group, names, draw, replicates, seed, kernels or {})
-                single = len(groups) == 1
+                # of several seeds a row is one's own, also where a task has no other
+                single = [*shared_names.values()].count(variant) <= 1
                 for k, name in enumerate(names):
                     counted = facts.of([group], k, used[:, k])
                     drawn_from, lost = counted["n_prompts"], counted["n_tasks"]

@@ -85,8 +85,10 @@ class RowFacts:
         for group in groups:
             left, rollouts, every = np.sum([self.left_out[key][:, k] for key in group], 0)
             own = sum(int(cell[0].used[:, k].sum()) for cell in group.values())
-            counts.append(int(left) + (max(0, own - prompts) if len(groups) > 1 else 0))
-            shares.append(float(rollouts / every))
+            apart = max(0, own - prompts) if len(groups) > 1 else 0  # that another checkpoint lacks
+            counts.append(int(left) + apart)
+            share = float(rollouts / every)
+            shares.append(share + (1 - share) * apart / max(own, 1))
         return {"n_left_out": max(counts), "left_out_share": max(shares)}
 
     def _vendi(self, sides: Sequence[Sequence[Side]], k: int) -> dict[str, Any]:
