@@ -244,6 +244,9 @@ def test_a_vendi_score_without_embeddings_to_draw_from_is_null_and_says_why():
     assert frame["vendi_reason"].drop_nulls().len() == 2
     alone = at_common_m(rows, "other", lambda _: {})
     assert alone["vendi_score"].to_list() == rows["vendi_score"].to_list()
+    # a variant without a score of its own bounds no other's
+    bare = rows.with_columns(vendi_score=pl.when(pl.col("variant") == "base").then("vendi_score"))
+    assert at_common_m(bare, "base", lambda _: {})["vendi_score"].to_list() == [2.0, None, 2.5, None]
 
 
 # ---------------------------------------------------------------- intervals

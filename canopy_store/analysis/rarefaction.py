@@ -57,11 +57,13 @@ def at_common_m(rows: pl.DataFrame, baseline: str, kernels: Kernels) -> pl.DataF
     With ``rarefied_to``, the number of rollouts, where it is not the row's own or another variant's; and
     ``vendi_reason`` where there are no embeddings to draw fewer from, and the score is NULL.
     """
-    fewest = pl.col("n_rollouts").min().over(_PROMPT)
-    uneven = (pl.col("n_rollouts").max().over(_PROMPT) > fewest) & (
-        (pl.col("variant") == baseline).any().over(_PROMPT)
+    embedded = pl.col("vendi_score").is_not_null()  # what has no score bounds no other's
+    number = pl.when(embedded).then("n_rollouts")
+    fewest = number.min().over(_PROMPT)
+    uneven = (number.max().over(_PROMPT) > fewest) & (
+        (embedded & (pl.col("variant") == baseline)).any().over(_PROMPT)
     )
-    to = pl.when(uneven & pl.col("vendi_score").is_not_null()).then(fewest).cast(pl.Int64)
+    to = pl.when(uneven & embedded).then(fewest).cast(pl.Int64)
     rows = rows.with_columns(rarefied_to=to, vendi_reason=pl.lit(None, pl.String))
     more = rows.filter(pl.col("n_rollouts") > pl.col("rarefied_to"))
     if more.is_empty():
