@@ -56,11 +56,14 @@ VIEWS = (
     "document_metrics",
     "perplexity",
     "forgetting",
+    "gain_forgetting",
     "paired_documents",
     "token_type_contributions",
     "number_formats",
+    "collapse",
     "item_metrics",
     "option_accuracy",
+    "cost_per_token",
 )
 
 
