@@ -56,13 +56,14 @@ VIEWS = (
     "document_metrics",
     "perplexity",
     "forgetting",
+    "gain_forgetting",
     "paired_documents",
     "token_type_contributions",
     "gain_forgetting",
     "number_formats",
+    "collapse",
     "item_metrics",
     "option_accuracy",
-    "collapse",
     "cost_per_token",
 )
 

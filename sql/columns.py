@@ -134,9 +134,7 @@ _PASSED = {
     "paired_documents": "documents",
     "token_type_contributions": "documents",
     "number_formats": "documents",
-    "gain_forgetting": "documents",
     "collapse": "model_metrics",
-    "cost_per_token": "work",
 }
 
 
@@ -475,6 +473,79 @@ VIEW_DOCS: dict[str, tuple[Column, ...]] = {
         _c("r_ancestor", "-nll of the corpus under the ancestor.", "nats per token"),
         _c("transfer", "r - r_ancestor: below 0 the corpus was forgotten since.", "nats per token"),
         _c("transfer_per_byte", "The same per byte, across tokenizers.", "nats per byte"),
+    ),
+    "gain_forgetting": (
+        _c("parent_variant", "Variant of the parent.", type="VARCHAR"),
+        _c("parent_scorer_id", "The parent's scorer, alike but for the model.", type="VARCHAR"),
+        _c("in_corpus", "Corpus that gain is of.", type="VARCHAR"),
+        _c("in_split", "Split of in_corpus.", type="VARCHAR"),
+        _c("out_corpus", "Corpus that forgetting is of: another one.", type="VARCHAR"),
+        _c("out_split", "Split of out_corpus.", type="VARCHAR"),
+        _c("gain", "nll of in_corpus under the parent less that under the child.", "nats per token"),
+        _c("forgetting", "nll of out_corpus under the child less the parent's.", "nats per token"),
+        _c("gain_per_byte", "gain per byte, across tokenizers.", "nats per byte"),
+        _c("forgetting_per_byte", "forgetting per byte, across tokenizers.", "nats per byte"),
+        _count("n_children", "Scorers of children of this parent that have this pair, this one too."),
+        _c(
+            "on_frontier",
+            "Whether none of these has at least as much gain and at most as much forgetting, and one of "
+            "the two better.",
+            type="BOOLEAN",
+        ),
+    ),
+    "collapse": (
+        _c(
+            "generation",
+            "Generations of models behind the text that the checkpoint was trained on: that of its data "
+            "set, 0 where this is given and no generator is named; of models where there is none.",
+            type="INTEGER",
+        ),
+        _c("origin_id", "model_id of generation 0; NULL where it is not known.", type="VARCHAR"),
+        _c("temperature", "Sampling temperature of the run: the sign of ce_star depends on it."),
+        _c("split", "Part of the corpus that nll and tail_nll are of.", type="VARCHAR"),
+        _c(
+            "nll",
+            "Of the real text of the split, as in perplexity; NULL where the checkpoint has not read it.",
+            "nats per token",
+        ),
+        _c("nll_rise", "nll less that of generation 0, over the same tokens.", "nats per token"),
+        _count("n_tail_tokens", "Scored tokens of the split that are of the corpus's tail.", "tokens"),
+        _c(
+            "tail_nll",
+            "Mean of -logprob over the split's tokens in the tail: the rarest of the corpus, those that "
+            "are equally rare together, until they make up a tenth of its tokens.",
+            "nats per token",
+        ),
+        _c("tail_nll_rise", "tail_nll less that of generation 0.", "nats per token"),
+        _c(
+            "rare_kept",
+            "Of the pairs of words that the corpus has once or twice, the share that the run's texts "
+            "have; NULL where texts were left out.",
+        ),
+        _c(
+            "unseen",
+            "Share of the run's pairs of words that no document of the corpus has; NULL where texts "
+            "were left out.",
+        ),
+        _c(
+            "origin_ppl",
+            "exp(mean over prompts of -log p of a rollout under generation 0, temperature 1 and nothing "
+            "cut off / mean_length); NULL where it has not scored the whole run.",
+        ),
+    ),
+    "cost_per_token": (
+        _c("device", "Devices that its shards ran on.", type="VARCHAR"),
+        _count("n_shards", "Shards of the job."),
+        _count("tokens", "Tokens sampled or read; NULL where a shard's are not known.", "tokens"),
+        _c("seconds", "Sum over shards, side by side or not; NULL where one is not known.", "seconds"),
+        _c("tokens_per_second", "tokens / seconds: of one worker.", "tokens per second"),
+        _c("energy_method", "How energy_j was measured; every way where shards differ.", type="VARCHAR"),
+        _c(
+            "energy_j",
+            "Measured energy: NULL unless every shard was measured, and in one way. Never modelled.",
+            "joules",
+        ),
+        _c("joules_per_token", "energy_j / tokens.", "joules per token"),
     ),
     "paired_documents": (
         _BASELINE,

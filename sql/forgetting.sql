@@ -28,8 +28,8 @@ select t.family, t.variant, t.scorer_id, a.variant as ancestor_variant,
     n.distance, t.corpus, t.split,
     -t.nll as r,
     -a.nll as r_ancestor,
-    a.nll - t.nll as transfer,
-    (a.bits_per_byte - t.bits_per_byte) * ln(2) as transfer_per_byte
+    difference(a.nll, t.nll) as transfer,
+    difference(a.bits_per_byte, t.bits_per_byte) * ln(2) as transfer_per_byte
 from stage t
 join nearest n using (model_id)
 join stage a on a.model_id = n.ancestor_id and a.corpus = t.corpus and a.split = t.split

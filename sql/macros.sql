@@ -125,3 +125,13 @@ create or replace macro margin_of(x, correct) as
 create or replace macro clustered_se(deviations, items) as
     case when count(*) > 1 and count(deviations) = count(*)
         then sqrt(count(*) / (count(*) - 1.0) * sum(deviations ** 2)) / sum(items) end;
+
+-- A difference; NULL of two that are infinite alike.
+create or replace macro difference(a, b) as nullif(a - b, 'nan'::double);
+
+-- The words of a text: letters, marks and digits that stand together, in lower case.
+create or replace macro words_of(text) as regexp_extract_all(lower(text), '[\p{L}\p{M}\p{N}]+');
+
+-- The pairs of words that follow each other in a text.
+create or replace macro bigrams(text) as
+    list_transform(list_zip(words_of(text)[:-2], words_of(text)[2:]), lambda p: p[1] || ' ' || p[2]);

@@ -19,6 +19,7 @@ import canopy_store
 from canopy_store import sql, store
 from canopy_store.schema import TABLES, arrow_schema
 from canopy_store.store.embeddings import write_embeddings
+from canopy_store.store.scorers import add_scorer
 
 GOLDEN = Path(__file__).parent / "data" / "golden"  # rollouts and what the paper's code gives of them
 GOLDEN_ROLLOUTS = GOLDEN / "rollouts.parquet"
@@ -144,6 +145,79 @@ def import_alpha(root: Path, file: Path, prompts: int) -> Path:
     canopy_store.import_rollouts(root, file, max_new_tokens=64)
     canopy_store.select_reward(root, 0.7)
     return root
+
+
+def write_scores(
+    root: Path,
+    policy: dict[str, Any],
+    logprobs: dict[tuple[str, int], list[float]],
+    run: str = "f.base.t",
+    scorer_id: str = "f/base",
+) -> None:
+    """Commits scores of a run: a list of log-probabilities of each rollout, by prompt and sample."""
+    keys = {"scorer_id": scorer_id, "policy": store.content_id(policy), "run": run}
+    where = store.folder(root, "scores", scorer_id=scorer_id, run=run)
+    path = where / f"part-00000.{keys['policy']}.parquet"
+    columns = {
+        "run_id": [run] * len(logprobs),
+        "prompt_id": [prompt for prompt, _ in logprobs],
+        "sample": [sample for _, sample in logprobs],
+        "policy": [store.canonical(policy)] * len(logprobs),
+        "logprob": list(logprobs.values()),
+        "entropy": [[0.5] * len(steps) for steps in logprobs.values()],
+        "entropy_sum": [0.5 * len(steps) for steps in logprobs.values()],
+        "surprisal_sum": [-sum(steps) for steps in logprobs.values()],
+    }
+    store.write_rows(path, "scores", columns)
+    store.commit(root, "scores", keys, [path], {})
+
+
+# ---------------------------------------------------------------- written row by row
+
+
+def write_documents(root: Path, corpus: str, rows: list[dict[str, Any]]) -> None:
+    """Commits a corpus: of each document its id and text, and other columns where they matter."""
+    path = store.shard_path(store.folder(root, "documents", corpus=corpus), 0)
+    usual = {"split": "all", "cluster": "c", "n_bytes": 1}
+    columns = [column.name for column in TABLES["documents"].columns]
+    made = [{**usual, **row} for row in rows]
+    store.write_rows(path, "documents", {name: [row.get(name) for row in made] for name in columns})
+    store.commit(root, "documents", {"corpus": corpus}, [path], {})
+
+
+def write_document_scores(root: Path, scorer: dict[str, Any], corpus: str, rows: dict[str, Any]) -> str:
+    """Commits a scorer (family, variant and more) and its tokens and logprobs of each document."""
+    names = {key: scorer[key] for key in ("family", "variant")}
+    scorer_id = scorer.get("scorer_id") or ".".join(names.values())
+    model_id = store.add_model(root, names)
+    add_scorer(root, {"template": "plain", **scorer, "scorer_id": scorer_id, "model_id": model_id})
+    keys = {"scorer_id": scorer_id, "corpus": corpus}
+    path = store.shard_path(store.folder(root, "document_scores", **keys), 0)
+    logprobs = [logprob for _, logprob in rows.values()]
+    tokens = [words for words, _ in rows.values()]
+    columns = {
+        "document_id": list(rows),
+        "tokens": tokens,
+        "logprob": logprobs,
+        "entropy": logprobs,
+        "n_tokens": [len(each) for each in logprobs],
+        "n_bytes": [sum(len(t.encode()) for t in words or "ab") for words in tokens],
+        "logprob_sum": [float(sum(each)) for each in logprobs],
+        "entropy_sum": [0.0] * len(rows),
+    }
+    store.write_rows(path, "document_scores", columns)
+    store.commit(root, "document_scores", keys, [path], {})
+    return scorer_id
+
+
+def write_work(root: Path, scorer_id: str, corpus: str, shards: list[dict[str, Any]]) -> None:
+    """Commits what the shards of a scorer's job over a corpus took, without what they made."""
+    path = store.folder(root, "work", kind="document_scores", name=scorer_id, run=corpus)
+    path = store.shard_path(path, 0)
+    rows = [{"run_id": corpus, "shard": n, "rows": 1, **row} for n, row in enumerate(shards)]
+    columns = [column.name for column in TABLES["work"].columns]
+    store.write_rows(path, "work", {key: [row.get(key) for row in rows] for key in columns})
+    store.commit(root, "document_scores", {"scorer_id": scorer_id, "corpus": corpus}, [path], {})
 
 
 # ---------------------------------------------------------------- damaged

@@ -184,7 +184,7 @@ def test_every_view_is_that_of_the_same_store_in_a_folder(tmp_path, chain, promp
         ):
             code, _, err = canopy(*arguments)
             assert code == 0, (arguments, err)
-    timed = ("started_at", "finished_at", "wall_s", "seconds")
+    timed = ("started_at", "finished_at", "wall_s", "seconds", "tokens_per_second")
     with canopy_store.open(str(local)) as a, canopy_store.open(there) as b:
         for relation in (*TABLES, *sql.VIEWS):
             here, away = (con.sql(f"from {relation}").pl() for con in (a, b))

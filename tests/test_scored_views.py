@@ -3,36 +3,14 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
-from stores import rollout_rows, write_parquet
+from stores import rollout_rows, write_parquet, write_scores
 
 import canopy_store
-from canopy_store import store
 
 OWN = {"temperature": 1.0, "top_k": 50, "top_p": 0.9}
-
-
-def write_scores(root: Path, policy: dict[str, Any], logprobs: dict[tuple[str, int], list[float]]):
-    """Commits scores of the run f.base.t under its own model, a list of log-probabilities a rollout."""
-    keys = {"scorer_id": "f/base", "policy": store.content_id(policy), "run": "f.base.t"}
-    where = store.folder(root, "scores", scorer_id="f/base", run="f.base.t")
-    path = where / f"part-00000.{keys['policy']}.parquet"
-    columns = {
-        "run_id": ["f.base.t"] * len(logprobs),
-        "prompt_id": [prompt for prompt, _ in logprobs],
-        "sample": [sample for _, sample in logprobs],
-        "policy": [store.canonical(policy)] * len(logprobs),
-        "logprob": list(logprobs.values()),
-        "entropy": [[0.5] * len(steps) for steps in logprobs.values()],
-        "entropy_sum": [0.5 * len(steps) for steps in logprobs.values()],
-        "surprisal_sum": [-sum(steps) for steps in logprobs.values()],
-    }
-    store.write_rows(path, "scores", columns)
-    store.commit(root, "scores", keys, [path], {})
 
 
 @pytest.mark.parametrize(
