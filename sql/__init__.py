@@ -59,7 +59,6 @@ VIEWS = (
     "gain_forgetting",
     "paired_documents",
     "token_type_contributions",
-    "gain_forgetting",
     "number_formats",
     "collapse",
     "item_metrics",

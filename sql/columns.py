@@ -598,67 +598,6 @@ VIEW_DOCS: dict[str, tuple[Column, ...]] = {
         ),
         _c("total", "nll less that of the baseline, over tokens of every type.", "nats per token"),
     ),
-    "gain_forgetting": (
-        _c("parent_scorer_id", "The parent's scorer, alike but for the model.", type="VARCHAR"),
-        _c("other_corpus", "A corpus that may be forgotten meanwhile.", type="VARCHAR"),
-        _c("other_split", "Part of the other corpus.", type="VARCHAR"),
-        _c("gain", "nll of the corpus under the parent less that of the child.", "nats per token"),
-        _c("forgotten", "nll of the other corpus, the child's less the parent's.", "nats per token"),
-        _c("gain_per_byte", "gain per byte, across tokenizers.", "nats per byte"),
-        _c("forgotten_per_byte", "forgotten per byte.", "nats per byte"),
-        _c(
-            "frontier",
-            "Whether no other child of the parent gains at least as much and forgets at most as much, "
-            "one of the two strictly.",
-            type="BOOLEAN",
-        ),
-    ),
-    "collapse": (
-        _c(
-            "generation",
-            "Models that wrote the data of one another before this one; 0: no model wrote its data.",
-            type="INTEGER",
-        ),
-        _c("first_model_id", "The model at generation 0 of this line.", type="VARCHAR"),
-        _c("nll", "Loss of the model on the corpus.", "nats per token"),
-        _c("nll_se", "Standard error of nll over clusters; NULL of one.", "nats per token"),
-        _c("nll_rise", "nll less that of the first model, through the same template.", "nats per token"),
-        _c(
-            "tail_nll",
-            "Mean over scored tokens that are among the rarest tenth of the corpus's; NULL where token "
-            "strings were left out.",
-            "nats per token",
-        ),
-        _c(
-            "rare_pairs_kept",
-            "Of the pairs of words that follow each other in the corpus once or twice, the share that "
-            "the run's rollouts have; NULL where texts were left out. More rollouts keep more.",
-        ),
-        _c(
-            "unseen_pairs",
-            "Of the pairs of words in the run's rollouts, the share that the corpus has not.",
-        ),
-        _c(
-            "generated_perplexity",
-            "exp of the first model's mean surprisal over the run's rollouts / mean length, from scores "
-            "by its own name under the run's policy; NULL without.",
-        ),
-    ),
-    "cost_per_token": (
-        _count("n_shards", "Shards of the job."),
-        _count("n_rows", "Rows that the job made."),
-        _count("n_tokens", "Tokens sampled or read; NULL where a shard's are not known.", "tokens"),
-        _c("seconds", "Wall-clock time of all shards; NULL where one's is not known.", "seconds"),
-        _c("tokens_per_second", "n_tokens / seconds.", "tokens per second"),
-        _c(
-            "energy_j",
-            "Measured energy of all shards; NULL where one's was not, or in another way.",
-            "joules",
-        ),
-        _c("joules_per_token", "energy_j / n_tokens; of all that ran meanwhile.", "joules per token"),
-        _c("energy_method", "How energy_j was measured.", type="VARCHAR"),
-        _c("device", "Device, or devices, it ran on.", type="VARCHAR"),
-    ),
 }
 
 
