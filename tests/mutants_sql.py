@@ -77,11 +77,12 @@ SQL: dict[str, list[tuple[str, str]]] = {
         ("::double / norm as x", "::double as x"),
     ],
     "logging_check": [
-        ("<= 5,", "<= 50,"),
-        ("n_rollouts = 1 or abs", "abs"),
+        ("surprisal_sum - entropy_sum as x", "entropy_sum - surprisal_sum as x"),
+        ("stddev_samp(x) as sd", "stddev_pop(x) as sd"),
         ("sqrt(n_rollouts) as z", "sqrt(n_rollouts - 1) as z"),
     ],
     "macros": [
+        ("coalesce(p >= 5.7e-7,", "coalesce(p >= 5.7e-2,"),
         ("(policy_json ->> '$.top_k')::integer = at_top_k", "at_top_k is not null"),
         ("(policy_json ->> '$.top_p')::double = at_top_p", "at_top_p is not null"),
         ("hi - lo > 1e-12", "hi - lo > 1e-6"),

@@ -328,6 +328,11 @@ def test_fieller_is_the_delta_interval_when_beta_is_sharp_and_infinite_when_it_i
         stats.norm.ppf(0.975) * np.sqrt(gradient @ cov @ gradient), rel=0.01
     )
     assert fieller(2.0, 0.01, cov) == (-np.inf, np.inf)
+    # its ends are where the test of num - ratio den is at its quantile, whatever that is
+    wide = np.array([[0.09, 0.02], [0.02, 0.04]])
+    for end in fieller(2.0, 1.0, wide, 3.0):
+        excess = abs(2.0 - end) / np.sqrt(wide[0, 0] - 2 * end * wide[0, 1] + end**2 * wide[1, 1])
+        assert excess == pytest.approx(3.0)
 
 
 # -------------------------------------------------------------------------------- residual diagnostics
