@@ -142,10 +142,10 @@ def augment(
     if not kept:
         raise DataError(_nothing(data, generator, rejected))
     original = [each.record for each in entries] if keep_original else []
-    contents = {rejected_file: _jsonl(rejected), out: _jsonl([*original, *kept])}
-    new = not all([is_written(path, content) for path, content in contents.items()])
-    for path, content in contents.items():
-        write_once(path, content)
+    contents = {out: _jsonl([*original, *kept]), rejected_file: _jsonl(rejected)}
+    new = not all([is_written(path, content) for path, content in contents.items()])  # before any is
+    for path in (rejected_file, out):
+        write_once(path, contents[path])
     row = _add_row(root, data, out, of_all, len(original), len(kept))
     reasons = Counter(each["reason"] for each in rejected)
     found = len(kept) + len(rejected)

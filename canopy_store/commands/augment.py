@@ -111,7 +111,5 @@ def augment_command(root: str, model: str, out: str, **options: Any) -> None:
         f"{out}: {made.row['lines']} lines, {made.row['generated']:.0%} of them generated, generation "
         f"{made.row['generation']}{'' if made.new else '; they were there already'}"
     )
-    echo(
-        f"{made.kept} of {made.candidates} candidates for {made.lines} lines are kept; {made.rejected_file}: "
-        f"{counts or 'none'}"
-    )
+    echo(f"{made.kept} of {made.candidates} candidates for {made.lines} lines are kept")
+    echo(f"{made.rejected_file}: {counts or 'none rejected'}")
