@@ -540,7 +540,7 @@ seeds = [0, 1]
 model = "./base"
 [arms.local]
 parent = "base"
-augment = { method = "local", data = "facts.jsonl", out = "data/{arm}.jsonl", run = "augment.{arm}" }
+augment = { method = "local", data = "f.jsonl", out = "data/{arm}.jsonl", run = "{arm}", check = ["names"] }
 finetune = { data = "data/{arm}.jsonl" }
 [arms.further]
 parent = "local"
@@ -562,12 +562,13 @@ def test_an_arm_is_augmented_by_its_parent(tmp_path):
         return of[key][of[key].index(f"--{name}") + 1] if f"--{name}" in of[key] else None
 
     first, trained = ("augment", "data/local-1.jsonl"), ("finetune", "models/local-1")
-    assert [option(first, name) for name in ("model", "variant", "parent", "seed", "run")] == [
+    assert [option(first, name) for name in ("model", "variant", "parent", "seed", "run", "check")] == [
         "./base",
         "base",
         None,
         "1",
-        "augment.local-1",
+        "local-1",
+        "names",
     ]
     assert [option(trained, name) for name in ("model", "variant", "parent")] == [
         "./base",
