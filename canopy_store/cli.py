@@ -15,6 +15,7 @@ from canopy_store import sql, store
 from canopy_store.commands import analysis as cli_analysis
 from canopy_store.commands import ingest as cli_ingest
 from canopy_store.commands import sharing as cli_sharing
+from canopy_store.commands.augment import augment_command
 from canopy_store.commands.completion import add_completions
 from canopy_store.commands.demo import demo_command
 from canopy_store.commands.query import sql_command
@@ -265,6 +266,7 @@ for command in (
     cli_sharing.upgrade_command,
 ):
     cli.add_command(command)
+cli_ingest.ingest.add_command(augment_command)
 add_completions(cli)
 
 

@@ -12,5 +12,7 @@ rendering.py a prompt, and what stands before it -> token ids
 draw.py      what is asked of an engine, and what it gives
 policy.py    logits -> the distribution that is sampled, and its exact statistics
 sample.py    one prompt -> many rollouts, with the per-step record
+augment.py   training data that a model makes of other data; instructions.py, what it is told;
+             candidates.py, what it answered and why not all is kept
 finetune.py  a child model from a parent; training_data.py, the file it reads
 """

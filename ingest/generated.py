@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from canopy_store import sql, store
-from canopy_store.errors import ConflictError, DataError, UsageError
-from canopy_store.ingest.training_data import read_records
+from canopy_store.errors import DataError, UsageError
+from canopy_store.ingest.training_data import read_records, write_once
 from canopy_store.store import treatments
 
 FORMS = ("text", "completion")
@@ -67,14 +67,14 @@ def draw_generated(
         records = [record for _, record in read_records(Path(real))]
         chosen += [json.dumps(each) for each in _drawn(rng, records, n_real, str(real), "lines")]
     rng.shuffle(chosen)
-    _write(out, "".join(f"{line}\n" for line in chosen).encode())
+    write_once(out, "".join(f"{line}\n" for line in chosen).encode())
     row = {
         "data_sha256": store.sha256(out),
         "name": out.stem,
         "lines": lines,
         "method": "mixed" if n_real else "rollouts",
         "generator": model_id,
-        "generation": 1 + _generation(root, model_id),
+        "generation": 1 + generation_of(root, model_id),
         "real": n_real / lines,
         "replayed": 0.0,
         "generated": 1 - n_real / lines,
@@ -115,18 +115,8 @@ def _drawn(rng: random.Random, all_of_them: list[Any], number: int, where: str, 
     return rng.sample(all_of_them, number)
 
 
-def _generation(root: Path, model_id: str) -> int:
+def generation_of(root: Path, model_id: str) -> int:
     """Generations of models behind the data that a checkpoint was trained on; 0 where none is known."""
     data = store.models(root).get(model_id, {}).get("data_sha256")
     known = (row["generation"] for row in treatments.datasets(root) if row["data_sha256"] == data)
     return next(known, None) or 0
-
-
-def _write(out: Path, content: bytes) -> None:
-    if out.exists():
-        if not out.is_file() or out.read_bytes() != content:
-            raise ConflictError(f"--out {out}: is there, and holds something else; choose a new file")
-        return
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with store.replacing(out) as file:
-        file.write(content)

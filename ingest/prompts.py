@@ -47,7 +47,7 @@ def read_prompts(path: str | Path, limit: int | None = None) -> list[dict[str, A
     prompts: list[dict[str, Any]] = []
     seen: dict[str, tuple[int, str]] = {}
     for number, where, record in records:
-        prompt = _prompt(record, where)
+        prompt = read_prompt(record, where)
         prompt["line"] = number
         earlier, first = seen.setdefault(prompt["prompt_id"], (number, where))
         if earlier != number:
@@ -175,7 +175,8 @@ def _record(row: dict[str, Any], where: str) -> dict[str, Any]:
     return record
 
 
-def _prompt(record: Any, where: str) -> dict[str, Any]:
+def read_prompt(record: Any, where: str) -> dict[str, Any]:
+    """The prompt that a record is, as of `read_prompts`, its line aside; DataError where it is none."""
     if not isinstance(record, dict):
         raise DataError(f'{where}: needs an object such as {{"text": "…"}}')
     messages = record.get("messages")

@@ -62,9 +62,21 @@ OPTIONS = tuple(f.name for kind in (Checkpoint, Source, Draws, Runner) for f in 
 
 
 def open_rollouts(
-    root: str | Path, *, run: str | None = None, progress: Progress, **options: Any
+    root: str | Path,
+    *,
+    run: str | None = None,
+    progress: Progress,
+    listed: list[dict[str, Any]] | None = None,
+    shorten: str = "shorten the prompt",
+    **options: Any,
 ) -> Job:
-    """The job of `ingest_rollouts`: the model loaded, the prompts read, a group for the run."""
+    """The job of `ingest_rollouts`: the model loaded, the prompts read, a group for the run.
+
+    Parameters
+    ----------
+    listed : prompts that were made of the lines of the file ``prompts``, as `read_prompts` gives them
+    shorten : what is to be done about a prompt that is longer than the window
+    """
     checkpoint, source, draws, runner = sort_options(options, Checkpoint, Source, Draws, Runner)
     target = draws.target
     if target is not None and target.metric != "mean_length" and runner.engine != "transformers":
@@ -74,7 +86,8 @@ def open_rollouts(
         )
     run_id = run or f"{checkpoint.family}.{checkpoint.variant}.{source.task}"
     store.check_name("--run", run_id)
-    listed = read_prompts(source.prompts, source.limit)
+    if listed is None:
+        listed = read_prompts(source.prompts, source.limit)
     context = read_context(source.system, source.examples)
     root = store.place(root)
     _check_references(root, source, listed)
@@ -92,7 +105,7 @@ def open_rollouts(
     for prompt in listed:
         line = f"{source.prompts}: line {prompt['line']}"
         prompt["token_ids"] = render(prompt, engine.tokenizer, template, line, context)
-    _check_window(engine.window, source.prompts, listed, draws.max_new_tokens)
+    _check_window(engine.window, source.prompts, listed, draws.max_new_tokens, shorten)
     if draws.temperature == 0:
         progress.say("temperature 0 is greedy: every rollout of a prompt is the same, entropy 0")
     sampling = Sampling(
@@ -334,12 +347,16 @@ def _run_row(settings: Mapping[str, Any], model_id: str, engine: Engine) -> dict
 
 
 def _check_window(
-    window: int | None, prompts: str | Path, listed: list[dict[str, Any]], max_new_tokens: int
+    window: int | None,
+    prompts: str | Path,
+    listed: list[dict[str, Any]],
+    max_new_tokens: int,
+    shorten: str,
 ) -> None:
     for prompt in listed:
         if window and len(prompt["token_ids"]) + max_new_tokens > window:
             raise DataError(
                 f"{prompts}: line {prompt['line']}: {len(prompt['token_ids'])} prompt tokens and "
-                f"{max_new_tokens} new ones exceed the context window of {window}; shorten the prompt "
+                f"{max_new_tokens} new ones exceed the context window of {window}; {shorten} "
                 "or lower --max-new-tokens"
             )

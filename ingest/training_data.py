@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from canopy_store import store
-from canopy_store.errors import DataError
+from canopy_store.errors import ConflictError, DataError
 
 _FORMS = '{"messages": […]}, {"prompt": …, "completion": …} or {"text": …}'
 
@@ -67,6 +67,41 @@ def _read_record(line: bytes, where: str) -> dict[str, Any]:
 def _is_text(value: Any) -> bool:
     # half a surrogate pair passes for a str but has no UTF-8
     return isinstance(value, str) and value != "" and value == value.encode(errors="ignore").decode()
+
+
+def text_of(record: dict[str, Any]) -> str:
+    """The text of a record on one line: of a conversation, what was said."""
+    if "messages" in record:
+        said = " ".join(message["content"] for message in record["messages"])
+    elif "prompt" in record:
+        said = record["prompt"] + record["completion"]
+    else:
+        said = record["text"]
+    return " ".join(said.split())
+
+
+def write_once(out: Path, content: bytes) -> None:
+    """Writes a new file, whole or not at all; where it is there with the same content, nothing.
+
+    Raises
+    ------
+    ConflictError
+        It is there with other content.
+    """
+    if is_written(out, content):
+        return
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with store.replacing(out) as file:
+        file.write(content)
+
+
+def is_written(out: Path, content: bytes) -> bool:
+    """Whether a file is there with this content; with other content raises as `write_once` does."""
+    if not out.exists():
+        return False
+    if not out.is_file() or out.read_bytes() != content:
+        raise ConflictError(f"--out {out}: is there, and holds something else; choose a new file")
+    return True
 
 
 def segments(record: dict[str, Any], tokenizer: Any, where: str) -> list[tuple[str, bool, bool]]:

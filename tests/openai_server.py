@@ -200,9 +200,9 @@ class Handler(BaseHTTPRequestHandler):
 
 
 @contextlib.contextmanager
-def serving(**behaviour: Any) -> Iterator[ChainServer]:
+def serving(kind_of: type[ChainServer] = ChainServer, **behaviour: Any) -> Iterator[ChainServer]:
     """A server in a thread of its own."""
-    with ChainServer(**behaviour) as server:
+    with kind_of(**behaviour) as server:
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
         thread.start()
         try:

@@ -19,7 +19,7 @@ from canopy_store.ingest.settings import check_number_format
 from canopy_store.store.treatments import METHODS
 
 
-def _spread_options(command: Callable[..., Any]) -> Callable[..., Any]:
+def spread_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """How the shards of a job spread over processes."""
     for option in (
         click.option(
@@ -43,7 +43,8 @@ def ingest() -> None:
     """Batch jobs that write to a store: rollouts, embeddings, fine-tuned children."""
 
 
-def _model_options(command: Callable[..., Any]) -> Callable[..., Any]:
+def model_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """A checkpoint, its names and where it runs."""
     for option in (
         click.option(
             "--dtype",
@@ -64,9 +65,48 @@ def _model_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
+def engine_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """What samples rollouts, and where each ends."""
+    for option in (
+        click.option("--concurrency", type=int, help="Requests at once [default: 32]."),
+        click.option("--served-model", metavar="NAME", help="Its name there [default: the only one]."),
+        click.option(
+            "--base-url", metavar="URL", help="Of an OpenAI-compatible server: http://HOST:8000/v1."
+        ),
+        click.option(
+            "--engine",
+            type=click.Choice(["transformers", "openai", "vllm"]),
+            default="transformers",
+            show_default=True,
+            help="transformers gives the whole record; the others tokens: complete them with ingest "
+            "score.",
+        ),
+        click.option(
+            "--memory",
+            type=float,
+            metavar="GB",
+            help="For the rollouts side by side [default: half of what is free].",
+        ),
+        click.option(
+            "--batch-size", type=int, help="Rollouts side by side [default: what --memory holds]."
+        ),
+        click.option("--no-eos", is_flag=True, help="Let every rollout run to --max-new-tokens."),
+        click.option(
+            "--eos-token-id",
+            "eos_token_ids",
+            type=int,
+            multiple=True,
+            metavar="ID",
+            help="Token that ends a rollout, instead of the model's; repeatable.",
+        ),
+    ):
+        command = option(command)
+    return command
+
+
 @ingest.command("rollouts")
 @STORE
-@_model_options
+@model_options
 @click.option("--task", required=True, metavar="T", help="coding, math, …")
 @click.option(
     "--prompts",
@@ -114,33 +154,8 @@ def _model_options(command: Callable[..., Any]) -> Callable[..., Any]:
     metavar="K",
     help="Also store the K likeliest ids and log-probabilities of each step.",
 )
-@click.option(
-    "--eos-token-id",
-    "eos_token_ids",
-    type=int,
-    multiple=True,
-    metavar="ID",
-    help="Token that ends a rollout, instead of the model's; repeatable.",
-)
-@click.option("--no-eos", is_flag=True, help="Let every rollout run to --max-new-tokens.")
-@click.option("--batch-size", type=int, help="Rollouts side by side [default: what --memory holds].")
-@click.option(
-    "--memory",
-    type=float,
-    metavar="GB",
-    help="For the rollouts side by side [default: half of what is free].",
-)
-@click.option(
-    "--engine",
-    type=click.Choice(["transformers", "openai", "vllm"]),
-    default="transformers",
-    show_default=True,
-    help="transformers gives the whole record; the others tokens: complete them with ingest score.",
-)
-@click.option("--base-url", metavar="URL", help="Of an OpenAI-compatible server: http://HOST:8000/v1.")
-@click.option("--served-model", metavar="NAME", help="Its name there [default: the only one].")
-@click.option("--concurrency", type=int, help="Requests at once [default: 32].")
-@_spread_options
+@engine_options
+@spread_options
 @click.option(
     "--prompts-per-shard",
     default=4,
@@ -209,7 +224,7 @@ def _told(root: str, done: str, options: dict[str, Any]) -> None:
 @RUNS
 @click.option("--device", metavar="NAME", help="[default: cuda, then mps, then cpu]")
 @click.option("--batch-size", default=64, show_default=True)
-@_spread_options
+@spread_options
 def embed_command(root: str, embedder: str, **options: Any) -> None:
     """Embed every stored rollout, for semantic diversity and Vendi scores.
 
@@ -250,7 +265,7 @@ def embed_command(root: str, embedder: str, **options: Any) -> None:
     help="[default: bfloat16 on cuda, else float32]",
 )
 @click.option("--batch-size", default=16, show_default=True)
-@_spread_options
+@spread_options
 def reward_command(root: str, model: str, **options: Any) -> None:
     """Score every stored rollout with a reward model.
 
@@ -313,7 +328,7 @@ def reward_command(root: str, model: str, **options: Any) -> None:
 @click.option(
     "--chunk-tokens", default=512, show_default=True, help="Steps whose logits are held at once."
 )
-@_spread_options
+@spread_options
 def score_command(root: str, scorer: str, **options: Any) -> None:
     """Score stored rollouts under another model or policy, for cross-entropy and KL divergence.
 
@@ -347,7 +362,7 @@ def score_command(root: str, scorer: str, **options: Any) -> None:
 @click.option("--pattern", metavar="REGEX", help="Its first group, where it has one, is the answer.")
 @click.option("--name", metavar="NAME", help="Name in the store [default: the grader's].")
 @RUNS
-@_spread_options
+@spread_options
 def grade_command(root: str, grader: str, **options: Any) -> None:
     """Grade every stored rollout against the reference of its prompt.
 
@@ -374,7 +389,7 @@ def _check_scorer(model: str, options: dict[str, Any]) -> None:
 
 @ingest.command("documents")
 @STORE
-@_model_options
+@model_options
 @click.option("--corpus", required=True, metavar="C", help="Name of the documents: news, test-set, …")
 @click.option(
     "--documents",
@@ -407,7 +422,7 @@ def _check_scorer(model: str, options: dict[str, Any]) -> None:
     metavar="NAME",
     help="Emulate it in the linear layers: bf16, fp16, e4m3, e5m2, int8, int4, lmul-2 … lmul-23.",
 )
-@_spread_options
+@spread_options
 @click.option("--parent", metavar="MODEL_ID", help="family/variant this checkpoint was made from.")
 @click.option("--treatment", metavar="NAME", help="What was done to the parent: sft, lora, dpo, …")
 def documents_command(root: str, model: str, **options: Any) -> None:
@@ -445,7 +460,7 @@ def documents_command(root: str, model: str, **options: Any) -> None:
 
 @ingest.command("options")
 @STORE
-@_model_options
+@model_options
 @click.option("--task", required=True, metavar="T", help="Name of the items: facts, arc-easy, …")
 @click.option(
     "--items",
@@ -485,7 +500,7 @@ def documents_command(root: str, model: str, **options: Any) -> None:
     metavar="NAME",
     help="Emulate it in the linear layers: bf16, fp16, e4m3, e5m2, int8, int4, lmul-2 … lmul-23.",
 )
-@_spread_options
+@spread_options
 @click.option("--parent", metavar="MODEL_ID", help="family/variant this checkpoint was made from.")
 @click.option("--treatment", metavar="NAME", help="What was done to the parent: sft, lora, dpo, …")
 def options_command(root: str, model: str, **options: Any) -> None:
@@ -637,7 +652,7 @@ def interpolate_command(root: str, out: str, **options: Any) -> None:
 
 @ingest.command("finetune")
 @STORE
-@_model_options
+@model_options
 @click.option(
     "--data",
     required=True,

@@ -206,7 +206,8 @@ class Study:
         if step in _OF_AN_ARM:
             return False
         known = _parameters(self._command(step, "arms")[1])
-        return "out" in known and "variant" in known
+        # augment writes a file of data, by a checkpoint that is there
+        return "out" in known and "variant" in known and known["out"].metavar == "DIR"
 
     # ------------------------------------------------------------ arms and seeds
 
@@ -291,7 +292,8 @@ class Study:
         for arm in self.every_arm(only):
             for step in self.arms[arm.name]:
                 if step not in _OF_AN_ARM:
-                    found.append(self._line(step, self.arms[arm.name][step], f"arms.{arm.name}", arm))
+                    options = self.arms[arm.name][step]
+                    found.append(self._line(step, options, f"arms.{arm.name}", arm, by_parent=True))
             for at, (step, options, arms) in enumerate(self.asked, 1):
                 if self._is_of_an_arm(step) and (arms is None or arm.name in arms):
                     found.append(self._line(step, options, f"ask {at}", arm))
@@ -307,7 +309,15 @@ class Study:
     def _is_of_an_arm(self, step: str) -> bool:
         return "variant" in _parameters(self._command(step, "ask")[1])
 
-    def _line(self, step: str, options: Mapping[str, Any], where: str, arm: _Arm | None) -> Line:
+    def _line(
+        self,
+        step: str,
+        options: Mapping[str, Any],
+        where: str,
+        arm: _Arm | None,
+        by_parent: bool = False,
+    ) -> Line:
+        """One command; ``by_parent``: what it writes is made by the arm's parent, not by the arm."""
         words, command = self._command(step, where)
         known = _parameters(command)
         given = {
@@ -315,12 +325,15 @@ class Study:
         }
         of_study: dict[str, Any] = {"store": self.store}
         if arm is not None:
-            makes = self._makes(step)
             of_study |= {"model": arm.model, "family": self.family, "variant": arm.variant}
-            if makes:
+            by_parent = by_parent and arm.parent is not None and "out" in known
+            if by_parent:
                 of_study["model"] = self._model(self.arms[arm.name]["parent"], arm.seed)
+            if self._makes(step):
                 of_study["out"] = arm.model
-            if arm.parent is not None:
+            elif by_parent:
+                of_study["variant"] = arm.parent
+            if arm.parent is not None and of_study["variant"] == arm.variant:
                 of_study["parent"] = f"{self.family}/{arm.parent}"
             if arm.seed is not None:
                 of_study["seed"] = arm.seed
