@@ -110,7 +110,7 @@ SQL: dict[str, list[tuple[str, str]]] = {
         ),
     ],
     "panel": [
-        ("vendi_score / n_rollouts", "vendi_score / n_tokens"),
+        ("p.vendi_score / p.n_rollouts", "p.vendi_score / p.n_tokens"),
         ("mean_length as N_bar", "ce_star as N_bar"),
     ],
     "prompt_metrics": [

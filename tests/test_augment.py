@@ -499,7 +499,7 @@ def test_a_break_anywhere_and_the_same_call_again(tmp_path, chain, walks, monkey
     stopped("test_augment.augment_beside", tmp_path / "spare", roots, **options)
     whole = made(tmp_path / "spare")
     kept = read(tmp_path / "spare.jsonl")
-    assert 0 < len(kept)
+    assert len(kept) > 0
     assert {"unrelated", "duplicate"} & {
         row["reason"] for row in read(tmp_path / "spare.rejected.jsonl")
     }
@@ -540,8 +540,14 @@ seeds = [0, 1]
 model = "./base"
 [arms.local]
 parent = "base"
-augment = { method = "local", data = "f.jsonl", out = "data/{arm}.jsonl", run = "{arm}", check = ["names"] }
-finetune = { data = "data/{arm}.jsonl" }
+[arms.local.augment]
+method = "local"
+data = "f.jsonl"
+out = "data/{arm}.jsonl"
+run = "{arm}"
+check = ["names"]
+[arms.local.finetune]
+data = "data/{arm}.jsonl"
 [arms.further]
 parent = "local"
 augment = { method = "local", data = "f.jsonl", out = "{arm}.jsonl", model = "./big", variant = "big" }
