@@ -720,10 +720,11 @@ _PATH_DOCS = (
 # The tables that others refer to, in the order in which they need to be there: what jobs were done with.
 REGISTERS = tuple(name for name in TABLES if any(name in table.refers for table in TABLES.values()))
 
-# Keys and path columns, by name: they mean the same in every table and view.
+# Keys and path columns, by name: they mean the same in every table and view. Not so a split: it is of a
+# training's texts, of a corpus or of a task.
 COLUMNS: dict[str, Column] = {}
 for _column in (
-    *(c for t in TABLES.values() for c in t.columns if c.name in t.keys),
+    *(c for t in TABLES.values() for c in t.columns if c.name in t.keys and c.name != "split"),
     *_PATH_DOCS,
 ):
     COLUMNS.setdefault(_column.name, _column)

@@ -502,9 +502,10 @@ VIEW_DOCS: dict[str, tuple[Column, ...]] = {
         ),
         _c("origin_id", "model_id of generation 0; NULL where it is not known.", type="VARCHAR"),
         _c("temperature", "Sampling temperature of the run: the sign of ce_star depends on it."),
+        _c("split", "Part of the corpus that nll and tail_nll are of.", type="VARCHAR"),
         _c(
             "nll",
-            "Of the split's real text, as in perplexity; NULL where the checkpoint has not read it.",
+            "Of the real text of the split, as in perplexity; NULL where it was not read.",
             "nats per token",
         ),
         _c("nll_rise", "nll less that of generation 0, over the same tokens.", "nats per token"),

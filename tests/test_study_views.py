@@ -398,12 +398,13 @@ def test_a_checkpoint_has_one_scorer_and_rises_are_between_like_ones(root, tmp_p
     corpora(root, "real")
     model(root, "base")
     read_by(root, "base", {"real": 1.0})
-    for variant in ("plain", "chat", "other"):
+    for variant in ("plain", "chat", "other", "rough"):
         model(root, variant, parent_id="f/base")
         roll(root, tmp_path, variant, ["ab"])
     read_by(root, "plain", {"real": 3.0}, scorer_id="a first name")
     read_by(root, "plain", {"real": 2.0})
     read_by(root, "plain", {"real": 4.0}, scorer_id="f.plain.int8", number_format="int8")
+    read_by(root, "rough", {"real": 4.0}, scorer_id="f.rough.int8", number_format="int8")
     read_by(root, "chat", {"real": 2.0}, scorer_id="f.chat.chat", template="chat")
     read_by(root, "other", {"real": 5.0}, scorer_id="a", context_sha256="c")
     found = rows_of(root, "collapse", "variant")
@@ -412,6 +413,7 @@ def test_a_checkpoint_has_one_scorer_and_rises_are_between_like_ones(root, tmp_p
         "plain": ("f.plain", 2.0, 1.0, 2.0, 1.0, 4),
         "chat": ("f.chat.chat", 2.0, None, 2.0, None, 4),
         "other": (None,) * 6,
+        "rough": (None,) * 6,
     }
 
 
