@@ -40,7 +40,8 @@ from stores import ingest_arguments
 DOCS = Path(__file__).parent.parent / "docs" / "reliability.md"
 BEGIN, END = "<!-- faults: made by make faults -->", "<!-- end of faults -->"
 VOLATILE = {"started_at", "finished_at", "wall_s", "versions", "n_shards", "seconds"}
-ONCE = ("rm-run", "export", "ingest finetune")  # refused where there is nothing left to do
+ONCE = ("rm-run", "export")  # refused where there is nothing left to do
+BESIDE = ("ingest finetune", "ingest interpolate", "ingest generated", "study run")  # write there too
 Arguments = list[str]
 
 
@@ -64,8 +65,8 @@ FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(
     [
         "faults",
-        "canopy_store.ingest.finetune",
         *(f"canopy_store.ingest.{m}" for m in ("engine_transformers", "embed", "reward", "score")),
+        *(f"canopy_store.ingest.{m}" for m in ("documents", "options", "finetune", "interpolate")),
     ]
 )
 
@@ -127,10 +128,21 @@ def make_world(world: Path) -> None:
         "".join(f'{{"text": "{a} {b}", "reference": "c"}}\n' for a in "abcd" for b in "abcd")
     )
     (world / "data.jsonl").write_text('{"text": "a b c d e f g"}\n' * 64)
+    walks = ["a b c d e f g", "b c a f", "g f e d c b a", "c c a b"]
+    (world / "corpus.jsonl").write_text(
+        "".join(f'{{"document_id": "{n}", "text": "{walk}"}}\n' for n, walk in enumerate(walks * 30))
+    )
+    (world / "items.jsonl").write_text(
+        "".join(
+            f'{{"item_id": "{n}", "prompt": "{walk}", "options": [" a", " b", " c d"], "answer": 1}}\n'
+            for n, walk in enumerate(walks * 30)
+        )
+    )
     stores = world / "stores"
     must(["init", "--store", str(stores / "empty")])
     must(rollouts(world, stores / "plain"))
     whole = shutil.copytree(stores / "plain", stores / "whole")
+    must(finetuned(world, world / "scratch", world / "child"))
     must(["ingest", "embed", "--store", str(whole), "--embedder", str(world / "embedder")])
     must(["ingest", "reward", "--store", str(whole), "--reward-model", str(world / "reward")])
     must(["ingest", "score", "--store", str(whole), "--scorer", str(world / "model")])
@@ -148,38 +160,74 @@ def rollouts(world: Path, root: Path, **more: Any) -> Arguments:
     return ingest_arguments(root, world / "model", world / "prompts.jsonl", **{"samples": 20, **more})
 
 
+def finetuned(world: Path, root: Path, out: Path) -> Arguments:
+    named = ["--family", "chain", "--variant", "child", "--out", str(out), "--steps", "4"]
+    of = ["--model", str(world / "model"), "--data", str(world / "data.jsonl")]
+    return ["ingest", "finetune", "--store", str(root), *of, *named]
+
+
+def study(world: Path, here: Path) -> Arguments:
+    """A study in the folder: a base and a child, read and asked."""
+    (here / "study.toml").write_text(
+        f'''family = "chain"
+[arms.base]
+model = "{world / "model"}"
+[arms.tuned]
+parent = "base"
+finetune = {{ data = "{world / "data.jsonl"}", steps = 4 }}
+[[ask]]
+documents = {{ corpus = "c", documents = "{world / "corpus.jsonl"}" }}
+[[ask]]
+options = {{ task = "t", items = "{world / "items.jsonl"}" }}
+'''
+    )
+    return ["study", "run", str(here / "study.toml")]
+
+
 def writes(world: Path) -> list[Write]:
     def on(*words: object) -> Callable[[Path], Arguments]:
         return lambda here: [str(w) for w in words] + ["--store", str(here / "store")]
 
+    model = ("--model", world / "model", "--family", "chain", "--variant")
+    corpus = ("--corpus", "c", "--documents", world / "corpus.jsonl")
+    items = ("--task", "t", "--items", world / "items.jsonl")
+    averaged = ("--with", world / "child", "--alpha", 0.5)
     return [
         Write("ingest rollouts", "empty", lambda here: rollouts(world, here / "store")),
         Write("ingest embed", "plain", on("ingest", "embed", "--embedder", world / "embedder")),
         Write("ingest reward", "plain", on("ingest", "reward", "--reward-model", world / "reward")),
         Write("ingest score", "plain", on("ingest", "score", "--scorer", world / "model")),
         Write("ingest grade", "plain", on("ingest", "grade", "--grader", "regex", "--pattern", "[a-c]")),
+        Write("ingest documents", "plain", on("ingest", "documents", *model, "base", *corpus)),
+        Write("ingest options", "plain", on("ingest", "options", *model, "base", *items)),
+        Write("ingest finetune", "plain", lambda here: finetuned(world, here / "store", here / "child")),
         Write(
-            "ingest finetune",
+            "ingest interpolate",
             "plain",
             lambda here: [
-                "ingest",
-                "finetune",
-                "--store",
-                str(here / "store"),
-                "--model",
-                str(world / "model"),
-                "--family",
-                "chain",
-                "--variant",
-                "child",
-                "--data",
-                str(world / "data.jsonl"),
+                *on("ingest", "interpolate", *model, "half", *averaged)(here),
                 "--out",
-                str(here / "child"),
-                "--steps",
-                "4",
+                str(here / "half"),
             ],
         ),
+        Write(
+            "ingest generated",
+            "plain",
+            lambda here: [
+                *on("ingest", "generated", "--run", "chain.base.walk")(here),
+                "--out",
+                str(here / "drawn.jsonl"),
+            ],
+        ),
+        Write(
+            "ingest register",
+            "plain",
+            on(
+                *("ingest", "register", "--model", world / "child", "--family", "chain"),
+                *("--variant", "elsewhere", "--data", world / "data.jsonl"),
+            ),
+        ),
+        Write("study run", "plain", lambda here: study(world, here)),
         Write("import", "plain", on("import", world / "theirs.parquet")),
         Write("select", "whole", on("select", "reward", "--keep", "0.7", "--name", "best")),
         Write("compact", "whole", on("compact")),
@@ -273,7 +321,7 @@ def full_disk(world: Path) -> Iterator[str]:
     disk = world / "disk"
     disk.mkdir()
     for write in writes(world):
-        if write.name in ("ingest finetune", "rm-run"):
+        if write.name in (*BESIDE, "rm-run"):
             continue  # writes outside the store; writes nothing
         source = world / "stores" / write.before
         size = sum(p.stat().st_blocks * 512 for p in source.rglob("*")) // 1024
