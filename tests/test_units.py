@@ -254,6 +254,9 @@ def test_what_cannot_be_compared_is_refused(tmp_path, canopy):
         sft={"template": "chat"},
         base={"template": "plain"},
     )
+    refused(
+        canopy("compare", "--store", root), 1, "no complete run", "items are compared with --unit item"
+    )
     call = ("compare", "--store", root, "--unit", "item")
     refused(canopy(*call), 1, "different templates", "chat: sft; plain: base", "--allow template")
     call = (*call, "--allow", "template")

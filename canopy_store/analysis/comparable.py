@@ -7,7 +7,7 @@ from pathlib import Path
 
 import polars as pl
 
-from canopy_store import sql
+from canopy_store import sql, store
 from canopy_store.analysis.likeness import ADDED, require_alike, run_settings
 from canopy_store.analysis.rarefaction import at_common_m, rollouts_of
 from canopy_store.analysis.seeds import as_variants
@@ -84,7 +84,10 @@ def comparable(
         Several embedders and none named.
     """
     if rows.is_empty():
-        raise DataError(f"{root}: no complete run; see: canopy status --store {root}")
+        scored = {"item": "option_scores", "document": "document_scores"}
+        units = [unit for unit, kind in scored.items() if store.records(store.require(root), kind)]
+        hint = f"; {' and '.join(units)}s are compared with --unit {units[0]}" if units else ""
+        raise DataError(f"{root}: no complete run; see: canopy status --store {root}{hint}")
     if selection not in rows["selection"]:
         names = ", ".join(sorted(rows["selection"].unique()))
         raise DataError(f"--selection {selection}: not in the store; it has {names}")
