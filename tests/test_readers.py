@@ -84,7 +84,9 @@ def test_the_papers_tree_and_back_gives_every_view_to_the_last_bit(
     connect = duckdb.connect
     monkeypatch.setattr(duckdb, "connect", lambda config: connect(config={**config, "threads": 1}))
     compared = 0
-    for view in ("rollouts", "embeddings", "embedding_spectra", *sql.VIEWS):
+    # what sampling took stands in no tree
+    views = [view for view in sql.VIEWS if view != "cost_per_token"]
+    for view in ("rollouts", "embeddings", "embedding_spectra", *views):
         before, after = (canopy_store.read(root, view) for root in (sampled, tmp_path / "back"))
         keys = [c for c in before.columns if before[c].dtype in (pl.String, pl.Int32, pl.Boolean)]
         before, after = before.sort(keys), after.sort(keys)
