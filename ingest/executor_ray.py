@@ -88,13 +88,17 @@ def spread(
             ray.shutdown()
 
 
-_PLACES = ("model", "prompts", "examples", "embedder", "scorer")  # other options may look like a path
+# other options may look like a path
+_PLACES = (
+    *("model", "embedder", "scorer"),
+    *("prompts", "examples", "documents", "items", "context", "data"),
+)
 
 
 def _absolute(name: str, value: Any) -> Any:
     """An option that names a file or folder, so that it does from any folder."""
     if name in _PLACES and value is not None and (path := Path(value).expanduser()).exists():
-        return str(path.absolute())
+        return path.absolute() if isinstance(value, Path) else str(path.absolute())
     return value
 
 

@@ -356,3 +356,15 @@ def test_each_worker_gets_as_many_cpus_as_leave_room(nodes, workers, gpus, expec
     listed = [{"CPU": float(cpu), "GPU": float(gpu)} for cpu, gpu in nodes]
     count, needs = executor_ray.share(listed, workers, gpus)
     assert (count, needs["num_cpus"], needs["num_gpus"]) == expected
+
+
+@pytest.mark.parametrize("name", ["model", "prompts", "documents", "items", "context", "data"])
+def test_a_workers_folder_is_another_so_files_are_named_whole(tmp_path, monkeypatch, name):
+    from canopy_store.ingest.executor_ray import _absolute
+
+    (tmp_path / "file.jsonl").write_text("")
+    monkeypatch.chdir(tmp_path)
+    assert _absolute(name, "file.jsonl") == str(tmp_path / "file.jsonl")
+    assert _absolute(name, Path("file.jsonl")) == tmp_path / "file.jsonl"
+    assert _absolute(name, "package:somewhere") == "package:somewhere"
+    assert _absolute("task", "file.jsonl") == "file.jsonl"
