@@ -689,6 +689,14 @@ def fitting(call: Callable[[], float]) -> float | None:
             torch.cuda.empty_cache()
 
 
+def begin(batch: captured.Batch, prompt: list[int]) -> None:
+    """Gives every slot of the batch to a rollout of its one prompt, the first."""
+    width, steps = batch.noise.shape
+    batch.seat([0] * width)
+    noise = np.random.default_rng(0).random((width, steps))
+    batch.begin(list(range(width)), [prompt[-1]] * width, [len(prompt) - 1] * width, noise)
+
+
 @torch.inference_mode()
 def step_ms(
     model: Any, prompt: list[int], width: int, steps: int, sampling: draw.Sampling
@@ -701,9 +709,7 @@ def step_ms(
         forward = torch.cuda.CUDAGraph()
         with torch.cuda.graph(forward):
             batch.forward()
-        batch.seat([0] * width)
-        noise = np.random.default_rng(0).random((width, steps))
-        batch.begin(list(range(width)), [prompt[-1]] * width, [len(prompt) - 1] * width, noise)
+        begin(batch, prompt)
         for _ in range(steps // 2 - 5):
             step()
         alone = median_ms(forward.replay)
@@ -764,9 +770,7 @@ def kernels_of_a_step(names: list[str], width: int = 256, times: int = 5) -> lis
         with torch.inference_mode(), captured.fused_layers(model, width):
             batch = captured.Batch(model, sampling, width, {0: prompt})
             step = captured._captured(batch, print)
-            batch.seat([0] * width)
-            noise = np.random.default_rng(0).random((width, 64))
-            batch.begin(list(range(width)), [prompt[-1]] * width, [len(prompt) - 1] * width, noise)
+            begin(batch, prompt)
             for _ in range(30):
                 step()
             with profile(activities=[ProfilerActivity.CUDA]) as seen:

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
 from pydoc_data.topics import topics
+from typing import Any
 
 import polars as pl
 import torch
@@ -36,6 +37,22 @@ def write(path: Path, rows: list[dict]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
+def write_documents(path: Path, texts: Sequence[str]) -> None:
+    write(path, [{"document_id": f"{n:03}", "text": text} for n, text in enumerate(texts)])
+
+
+def save_untrained(out: Path, tokenizer: Any, **shape: Any) -> None:
+    """A model of random weights of this shape, in the folder ``untrained``."""
+    untrained(tokenizer, 0, **shape).save_pretrained(out / "untrained")
+    tokenizer.save_pretrained(out / "untrained")
+
+
+def train_base(out: Path, **settings: Any) -> None:
+    """The untrained model, trained on known.jsonl, in the folder ``base``."""
+    start, known = str(out / "untrained"), out / "known.jsonl"
+    finetune(start, known, out / "base", device="cpu", show_progress=True, **settings)
+
+
 def make_collapse(out: Path) -> None:
     """Random weights, 500 real texts, their first words as prompts, 200 texts that are held out."""
     texts = corpus(700, 0)
@@ -45,9 +62,7 @@ def make_collapse(out: Path) -> None:
     first = sorted({" ".join(text.split()[:2]) for text in real[:60]})[:20]
     write(out / "prompts.jsonl", [{"text": words} for words in first])
     tokenizer = make_tokenizer(real, 600)
-    model = untrained(tokenizer, 0, width=96, inner=256, layers=2, positions=256)
-    model.save_pretrained(out / "untrained")
-    tokenizer.save_pretrained(out / "untrained")
+    save_untrained(out, tokenizer, width=96, inner=256, layers=2, positions=256)
 
 
 def figures_of_collapse(root: Path) -> pl.DataFrame:
@@ -168,20 +183,8 @@ def make_facts(out: Path) -> None:
         write(out / f"{name}.jsonl", [{"text": f"{line}."} for line in lines])
     write(out / "context.jsonl", [{"text": f"{line}. "} for line in forward])
     write(out / "items.jsonl", asked(new, 3))
-    model = untrained(tokenizer, 0, width=64, inner=172, layers=2, positions=2048, spread=0.1)
-    model.save_pretrained(out / "untrained")
-    tokenizer.save_pretrained(out / "untrained")
-    finetune(
-        str(out / "untrained"),
-        out / "known.jsonl",
-        out / "base",
-        steps=500,
-        batch_size=64,
-        learning_rate=5e-3,
-        max_length=32,
-        device="cpu",
-        show_progress=True,
-    )
+    save_untrained(out, tokenizer, width=64, inner=172, layers=2, positions=2048, spread=0.1)
+    train_base(out, steps=500, batch_size=64, learning_rate=5e-3, max_length=32)
 
 
 def figures_of_facts(root: Path) -> pl.DataFrame:
@@ -225,25 +228,11 @@ def make_mitigations(out: Path) -> None:
     }.items():
         write(out / f"{name}.jsonl", [{"text": text} for text in lines])
     for name, lines in {"new": stories[900:1000], "old": others[3100:3250]}.items():
-        write(
-            out / f"{name}.jsonl", [{"document_id": f"{n:03}", "text": t} for n, t in enumerate(lines)]
-        )
+        write_documents(out / f"{name}.jsonl", lines)
     first = sorted({" ".join(text.split()[:3]) for text in others[:200]})[:40]
     write(out / "prompts.jsonl", [{"text": words} for words in first])
-    model = untrained(tokenizer, 0, width=96, inner=256, layers=2, positions=256)
-    model.save_pretrained(out / "untrained")
-    tokenizer.save_pretrained(out / "untrained")
-    finetune(
-        str(out / "untrained"),
-        out / "known.jsonl",
-        out / "base",
-        steps=300,
-        batch_size=24,
-        learning_rate=4e-3,
-        max_length=128,
-        device="cpu",
-        show_progress=True,
-    )
+    save_untrained(out, tokenizer, width=96, inner=256, layers=2, positions=256)
+    train_base(out, steps=300, batch_size=24, learning_rate=4e-3, max_length=128)
 
 
 def figures_of_mitigations(root: Path) -> pl.DataFrame:
@@ -294,8 +283,7 @@ def make_domain(out: Path) -> None:
     write(out / "help.jsonl", [{"text": page} for page in pages[:24]])
     licence = pieces((ROOT / "LICENSE").read_text(), 400)
     for name, texts in {"train": pages[:24], "help": pages[40:64], "licence": licence[:24]}.items():
-        rows = [{"document_id": f"{n:02}", "text": text} for n, text in enumerate(texts)]
-        write(out / f"{name}-corpus.jsonl", rows)
+        write_documents(out / f"{name}-corpus.jsonl", texts)
 
 
 def figures_of_domain(root: Path) -> pl.DataFrame:

@@ -10,7 +10,7 @@ import numpy as np
 import polars as pl
 import pytest
 from scipy import stats
-from stores import refused
+from stores import refused, write_documents
 
 import canopy_store
 from canopy_store import compare, power, store
@@ -32,12 +32,6 @@ def scorer(root: Path, arm: str, **more: Any) -> str:
     return name
 
 
-def put(root: Path, table: str, keys: dict[str, str], columns: dict[str, list]) -> None:
-    path = store.shard_path(store.folder(root, table, **keys), 0)
-    store.write_rows(path, table, columns)
-    store.commit(root, table, keys, [path], {})
-
-
 def quiz(root: Path, items: list[dict[str, Any]], arms: Scores, **of_arms: dict[str, Any]) -> Path:
     """A store of two-option items, the first right, under arms that give these sums."""
     root = store.init(root)
@@ -47,17 +41,13 @@ def quiz(root: Path, items: list[dict[str, Any]], arms: Scores, **of_arms: dict[
     for arm, sums in arms.items():
         name = scorer(root, arm, **of_arms.get(arm, {}))
         scored = zip(listed, sums, strict=False)  # an arm may have fewer
-        rows = [(row, s) for own, each in scored for row, s in zip(own, each, strict=True)]
-        put(
-            root,
-            "option_scores",
-            {"scorer_id": name, "task": "t"},
-            {
-                "item_id": [row["item_id"] for row, _ in rows],
-                "option": [row["option"] for row, _ in rows],
-                "logprob_sum": [s for _, s in rows],
-            },
-        )
+        keys = {"scorer_id": name, "task": "t"}
+        rows = [
+            {**keys, "item_id": row["item_id"], "option": row["option"], "logprob_sum": value}
+            for own, each in scored
+            for row, value in zip(own, each, strict=True)
+        ]
+        commit_rows(root, "option_scores", rows)
     return root
 
 
@@ -68,25 +58,20 @@ def texts(root: Path, corpora: dict[str, dict[str, list[tuple[int, float]]]]) ->
     names = {arm: scorer(root, arm) for arm in arms}
     for corpus, of_corpus in corpora.items():
         number = len(next(iter(of_corpus.values())))
-        ids = [str(n) for n in range(number)]
-        told = {
-            "text": ["x" * 10] * number,
-            "split": ["all"] * number,
-            "cluster": [str(n // 2) for n in range(number)],
-            "n_bytes": [10] * number,
-        }
-        put(root, "documents", {"corpus": corpus}, {"document_id": ids, **told})
-        for arm, documents in of_corpus.items():
-            columns = {
-                "document_id": ids,
-                "logprob": [[-nll / tokens] * tokens for tokens, nll in documents],
-                "entropy": [[1.0] * tokens for tokens, _ in documents],
-                "n_tokens": [tokens for tokens, _ in documents],
-                "n_bytes": [10] * number,
-                "logprob_sum": [-nll for _, nll in documents],
-                "entropy_sum": [float(tokens) for tokens, _ in documents],
-            }
-            put(root, "document_scores", {"scorer_id": names[arm], "corpus": corpus}, columns)
+        of_all = {"text": "x" * 10, "n_bytes": 10}
+        documents = [{"document_id": str(n), "cluster": str(n // 2), **of_all} for n in range(number)]
+        write_documents(root, corpus, documents)
+        for arm, scores in of_corpus.items():
+            keys = {"scorer_id": names[arm], "corpus": corpus, "n_bytes": 10}
+            rows = [
+                {
+                    **{**keys, "document_id": str(n), "n_tokens": tokens},
+                    **{"logprob": [-nll / tokens] * tokens, "logprob_sum": -nll},
+                    **{"entropy": [1.0] * tokens, "entropy_sum": float(tokens)},
+                }
+                for n, (tokens, nll) in enumerate(scores)
+            ]
+            commit_rows(root, "document_scores", rows)
     return root
 
 

@@ -114,24 +114,27 @@ def only(
     tasks: Sequence[str],
     variants: Sequence[str],
     baseline: str,
+    splits: Sequence[str] = (),
     task: str = "task",
 ) -> pl.DataFrame:
-    """The rows of these families, tasks and variants, all where none is named; the baseline's too.
+    """The rows of these families, tasks, splits and variants, and the baseline's; all if none is named.
 
     ``task`` is the column that tasks are names of.
     """
     for column, option, names in (
+        ("split", "split", splits),
         ("family", "family", families),
         (task, "task", tasks),
         ("variant", "variant", variants),
     ):
+        if not names:
+            continue
         for name in names:
             if name not in rows[column]:
                 there = ", ".join(sorted(rows[column].unique()))
                 raise DataError(f"--{option} {name}: not in the store; it has {there}")
-        if names:
-            wanted = [*names, baseline] if column == "variant" else names
-            rows = rows.filter(pl.col(column).is_in(wanted))
+        wanted = [*names, baseline] if column == "variant" else names
+        rows = rows.filter(pl.col(column).is_in(wanted))
     if rows.is_empty():
         raise DataError("--family, --task, --variant: no run is of all that they name")
     return rows

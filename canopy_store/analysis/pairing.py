@@ -44,12 +44,19 @@ class Side:
 Cells = dict[Key, tuple[Side, ...]]  # the baseline's side and the treated one, or one side alone
 
 
+def no_baseline(rows: pl.DataFrame, baseline: str) -> str | None:
+    """What is said where no row is of the baseline."""
+    variants = sorted(rows["variant"].unique())
+    if baseline in variants:
+        return None
+    return f"--baseline {baseline}: no such variant here; there is {', '.join(variants)}"
+
+
 def unpaired(rows: pl.DataFrame, baseline: str) -> str | None:
     """Why no row of prompt_metrics can be compared with the baseline; None where some can."""
-    variants = sorted(rows["variant"].unique())
-    if baseline not in variants:
-        return f"--baseline {baseline}: no such variant here; there is {', '.join(variants)}"
-    if len(variants) == 1:
+    if reason := no_baseline(rows, baseline):
+        return reason
+    if rows["variant"].n_unique() == 1:
         return f"{baseline} is the only variant: there is nothing to compare it with"
     is_baseline = pl.col("variant") == baseline
     same = ["family", "task", "prompt_id"]

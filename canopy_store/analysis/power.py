@@ -149,7 +149,8 @@ def power(
     for option, cost in (("--cost-prompt", cost_prompt), ("--cost-rollout", cost_rollout)):
         if cost is not None and not 0 < cost < math.inf:
             raise UsageError(f"{option} {cost:g}: needs more than 0")
-    if cost_prompt is not None and metric in of_units:
+    clusters = metric in of_units
+    if cost_prompt is not None and clusters:
         raise UsageError(f"--cost-prompt: of rollouts alone; {metric} has clusters of one size")
     lost = 3 if MEASURES[metric].weight == "fisher" else 0
     if any(m <= lost for m in samples):
@@ -159,7 +160,7 @@ def power(
     rows: list[dict[str, Any]] = []
     for variant, pilot in _pilots(root, metric, lost, options).items():
         of = {"variant": variant, "metric": metric}
-        samples = [int(pilot.samples)] if metric in of_units else samples
+        samples = [int(pilot.samples)] if clusters else samples
         if prompts is not None:
             rows += ({**of, **row} for row in _detected(pilot, prompts, samples, power, alpha))
         else:

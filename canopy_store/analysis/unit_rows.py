@@ -15,6 +15,7 @@ import polars as pl
 
 from canopy_store.analysis.bootstrap import MEASURES
 from canopy_store.analysis.comparable import only
+from canopy_store.analysis.pairing import no_baseline
 from canopy_store.analysis.seeds import as_variants
 from canopy_store.errors import ConflictError, DataError, UsageError
 from canopy_store.sql.connection import Connection
@@ -106,12 +107,6 @@ def unit_rows(
     alone = pl.col("scorer_id").n_unique().over("family", "variant") == 1
     own = pl.col("scorer_id").str.strip_prefix(pl.col("family") + ".")
     rows = rows.with_columns(variant=pl.when(alone).then("variant").otherwise(own))
-    if splits:
-        missing = [name for name in splits if name not in rows["split"]]
-        if missing:
-            there = ", ".join(sorted(rows["split"].unique()))
-            raise DataError(f"--split {missing[0]}: not in the store; it has {there}")
-        rows = rows.filter(pl.col("split").is_in(splits))
     rows = rows.with_columns(
         task=pl.when(pl.col("split") == "all")
         .then("task")
@@ -121,11 +116,16 @@ def unit_rows(
     if seeds:
         rows = as_variants(rows, seeds, baseline=baseline)
     rows = only(
-        rows, families=families, tasks=tasks, variants=variants, baseline=baseline, task="of_task"
+        rows,
+        families=families,
+        tasks=tasks,
+        splits=splits,
+        variants=variants,
+        baseline=baseline,
+        task="of_task",
     )
-    if baseline not in rows["variant"]:
-        there = ", ".join(sorted(rows["variant"].unique()))
-        raise DataError(f"--baseline {baseline}: no such variant here; there is {there}")
+    if reason := no_baseline(rows, baseline):
+        raise DataError(reason)
     if "template" not in allow:
         _require_one_template(rows)
     if unit == "document":

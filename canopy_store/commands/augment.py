@@ -7,7 +7,15 @@ from typing import Any
 
 import click
 
-from canopy_store.commands.ingest import engine_options, model_options, spread_options
+from canopy_store.commands.ingest import (
+    PROMPTS_PER_SHARD,
+    RUN,
+    engine_options,
+    lineage_options,
+    model_options,
+    policy_options,
+    spread_options,
+)
 from canopy_store.commands.shared import STORE, bar, echo, require_ingest
 from canopy_store.ingest import training_data
 from canopy_store.ingest.candidates import CHECKS
@@ -57,27 +65,12 @@ from canopy_store.ingest.instructions import INSTRUCTIONS, METHODS, read_instruc
 @click.option("--samples", default=4, show_default=True, help="Answers to each instruction.")
 @click.option("--max-new-tokens", default=128, show_default=True, help="Of one answer.")
 @click.option("--temperature", default=0.7, show_default=True, help="0 is greedy.")
-@click.option("--top-k", default=0, show_default=True, help="Tokens kept; 0 keeps all.")
-@click.option("--top-p", default=1.0, show_default=True, help="Probability mass kept.")
-@click.option("--seed", default=0, show_default=True)
-@click.option(
-    "--template",
-    type=click.Choice(["auto", "chat", "plain"]),
-    default="auto",
-    show_default=True,
-    help="auto: the chat template where the tokenizer has one.",
-)
+@policy_options
 @engine_options
 @spread_options
-@click.option(
-    "--prompts-per-shard",
-    default=4,
-    show_default=True,
-    help="Prompts a file: what a break can lose.",
-)
-@click.option("--run", metavar="NAME", help="Name of the run [default: family.variant.task].")
-@click.option("--parent", metavar="MODEL_ID", help="family/variant this checkpoint was made from.")
-@click.option("--treatment", metavar="NAME", help="What was done to the parent: sft, lora, dpo, …")
+@PROMPTS_PER_SHARD
+@RUN
+@lineage_options
 def augment_command(root: str, model: str, out: str, **options: Any) -> None:
     """Augment training data: a model rewrites and infers from each line, alone or with the whole set.
 

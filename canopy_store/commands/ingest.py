@@ -104,6 +104,47 @@ def engine_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
+def policy_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """What rollouts are sampled by, but for the temperature, and how prompts are rendered."""
+    for option in (
+        click.option(
+            "--template",
+            type=click.Choice(["auto", "chat", "plain"]),
+            default="auto",
+            show_default=True,
+            help="auto: the chat template where the tokenizer has one.",
+        ),
+        click.option("--seed", default=0, show_default=True),
+        click.option("--top-p", default=1.0, show_default=True, help="Probability mass kept."),
+        click.option("--top-k", default=0, show_default=True, help="Tokens kept; 0 keeps all."),
+    ):
+        command = option(command)
+    return command
+
+
+def lineage_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Where a checkpoint comes from."""
+    for option in (
+        click.option(
+            "--treatment", metavar="NAME", help="What was done to the parent: sft, lora, dpo, …"
+        ),
+        click.option(
+            "--parent", metavar="MODEL_ID", help="family/variant this checkpoint was made from."
+        ),
+    ):
+        command = option(command)
+    return command
+
+
+PROMPTS_PER_SHARD = click.option(
+    "--prompts-per-shard",
+    default=4,
+    show_default=True,
+    help="Prompts a file: what a break can lose.",
+)
+RUN = click.option("--run", metavar="NAME", help="Name of the run [default: family.variant.task].")
+
+
 @ingest.command("rollouts")
 @STORE
 @model_options
@@ -129,16 +170,7 @@ def engine_options(command: Callable[..., Any]) -> Callable[..., Any]:
 )
 @click.option("--max-new-tokens", default=256, show_default=True)
 @click.option("--temperature", default=1.0, show_default=True, help="0 is greedy.")
-@click.option("--top-k", default=0, show_default=True, help="Tokens kept; 0 keeps all.")
-@click.option("--top-p", default=1.0, show_default=True, help="Probability mass kept.")
-@click.option("--seed", default=0, show_default=True)
-@click.option(
-    "--template",
-    type=click.Choice(["auto", "chat", "plain"]),
-    default="auto",
-    show_default=True,
-    help="auto: the chat template where the tokenizer has one.",
-)
+@policy_options
 @click.option(
     "--system", metavar="TEXT|@FILE", help="System message before each prompt; @FILE holds its text."
 )
@@ -156,16 +188,10 @@ def engine_options(command: Callable[..., Any]) -> Callable[..., Any]:
 )
 @engine_options
 @spread_options
-@click.option(
-    "--prompts-per-shard",
-    default=4,
-    show_default=True,
-    help="Prompts a file: what a break can lose.",
-)
+@PROMPTS_PER_SHARD
 @click.option("--limit", type=int, metavar="N", help="Only the first N prompts.")
-@click.option("--run", metavar="NAME", help="Name of the run [default: family.variant.task].")
-@click.option("--parent", metavar="MODEL_ID", help="family/variant this checkpoint was made from.")
-@click.option("--treatment", metavar="NAME", help="What was done to the parent: sft, lora, dpo, …")
+@RUN
+@lineage_options
 def rollouts_command(root: str, model: str, system: str | None, **options: Any) -> None:
     """Sample rollouts from a model, with exact per-token statistics of the sampling policy.
 
@@ -423,8 +449,7 @@ def _check_scorer(model: str, options: dict[str, Any]) -> None:
     help="Emulate it in the linear layers: bf16, fp16, e4m3, e5m2, int8, int4, lmul-2 … lmul-23.",
 )
 @spread_options
-@click.option("--parent", metavar="MODEL_ID", help="family/variant this checkpoint was made from.")
-@click.option("--treatment", metavar="NAME", help="What was done to the parent: sft, lora, dpo, …")
+@lineage_options
 def documents_command(root: str, model: str, **options: Any) -> None:
     """Score whole documents under a model: perplexity, bits per byte, forgetting, token types.
 
@@ -501,8 +526,7 @@ def documents_command(root: str, model: str, **options: Any) -> None:
     help="Emulate it in the linear layers: bf16, fp16, e4m3, e5m2, int8, int4, lmul-2 … lmul-23.",
 )
 @spread_options
-@click.option("--parent", metavar="MODEL_ID", help="family/variant this checkpoint was made from.")
-@click.option("--treatment", metavar="NAME", help="What was done to the parent: sft, lora, dpo, …")
+@lineage_options
 def options_command(root: str, model: str, **options: Any) -> None:
     """Score the options of items under a model: multiple choice by exact log-probabilities.
 
