@@ -149,7 +149,7 @@ under_origin as (
     where k.selection = 'all' and k.n_outside = 0 and same_policy(k.policy, 1, 0, 1)
     group by all
 )
-select v.family, v.variant, g.model_id, g.generation, g.origin_id, v.task, v.run_id, g.temperature,
+select v.family, v.variant, g.model_id, g.generation, g.origin_id, w.writer_id, v.task, v.run_id, g.temperature,
     v.embedder, p.corpus, p.split,
     s.scorer_id,
     s.nll,
@@ -171,6 +171,7 @@ select v.family, v.variant, g.model_id, g.generation, g.origin_id, v.task, v.run
     v.diversity_number
 from model_metrics v
 join generated g using (run_id)
+join (select model_id, writer_id from trained) w on w.model_id = g.model_id
 join place p using (lineage_id)
 left join read s on s.model_id = g.model_id and s.corpus = p.corpus and s.split = p.split
 left join read o on o.model_id = g.origin_id and o.corpus = p.corpus and o.split = p.split

@@ -501,6 +501,11 @@ VIEW_DOCS: dict[str, tuple[Column, ...]] = {
             type="INTEGER",
         ),
         _c("origin_id", "model_id of generation 0; NULL where it is not known.", type="VARCHAR"),
+        _c(
+            "writer_id",
+            "model_id that wrote what the checkpoint was trained on; NULL where no model did.",
+            type="VARCHAR",
+        ),
         _c("temperature", "Sampling temperature of the run: the sign of ce_star depends on it."),
         _c("split", "Part of the corpus that nll and tail_nll are of.", type="VARCHAR"),
         _c(
@@ -596,6 +601,12 @@ VIEW_DOCS: dict[str, tuple[Column, ...]] = {
             "c_v: sum of delta over tokens of the type / tokens of every type; they sum to total.",
             "nats per token",
         ),
+        _c(
+            "contribution_se",
+            "Standard error of contribution over clusters of documents; NULL of one.",
+            "nats per token",
+        ),
+        _count("n_clusters", "Clusters of the documents that both have scored."),
         _c("total", "nll less that of the baseline, over tokens of every type.", "nats per token"),
     ),
 }

@@ -355,6 +355,7 @@ def estimate(
     prompts: pl.DataFrame,
     *,
     metrics: Sequence[str] = (),
+    unit: str = "prompt",
     by: str | None = None,
     replicates: int = REPLICATES,
     confidence: float = CONFIDENCE,
@@ -368,12 +369,12 @@ def estimate(
 
     Parameters
     ----------
-    prompts : rows of ``prompt_metrics``, as `prompt_rows` gives them
+    prompts : rows of ``prompt_metrics``, as `prompt_rows` gives them; or what `unit_rows` gives
 
     The others are those of `compare`.
     """
     _check(by, "prompts", replicates, confidence, interval)
-    names = _metrics(metrics, prompts, "prompts")
+    names = _metrics(metrics, prompts, "prompts", unit)
     cells, draw = single_cells(prompts, names), drawing(replicates)
     out = []
     for level in LEVELS if by is None else (by,):

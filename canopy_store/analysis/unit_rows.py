@@ -71,6 +71,7 @@ def unit_rows(
     variants: Sequence[str] = (),
     seeds: Mapping[str, str] | None = None,
     allow: Sequence[str] = (),
+    paired: bool = True,
 ) -> pl.DataFrame:
     """Rows for `compare_prompts`: one per family, arm, task and cluster of units.
 
@@ -82,6 +83,7 @@ def unit_rows(
     tasks : of items; corpora of documents
     splits : only these parts of a task
     allow : 'template', where arms may differ in it
+    paired : whether the baseline must be there, with another arm
 
     The others are those of `compare`.
 
@@ -124,7 +126,7 @@ def unit_rows(
         baseline=baseline,
         task="of_task",
     )
-    if reason := no_baseline(rows, baseline):
+    if paired and (reason := no_baseline(rows, baseline)):
         raise DataError(reason)
     if "template" not in allow:
         _require_one_template(rows)

@@ -275,6 +275,7 @@ _POWER_DETAILS = ("metric", "delta", "n_rollouts_upper", "cost_upper", "pilot_pr
 @click.option("--out", default="report.html", show_default=True, metavar="FILE", help="The page.")
 @click.option("--figures", metavar="DIR", help="Also write every chart as PDF and SVG files here.")
 @_comparison_options
+@SEEDS
 @click.option(
     "--explorer-rollouts",
     default=400,
@@ -293,11 +294,13 @@ def report_command(
 ) -> None:
     """Write a report: one self-contained HTML page that needs no network.
 
-    Its changes and intervals are those of canopy compare with the same options.
+    Its changes and intervals are those of canopy compare with the same options; checkpoints of one
+    variant (--seeds) are pooled where items, documents and training are shown.
 
     \b
     Examples:
       canopy report --store S --out report.html
+      canopy report --store S --seeds 'sft=sft-*'
       canopy report --store S --figures figures
     """
     from canopy_store.report import write_figures, write_report

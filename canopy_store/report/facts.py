@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,15 +11,17 @@ import polars as pl
 
 from canopy_store import sql, store
 from canopy_store.analysis.comparable import NO_EMBEDDER, comparable, view_rows
-from canopy_store.analysis.comparison import compare_prompts, estimate
+from canopy_store.analysis.comparison import compare_prompts
 from canopy_store.analysis.examples import example_rollouts
 from canopy_store.analysis.lengths import length_shares
 from canopy_store.analysis.pairing import unpaired, variant_order
 from canopy_store.analysis.prompt_rows import prompt_rows
 from canopy_store.analysis.regression.reliability import ENOUGH, reliability, samples_for
+from canopy_store.analysis.studies import alone, values_of
 from canopy_store.analysis.trajectories import thin_trajectories
 from canopy_store.analysis.words import marks
 from canopy_store.errors import StoreError
+from canopy_store.report.study_facts import Study, gather_study
 from canopy_store.upkeep.status import status
 
 MAX_PANELS = 24  # more small charts than this are no longer read
@@ -53,6 +55,7 @@ class Facts:
     reliability : a row a variant, over the prompts of the runs shown, as `reliability` gives them
     variants : the baseline first, the others by generation, step of training and name
     examples : rollouts to read
+    study : items, documents, training and generations
     """
 
     baseline: str
@@ -74,6 +77,7 @@ class Facts:
     reliability: pl.DataFrame = field(default_factory=pl.DataFrame)
     variants: list[str] = field(default_factory=list)
     examples: pl.DataFrame = field(default_factory=pl.DataFrame)
+    study: Study = field(default_factory=Study)
 
     @property
     def families(self) -> list[str]:
@@ -125,10 +129,13 @@ def gather(
     embedder: str | None,
     runs: Sequence[str],
     allow: Sequence[str] = (),
+    seeds: Mapping[str, str] | None = None,
     seed: int,
     rollouts: int,
 ) -> Facts:
     """The facts of a store, with at most about ``rollouts`` examples to read.
+
+    ``seeds`` are checkpoints of a variant, as in `compare`, where items and documents are shown.
 
     Raises
     ------
@@ -140,16 +147,18 @@ def gather(
     """
     root = store.require(root)
     every_run = status(root)
-    if every_run.is_empty():
-        raise StoreError(
-            f"{root}: the store is empty; fill it with canopy ingest rollouts or canopy import"
-        )
     chosen: dict[str, Any] = {"selection": selection, "embedder": embedder, "runs": runs}
     with sql.connect(root) as con:
         metrics = view_rows(con, "model_metrics")
         caps = view_rows(con, "runs").select("run_id", "max_new_tokens")
         metrics = metrics.join(caps, on="run_id", how="left", maintain_order="left")
+        of_study: dict[str, Any] = {"baseline": baseline, "seeds": seeds, "allow": allow, "seed": seed}
         if metrics.is_empty():
+            study = gather_study(con, root, rollouts=pl.DataFrame(), **of_study)
+            if every_run.is_empty() and study.empty:
+                raise StoreError(
+                    f"{root}: the store is empty; fill it with canopy ingest rollouts or canopy import"
+                )
             return Facts(
                 baseline=baseline,
                 selection=selection,
@@ -157,6 +166,7 @@ def gather(
                 seed=seed,
                 runs=every_run,
                 metrics=metrics,
+                study=study,
             )
         order = ["family", "task", "variant"]
         shown, used = comparable(metrics, root, **chosen)
@@ -170,6 +180,9 @@ def gather(
         changes = pl.DataFrame()
         if reason is None:
             changes = compare_prompts(prompts, models, baseline=baseline, seed=seed)
+        lone = alone(prompts, changes, baseline, seed)
+        open_ended = values_of(changes, lone, baseline, "ce_star")
+        study = gather_study(con, root, rollouts=open_ended, **of_study)
         drawn: dict[str, Any] = {"selection": selection}
         per_prompt = max(1, min(ROLLOUTS_PER_PROMPT, rollouts // len(shown)))
         return Facts(
@@ -182,7 +195,8 @@ def gather(
             shown=shown,
             prompts=prompts,
             changes=changes,
-            alone=_alone(prompts, changes, baseline, seed),
+            alone=lone,
+            study=study,
             unpaired=reason,
             variants=variant_order(models, shown, baseline),
             decomposition=view_rows(con, "ce_star_decomposition").filter(*of_runs),
@@ -214,22 +228,14 @@ def _reliability(panel: pl.DataFrame) -> pl.DataFrame:
     return frame.with_columns(rollouts_needed=pl.Series(needed, dtype=pl.Int64))
 
 
-def _alone(prompts: pl.DataFrame, changes: pl.DataFrame, baseline: str, seed: int) -> pl.DataFrame:
-    """What `estimate` gives of the models that are in no comparison."""
-    if len(changes):
-        keys = ["family", "task", "variant"]
-        treated = changes.filter(level="task").select(keys).unique()
-        compared = pl.concat([treated, treated.with_columns(variant=pl.lit(baseline))])
-        prompts = prompts.join(compared, on=keys, how="anti", maintain_order="left")
-    return estimate(prompts, seed=seed) if len(prompts) else pl.DataFrame()
-
-
 def notes(facts: Facts) -> list[str]:
     """What a reader must know before the charts: what is missing, what stands for what."""
     out = []
     unfinished = facts.runs.filter(~pl.col("complete"))["run_id"].to_list()
     if unfinished:
         out.append(f"Not complete, and left out until the same ingest is run again: {few(unfinished)}.")
+    if facts.runs.is_empty():
+        return []
     if facts.shown.is_empty():
         return ["No run is complete yet, so there is nothing to measure.", *out]
     if facts.unpaired is not None:

@@ -42,11 +42,13 @@
     at("title").textContent = title;
     document.title = `${title} · Canopy report`;
     at("headline").textContent = page.headline;
-    at("compared").textContent = variants.length
+    at("compared").textContent = counts.models
       ? `${families.length > 1 ? "Families" : "Family"} ${listed(families)}, on ${listed(tasks)}: ` +
         `${of(counts.rollouts, "rollout")} and ${of(counts.tokens, "token")} ` +
         `from ${of(counts.prompts, "prompt")}, by ${of(counts.models, "model")}.`
-      : "The store has no complete run.";
+      : page.rollouts ? "The store has no complete run." : `${families.length > 1 ? "Families" : "Family"} ${listed(families)}.`;
+    const scored = Object.entries(page.study).map(([name, n]) => of(n, name.replace(/s$/, "")));
+    if (scored.length) at("compared").append(` Scored: ${scored.join(" and ")}.`);
     if (page.notes.length) {
       at("notes").hidden = false;
       at("notes").append(...page.notes.map((note) => make("li", {}, note)));
@@ -59,8 +61,9 @@
           `and the other variant share, as canopy compare pools them; in brackets the ${level} interval.`
         : `Pooled over ${families.length > 1 ? "families and " : ""}tasks; in brackets the ${level} interval.`;
     at("pooled").append(...page.fine_print.map((line) => ` ${line}`));
-    at("made").textContent = `Made by canopy_store ${page.version}. Selection of rollouts: ${page.selection}. ` +
-      `Embedder: ${page.embedder ?? "none"}. Intervals: ${level}, by Student's t with the standard error of a bootstrap over prompts, ` +
+    at("made").textContent = `Made by canopy_store ${page.version}. ` +
+      (page.rollouts ? `Selection of rollouts: ${page.selection}. Embedder: ${page.embedder ?? "none"}. ` : "") +
+      `Intervals: ${level}, by Student's t with the standard error of a bootstrap over ${page.rollouts ? "prompts" : "clusters"}, ` +
       `${whole(replicates)} replicates, seed ${seed}.`;
   }
 
@@ -224,7 +227,7 @@
       }
       at("charts").append(figure);
     }
-    const entries = [...page.charts, { id: "explorer", short: "Rollouts" }, ...page.tables];
+    const entries = [...page.charts, ...(page.rollouts ? [{ id: "explorer", short: "Rollouts" }] : []), ...page.tables];
     at("contents").append(...entries.map((entry) =>
       make("li", {}, make("a", { href: `#${entry.id}` }, entry.short))));
   }
@@ -432,6 +435,10 @@
       "a step's entropy is how open the choice was, its surprisal how unlikely the chosen token was. The store keeps " +
       "no strings of tokens, so no token can be placed on the text: the strip stands beneath it. Each row pairs " +
       "rollouts by their rank in the order chosen.";
+    if (!page.rollouts) {
+      at("explorer").remove();
+      return;
+    }
     if (!rollouts.length) {
       at("explorer-body").replaceWith(make("p", { class: "missing" }, "No rollouts to read: no run is complete, or the report was made with --explorer-rollouts 0."));
       return;

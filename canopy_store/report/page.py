@@ -7,7 +7,7 @@ import functools
 import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.resources import files as resources
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ def write_report(
     embedder: str | None = None,
     runs: Sequence[str] = (),
     allow: Sequence[str] = (),
+    seeds: Mapping[str, str] | None = None,
     explorer_rollouts: int = EXPLORER_ROLLOUTS,
     seed: int = SEED,
 ) -> Path:
@@ -47,6 +48,8 @@ def write_report(
     embedder : needed where the store has several
     runs : only these runs
     allow : settings in which runs may differ, as in `compare`
+    seeds : checkpoints of a variant, as in `compare`: pooled where items, documents and training are
+        shown, and single where rollouts are
     explorer_rollouts : rollouts that the page carries to be read one by one
     seed : of the bootstrap, and of which rollouts and points are shown
 
@@ -75,6 +78,7 @@ def write_report(
         embedder=embedder,
         runs=runs,
         allow=allow,
+        seeds=seeds,
         seed=seed,
         rollouts=explorer_rollouts,
     )
@@ -93,6 +97,7 @@ def write_figures(
     embedder: str | None = None,
     runs: Sequence[str] = (),
     allow: Sequence[str] = (),
+    seeds: Mapping[str, str] | None = None,
     seed: int = SEED,
 ) -> list[Path]:
     """The paths written: every chart of the report that has data, as a PDF and an SVG file.
@@ -109,6 +114,7 @@ def write_figures(
         embedder=embedder,
         runs=runs,
         allow=allow,
+        seeds=seeds,
         seed=seed,
         rollouts=0,
     )
@@ -140,15 +146,18 @@ def _page(facts: Facts, explorer_rollouts: int) -> dict[str, Any]:
     return {
         "version": __version__,
         "baseline": facts.baseline,
-        "variants": facts.variants,
-        "treated": facts.treated,
-        "families": facts.families,
+        # a name has one colour, in charts of rollouts and of studies
+        "variants": facts.variants or facts.study.variants,
+        "treated": facts.treated or facts.study.treated,
+        "families": facts.families or facts.study.families,
         "tasks": shown["task"].unique().sort().to_list(),
+        "rollouts": not facts.runs.is_empty(),
+        "study": facts.study.counts,
         "selection": facts.selection,
         "embedder": facts.embedder,
         "notes": notes(facts),
         "counts": counts(facts),
-        "headline": first_line(facts),
+        "headline": first_line(facts) or facts.study.headline(),
         "fine_print": fine_print(facts),
         "figures": cards(facts),
         "charts": sections.charts(facts),

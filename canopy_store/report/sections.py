@@ -9,10 +9,12 @@ import polars as pl
 
 from canopy_store.analysis.lines import fitted_lines
 from canopy_store.analysis.regression.reliability import ENOUGH
+from canopy_store.analysis.studies import values_of
 from canopy_store.analysis.words import CUT, marks
 from canopy_store.report import charts as draw
 from canopy_store.report import forests
 from canopy_store.report.facts import Facts, few, place
+from canopy_store.report.study_sections import study_charts
 from canopy_store.report.tables import CORRECTS
 
 _EMBED = "Nothing is embedded yet. Run: canopy ingest embed --store … --embedder …"
@@ -30,14 +32,18 @@ _SHORT = pl.col(pl.Float64).round(7).round_sig_figs(6)
 
 def charts(facts: Facts) -> list[dict[str, Any]]:
     """One entry a chart: id, title, how to read it, and its ``spec`` or what is ``missing``."""
-    return [
-        _entry({"id": identity, "short": short, "title": title, "how": how}, make, facts)
-        for identity, short, title, how, make in _CHARTS
+    of_rollouts = [
+        _entry(
+            {"id": identity, "short": short, "title": title, "how": how},
+            "No run is complete yet." if facts.shown.is_empty() else make(facts),
+        )
+        for identity, short, title, how, make in (() if facts.runs.is_empty() else _CHARTS)
     ]
+    return [*of_rollouts, *study_charts(facts.study, _entry)]
 
 
-def _entry(entry: dict[str, Any], make: Callable[[Facts], Any], facts: Facts) -> dict[str, Any]:
-    made = "No run is complete yet." if facts.shown.is_empty() else make(facts)
+def _entry(entry: dict[str, Any], made: Any) -> dict[str, Any]:
+    """A chart's entry, from what it draws, that with what is said beneath it, or why it is empty."""
     if isinstance(made, str):
         return {**entry, "missing": made}
     spec, shown = made if isinstance(made, tuple) else (made, "")
@@ -117,39 +123,16 @@ def _short(name: str) -> str:
 
 def _rho(facts: Facts) -> Any:
     """ρ as `compare` gives it: of a baseline compared over other prompts each time, a row each time."""
-    sides = [
-        _side(facts.changes, "baseline", variant=pl.lit(facts.baseline)),
-        _side(facts.changes, "treated"),
-        _side(facts.alone, "value"),
-    ]
-    frame = pl.concat([side for side in sides if len(side)], how="diagonal").drop_nulls("rho_pearson")
+    frame = values_of(facts.changes, facts.alone, facts.baseline, "rho_pearson")
     if frame.is_empty():
         return "ρ needs at least four rollouts a prompt whose lengths differ."
     frame = facts.placed(frame, on=("family", "task")).drop("family", "task").unique()
+    frame = frame.rename({"value": "rho_pearson"})
     frame = frame.sort("panel", place(facts), "rho_pearson").with_columns(
         place=pl.int_range(pl.len()).over("panel")
     )
     drawn = forests.rho(frame, facts.variants, _in(facts.panels, frame))
     return drawn, _left_out(facts, frame, "ρ needs four rollouts a prompt whose lengths differ")
-
-
-def _side(frame: pl.DataFrame, part: str, **more: pl.Expr) -> pl.DataFrame:
-    """ρ of each family and task from the columns of ``part``, with its interval."""
-    if frame.is_empty():
-        return frame
-    return (
-        frame.filter(level="task", metric="rho_pearson")
-        .with_columns(**more)
-        .select(
-            "family",
-            "task",
-            "variant",
-            "n_prompts",
-            rho_pearson=part,
-            ci_low=f"{part}_ci_low",
-            ci_high=f"{part}_ci_high",
-        )
-    )
 
 
 def _diversity(facts: Facts) -> Any:

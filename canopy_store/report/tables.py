@@ -81,11 +81,35 @@ _DOCS = {  # columns of canopy status, which are no columns of the store
     "reliability": "1 - var_error / var_between.",
     "rollouts_needed": "Rollouts a prompt that would make the rates reliable.",
 }
+_STUDY = {
+    "option_accuracy": (
+        "Accuracies",
+        "Every accuracy",
+        "One row per scorer, task and split of items. The right option is the one with the largest "
+        "log-probability (sum), the largest mean over its tokens (token) or characters (char), or the "
+        "largest gain over a neutral prompt (pmi).",
+    ),
+    "perplexity": (
+        "Losses",
+        "Every loss on documents",
+        "One row per scorer, corpus and split. bits_per_byte compares checkpoints of other tokenizers.",
+    ),
+}
 CORRECTS = "canopy regress --store … --errors moments"
 
 
 def tables(facts: Facts) -> list[dict[str, Any]]:
     """One entry a table: id, title, a sentence, columns with their meaning, rows or why none."""
+    of_study = [_of_study(name, frame) for name, frame in facts.study.tables.items()]
+    return of_study if facts.runs.is_empty() else [*_of_rollouts(facts), *of_study]
+
+
+def _of_study(name: str, frame: pl.DataFrame) -> dict[str, Any]:
+    short, title, how = _STUDY[name]
+    return _table(name, short, title, how, frame.sort(pl.all()))
+
+
+def _of_rollouts(facts: Facts) -> list[dict[str, Any]]:
     keys = ["family", "task", "variant", "run_id"]
     return [
         _table(
