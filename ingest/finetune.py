@@ -215,6 +215,8 @@ def finetune(
         "eval_every": eval_every,
         "early_stop": early_stop,
     }
+    if early_stop is not None and len(corpora) > 1:
+        asked["early_stop_on"] = next(iter(corpora))  # the hashes by name have no order
     if not is_free(out):
         return made_by(asked, out)
     saved_dtype = getattr(AutoConfig.from_pretrained(folder), "dtype", None) or loaded.dtype
@@ -482,18 +484,23 @@ def _best(curve: list[dict[str, Any]]) -> int:
         if row["split"].partition("/")[0] == first and row["loss"] is not None:
             both = sums.setdefault(row["step"], [0.0, 0.0])
             both[0], both[1] = both[0] + row["loss"] * row["tokens"], both[1] + row["tokens"]
+    if not sums:
+        raise DataError(f"--early-stop: corpus {first} has no token that is scored; name another first")
     return min(sums, key=lambda step: (sums[step][0] / sums[step][1], step))
 
 
 def _evaluated(model: Any, tokenizer: Any, corpora: Mapping[str, list[dict[str, Any]]]) -> Losses:
-    """Tokens and summed loss of each corpus, or of each of its splits where it has several."""
+    """Tokens and summed loss of each corpus, or of each of its splits where it has several.
+
+    A corpus named train is named with its split in any case: train alone is the loss of the batches.
+    """
     model.eval()
     plain = model.get_base_model() if hasattr(model, "get_base_model") else model  # of LoRA's wrapping
     found: Losses = {}
     for name, documents in corpora.items():
         of_splits = corpus_losses(plain, tokenizer, name, documents)
         for split, both in of_splits.items():
-            found[name if len(of_splits) == 1 else f"{name}/{split}"] = both
+            found[name if len(of_splits) == 1 and name != "train" else f"{name}/{split}"] = both
     return found
 
 

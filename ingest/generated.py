@@ -62,22 +62,36 @@ def draw_generated(
     n_real = round(lines * (real_share or 0.0))
     rng = random.Random(seed)
     drawn = _drawn(rng, rollouts, lines - n_real, f"run {run}", "rollouts")
+    empty = sum(not (text if form == "completion" else prompt + text) for prompt, text in drawn)
+    if empty:
+        hint = "take --form text, or " if form == "completion" else ""
+        raise DataError(
+            f"run {run}: {empty} of the rollouts drawn hold no text, which no line of training data can "
+            f"be; {hint}draw others with --seed or fewer with --lines"
+        )
     chosen = [_line(prompt, text, form) for prompt, text in drawn]
+    behind: dict[str, Any] = {}
     if real is not None:
+        digest = store.sha256(Path(real))
+        rows = treatments.datasets(root)
+        behind = next((row for row in rows if row["data_sha256"] == digest), {})
         records = [record for _, record in read_records(Path(real))]
         chosen += [json.dumps(each) for each in _drawn(rng, records, n_real, str(real), "lines")]
     rng.shuffle(chosen)
     write_once(out, "".join(f"{line}\n" for line in chosen).encode())
+    # of a file that a model of the study wrote, too, what it is known to be
+    real_part = n_real / lines * (1.0 if behind.get("real") is None else behind["real"])
+    replayed = n_real / lines * (behind.get("replayed") or 0.0)
     row = {
         "data_sha256": store.sha256(out),
         "name": out.stem,
         "lines": lines,
         "method": "mixed" if n_real else "rollouts",
         "generator": model_id,
-        "generation": 1 + generation_of(root, model_id),
-        "real": n_real / lines,
-        "replayed": 0.0,
-        "generated": 1 - n_real / lines,
+        "generation": 1 + max(generation_of(root, model_id), behind.get("generation") or 0),
+        "real": real_part,
+        "replayed": replayed,
+        "generated": 1 - real_part - replayed,
         "source": f"run {run}",
     }
     treatments.add_dataset(root, row)
@@ -91,15 +105,20 @@ def _rollouts(root: Path, run: str) -> tuple[str, list[tuple[str, str]]]:
         of_run = con.sql("select model_id from runs where run_id = $run", params={"run": run})
         ((model_id,),) = of_run.fetchall()
         rows = con.sql(
-            "select p.text, r.text from rollouts r join prompts p using (task, prompt_id) "
+            "select p.text, r.text, p.messages from rollouts r join prompts p using (task, prompt_id) "
             "where r.run_id = $run order by r.prompt_id, r.sample",
             params={"run": run},
         ).fetchall()
-    if any(None in row for row in rows):
+    if any(messages is not None for *_, messages in rows):
+        raise DataError(
+            f"run {run}: its prompts are conversations, and a line here is a prompt's text with a "
+            "rollout; draw from a run whose prompts are texts"
+        )
+    if any(None in row[:2] for row in rows):
         raise DataError(
             f"run {run}: its texts were left out when it was exported; pull a folder that has them"
         )
-    return model_id, rows
+    return model_id, [(prompt, text) for prompt, text, _ in rows]
 
 
 def _line(prompt: str, text: str, form: str) -> str:

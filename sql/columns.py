@@ -471,8 +471,16 @@ VIEW_DOCS: dict[str, tuple[Column, ...]] = {
         _c("distance", "Stages from the ancestor to the model; 1: its parent.", type="INTEGER"),
         _c("r", "R[t, i]: -nll of the corpus under the scorer.", "nats per token"),
         _c("r_ancestor", "-nll of the corpus under the ancestor.", "nats per token"),
-        _c("transfer", "r - r_ancestor: below 0 the corpus was forgotten since.", "nats per token"),
-        _c("transfer_per_byte", "The same per byte, across tokenizers.", "nats per byte"),
+        _c(
+            "transfer",
+            "r - r_ancestor: below 0 the corpus was forgotten since. NULL of another number of tokens.",
+            "nats per token",
+        ),
+        _c(
+            "transfer_per_byte",
+            "The same per byte, across tokenizers. NULL of another number of scored bytes.",
+            "nats per byte",
+        ),
     ),
     "gain_forgetting": (
         _c("parent_variant", "Variant of the parent.", type="VARCHAR"),

@@ -28,8 +28,10 @@ select t.family, t.variant, t.scorer_id, a.variant as ancestor_variant,
     n.distance, t.corpus, t.split,
     -t.nll as r,
     -a.nll as r_ancestor,
-    difference(a.nll, t.nll) as transfer,
-    difference(a.bits_per_byte, t.bits_per_byte) * ln(2) as transfer_per_byte
+    -- of other tokens, or bytes, a mean is another thing: a text's first token, which one may not score
+    case when t.n_tokens = a.n_tokens then difference(a.nll, t.nll) end as transfer,
+    case when t.n_bytes = a.n_bytes
+        then difference(a.bits_per_byte, t.bits_per_byte) * ln(2) end as transfer_per_byte
 from stage t
 join nearest n using (model_id)
 join stage a on a.model_id = n.ancestor_id and a.corpus = t.corpus and a.split = t.split

@@ -119,6 +119,21 @@ def test_a_corpus_that_only_one_of_the_two_has_read_is_in_no_pair(root):
     assert len(rows_of(root, "gain_forgetting", "in_corpus", "out_corpus")) == 2
 
 
+def test_what_was_read_without_its_first_token_has_gained_and_forgotten_nothing_that_is_known(root):
+    corpora(root, "new", "old")
+    model(root, "base")
+    model(root, "child", parent_id="f/base")
+    words = ["ab"] * 4
+    for corpus in ("new", "old"):
+        scored = {"base": [-9.0, -1.0, -1.0, -1.0], "child": [-1.0, -1.0, -1.0]}
+        for variant, own in scored.items():
+            write_document_scores(root, {"family": "f", "variant": variant}, corpus, {"d": (words, own)})
+    found = rows_of(root, "forgetting", "corpus")
+    assert [(row["r"], row["transfer"]) for row in found.values()] == [(-1.0, None)] * 2
+    point = rows_of(root, "gain_forgetting", "in_corpus")["new"]
+    assert [point[name] for name in ("gain", "forgetting", "on_frontier")] == [None] * 3
+
+
 def test_what_has_no_score_is_on_no_frontier_and_in_nobodys_way(root):
     corpora(root, "new", "old")
     model(root, "base")

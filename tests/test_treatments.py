@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from stores import refused
+from stores import refused, write_documents, write_parquet
 from tiny import save_tiny
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import canopy_store
+from canopy_store.errors import ConflictError, DataError
 from canopy_store.ingest import finetune as training
 from canopy_store.ingest.finetune import finetune
 from canopy_store.ingest.regularise import fisher, penalty_of
@@ -268,6 +269,33 @@ def test_a_call_that_was_killed_before_the_store_knew_is_finished(root, parent, 
     assert curve["step"].to_list() == [1, 2, 3, 4]
 
 
+def test_a_corpus_may_be_named_train(parent, data, tmp_path, canopy):
+    """Its losses are told from those of the batches, by which training neither stops nor is compared."""
+    root = tmp_path / "s"
+    canopy_store.init(root)
+    write_documents(root, "train", [{"document_id": "1", "text": "lazy dogs"}])
+    asked = {"eval-corpus": "train", "eval-every": 1, "early-stop": 1}
+    assert canopy(*call(root, parent, data, tmp_path / "c", steps=2, **asked))[0] == 0
+    curve = canopy_store.read(root, "training")
+    assert curve.select("step", "split").is_duplicated().sum() == 0
+    assert set(curve["split"]) == {"train", "train/all"}
+
+
+def test_another_corpus_to_stop_by_is_another_child(parent, data, tmp_path):
+    documents = [{"document_id": "1", "split": "all", "text": "lazy dogs"}]
+    other = [{"document_id": "1", "split": "all", "text": "7 and 13 sleep"}]
+    usual = {"steps": 2, "eval_every": 1, "early_stop": 1}
+    finetune(str(parent), data, tmp_path / "c", eval_corpora={"a": documents, "b": other}, **usual)
+    with pytest.raises(ConflictError, match="early_stop_on"):
+        finetune(str(parent), data, tmp_path / "c", eval_corpora={"b": other, "a": documents}, **usual)
+
+
+def test_a_corpus_of_which_nothing_is_scored_stops_no_training():
+    nothing = {"step": 0, "split": "a", "tokens": 0, "loss": None}
+    with pytest.raises(DataError, match="--early-stop: corpus a has no token"):
+        training._best([nothing])
+
+
 def test_early_stopping_keeps_the_model_at_its_lowest_loss(parent, data, tmp_path):
     far = [{"document_id": str(n), "text": text, "split": "all"} for n, text in enumerate(OLD)]
     done = finetune(
@@ -415,6 +443,37 @@ def test_data_drawn_from_rollouts_with_real_lines(parent, old, tmp_path, canopy)
     refused(draw("tiny.base.t", tmp_path / "x", "--real", old), 2, "--real-share")
     refused(draw("nobody", tmp_path / "x"), 1, "nobody")
     assert not (tmp_path / "x").exists()
+
+
+def test_generated_data_says_what_it_is_made_of_and_what_it_cannot_be_made_of(
+    parent, old, tmp_path, canopy
+):
+    root = tmp_path / "s"
+    canopy_store.init(root)
+    asked = {
+        "plain": {"prompt": "The quick"},
+        "chat": {"messages": '[{"role": "user", "content": "a"}]'},
+    }
+
+    def rollouts(task, *texts):
+        keys = {"family": "tiny", "variant": "base", "task": task, "prompt_id": "p", **asked[task]}
+        rows = [{**keys, "sample": n, "entropy": [0.5], "text": text} for n, text in enumerate(texts)]
+        canopy_store.import_rollouts(root, write_parquet(tmp_path / f"{task}.parquet", rows))
+
+    def draw(run, out, *more):
+        return canopy("ingest", "generated", "--store", root, "--run", run, "--out", out, *more)
+
+    rollouts("plain", " fox", "", " dogs", " sleep")
+    one, two = tmp_path / "one.jsonl", tmp_path / "two.jsonl"
+    refused(draw("tiny.base.plain", one, "--form", "completion"), 1, "1 of the rollouts", "--form text")
+    assert not one.exists()
+    assert draw("tiny.base.plain", one, "--real", old, "--real-share", 0.5)[0] == 0
+    # half of it are lines of a file of which half is real: a quarter, and a generation more
+    assert draw("tiny.base.plain", two, "--real", one, "--real-share", 0.5, "--seed", 3)[0] == 0
+    row = canopy_store.read(root, "datasets").filter(name="two").row(0, named=True)
+    assert (row["real"], row["replayed"], row["generated"], row["generation"]) == (0.25, 0, 0.75, 2)
+    rollouts("chat", " fox", " dogs")
+    refused(draw("tiny.base.chat", tmp_path / "three.jsonl"), 1, "its prompts are conversations")
 
 
 # ---------------------------------------------------------------- made elsewhere

@@ -101,9 +101,100 @@ def test_accuracies_are_paired_by_cluster_and_split(tmp_path):
     # every cluster changes alike: nothing varies between them
     assert (forward["delta_se"], forward["p"]) == (0.0, 0.0)
     pooled = compare(root, unit="item", by="family", metrics=["accuracy_sum"]).row(0, named=True)
-    assert (pooled["task"], pooled["delta"], pooled["n_tasks"]) == ("(all)", 0.25, 2)
+    assert (pooled["task"], pooled["delta"], pooled["n_tasks"]) == ("(all)", 0.25, 1)
+    assert pooled["n_prompts"] == 4  # the facts, each of them in both parts
     only = compare(root, metrics=["accuracy_sum"], splits=["back"])
     assert only["task"].to_list() == ["t:back"]
+
+
+def test_a_fact_that_is_asked_in_several_parts_counts_once_where_they_are_pooled(tmp_path):
+    """Three wordings of each fact that change alike say no more of other facts than one wording."""
+    parts, facts = ("forward", "back", "two-hop"), 7
+    items = [fact(n, split) for split in parts for n in range(facts)]
+    base = [[-1.0, -2.0] for _ in items]
+
+    def tuned(seed: int) -> list[list[float]]:
+        drawn = np.random.default_rng(seed).normal(0.5, 1, facts)
+        return [[-1.0 + drawn[n], -2.0] for _ in parts for n in range(facts)]
+
+    root = quiz(tmp_path / "S", items, {"base": base, "s-0": tuned(0), "s-1": tuned(1)})
+    shown = ("delta", "delta_se", "delta_ci_low", "delta_ci_high", "p", "n_prompts", "n_left_out")
+    for seeds in (None, {"s": "s-*"}):
+        rows = compare(root, metrics=["margin"], seeds=seeds).sort("variant", "checkpoint").to_dicts()
+        for pooled in (row for row in rows if row["task"] == "(all)"):
+            same = ("variant", "checkpoint")
+            (one,) = (
+                row
+                for row in rows
+                if row["task"] == "t:back" and all(row[key] == pooled[key] for key in same)
+            )
+            assert [pooled[key] for key in shown] == pytest.approx([one[key] for key in shown])
+            assert (pooled["n_prompts"], pooled["n_samples"]) == (facts, len(parts))
+        assert len([row for row in rows if row["task"] == "(all)"]) == (3 if seeds else 2)
+    plan, whole = (
+        power(root, metric="margin", delta=0.5).filter(variant="s-0").row(0, named=True),
+        compare(root, metrics=["margin"], by="family", variants=["s-0"]).row(0, named=True),
+    )
+    assert plan["pilot_prompts"] == whole["n_prompts"] == facts
+
+
+def test_prompts_that_families_share_are_not_left_out_of_their_seeds():
+    rng = np.random.default_rng(0)
+    usual = {"task": "t", "n_rollouts": 4, "mean_length": 3.0, "truncation_rate": 0.0}
+    usual |= {"selection": "all", "selection_rule": None}
+    rows = [
+        {
+            **usual,
+            **{"run_id": f"{family}.{name}", "family": family, "checkpoint": name, "prompt_id": str(p)},
+            **{"variant": name.partition("-")[0], "ce_star": rng.normal()},
+        }
+        for family in "fg"
+        for name in ("base", "s-0", "s-1")
+        for p in range(6)
+    ]
+    models = pl.DataFrame(
+        [
+            {
+                "family": "f",
+                "variant": "base",
+                "treatment": "base",
+                "generation": 0,
+                "hyperparameters": None,
+            }
+        ]
+    )
+    frame = compare_prompts(pl.DataFrame(rows), models, metrics=["ce_star"], replicates=50)
+    row = frame.filter(level="all").row(0, named=True)
+    assert (row["n_prompts"], row["n_left_out"], row["left_out_share"]) == (6, 0, 0.0)
+
+
+def test_parts_without_a_cluster_in_common_are_drawn_by_themselves(tmp_path):
+    items = [fact(n, "a") for n in range(4)] + [fact(n + 4, "b") for n in range(4)]
+    sft = [[-1.0, -2.0]] * 4 + [[0.0, -2.0]] * 4  # all of b changes by 1, and nothing of a
+    root = quiz(tmp_path / "S", items, {"base": [[-1.0, -2.0]] * 8, "sft": sft})
+    row = compare(root, metrics=["margin"], by="family").row(0, named=True)
+    assert (row["delta"], row["n_prompts"], row["n_tasks"]) == (0.5, 8, 2)
+    assert row["delta_se"] == pytest.approx(0, abs=1e-12)
+
+
+def test_a_part_and_a_task_of_one_name_are_not_made_one(tmp_path):
+    root = quiz(
+        tmp_path / "S", [fact(n, "a") for n in range(3)], {"base": [RIGHT] * 3, "sft": [WRONG] * 3}
+    )
+    listed = [option_rows(str(n), [" yes", " no"], 0, prompts=["?", "?"]) for n in range(3)]
+    store_items(root, "t:a", listed)
+    for variant in ("base", "sft"):
+        keys = {"scorer_id": f"f.{variant}", "task": "t:a"}
+        rows = [
+            {**keys, "item_id": row["item_id"], "option": row["option"], "logprob_sum": -1.0}
+            for item in listed
+            for row in item
+        ]
+        commit_rows(root, "option_scores", rows)
+    with pytest.raises(DataError, match=r"t:a is a part of t and of t:a.*--task"):
+        compare(root, unit="item")
+    row = compare(root, metrics=["accuracy_sum"], tasks=["t"]).row(0, named=True)
+    assert (row["task"], row["delta"]) == ("t:a", -1.0)
 
 
 def test_the_interval_is_the_cluster_bootstraps(tmp_path):

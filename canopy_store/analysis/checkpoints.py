@@ -9,7 +9,7 @@ the jackknife's pseudo-values, which linearise it. Tasks are fixed: prompts vary
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -28,7 +28,7 @@ from canopy_store.analysis.intervals import (
     tests,
     z_interval,
 )
-from canopy_store.analysis.pairing import Cells
+from canopy_store.analysis.pairing import Cells, drawn_together
 
 _LOG = Scale(np.log, np.exp)
 
@@ -65,15 +65,22 @@ def two_way(table: Array, task_of: Array) -> tuple[float, float]:
 
 
 def over_checkpoints(
-    groups: Sequence[Cells], names: Sequence[str], confidence: float, margins: dict[str, Any]
+    groups: Sequence[Cells],
+    names: Sequence[str],
+    confidence: float,
+    margins: dict[str, Any],
+    parts_of: Mapping[str, str] | None = None,
 ) -> tuple[list[dict[str, Any]], Array]:
     """The columns of `summary` for each measure, over all checkpoints; and the prompts used (tasks, K).
 
     Parameters
     ----------
     groups : per checkpoint the cells that its row pools
+    parts_of : as of `drawn_together`, whose parts count as one task here
     """
-    sums, task_of = _tables(groups, len(names))  # (S, 2, X, P, K)
+    sums, task_of = _tables(
+        groups, len(names), drawn_together(groups, parts_of or {})
+    )  # (S, 2, X, P, K)
     used = sums[0, 0, 1] > 0
     total = sums.sum(3, keepdims=True)
     whole, less = (bootstrap.pooled(np.moveaxis(x, 2, 0), names) for x in (total, total - sums))
@@ -126,12 +133,11 @@ def _summary(name: str, parts: _Parts, margin: float | str | None) -> dict[str, 
     return row | tests(name, values, se if np.isfinite(se) else None, units, margin)
 
 
-def _tables(groups: Sequence[Cells], width: int) -> tuple[Array, Array]:
+def _tables(groups: Sequence[Cells], width: int, tasks: Sequence[Sequence[str]]) -> tuple[Array, Array]:
     """The sums (S, 2, X, P, K) of the prompts that every checkpoint has, and their tasks (P,)."""
-    tasks = list(dict.fromkeys(task for group in groups for _, _, task in group))
     blocks, task_of = [], []
-    for number, task in enumerate(tasks):
-        of_task = [[cell for key, cell in group.items() if key[2] == task] for group in groups]
+    for number, together in enumerate(tasks):
+        of_task = [[cell for key, cell in group.items() if key[2] in together] for group in groups]
         # of a task that a checkpoint lacks there is no prompt that all have
         shared = [{p for first, *_ in cells for p in first.prompts} for cells in of_task]
         prompts = sorted(set.intersection(*shared))

@@ -137,7 +137,7 @@ def compare(
     checkpoint : of a row of level 'seed' the checkpoint's name
     n_checkpoints : of the variant, in this row
     selection_rule : 'reward' or 'lengths', the rule of the selection; NULL of 'all'
-    n_prompts, n_tasks : that the row pools
+    n_prompts, n_tasks : that the row pools; parts of a task that share clusters are one task
     n_samples : rollouts a prompt, of the side that has fewer; ``baseline_n_samples`` and
         ``treated_n_samples`` of each, the median over prompts
     n_left_out, left_out_share : prompts left out, and their share of the rollouts of both sides
@@ -273,14 +273,19 @@ def compare_prompts(
         raise UsageError(f"--interval {interval}: several checkpoints of a variant have t alone")
     order = variant_order(models, prompts, baseline)
     cells, left_out = paired_cells(prompts, baseline, names, order)
-    facts = RowFacts(prompts, models, names, baseline, left_out)
+    parts_of = {}
+    if "of_task" in prompts.columns:
+        parts_of = dict(prompts.select("task", "of_task").unique().iter_rows())
+    facts = RowFacts(prompts, models, names, baseline, left_out, parts_of)
     draw = drawing(replicates, resample)
     out: list[dict[str, Any]] = []
     for level in LEVELS if by is None else (by,):
         for (family, variant, task), groups in _checkpoints(cells, level, shared_names).items():
             where = {"level": level, "family": family, "task": task, "variant": variant}
             for checkpoint, group in groups.items():
-                values, drawn, used = evaluate(group, names, draw, replicates, seed, kernels or {})
+                values, drawn, used = evaluate(
+                    group, names, draw, replicates, seed, kernels or {}, parts_of
+                )
                 # of several seeds a row is one's own, also where a task has no other
                 single = [*shared_names.values()].count(variant) <= 1
                 for k, name in enumerate(names):
@@ -301,7 +306,7 @@ def compare_prompts(
                     )
             if len(groups) > 1:
                 several = list(groups.values())
-                rows, used = over_checkpoints(several, names, confidence, margins)
+                rows, used = over_checkpoints(several, names, confidence, margins, parts_of)
                 for k, (name, row) in enumerate(zip(names, rows, strict=True)):
                     counted = facts.of(several, k, used[:, k])
                     pooled = {"metric": name, "checkpoint": "", "n_checkpoints": len(several)}

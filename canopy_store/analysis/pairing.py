@@ -213,6 +213,36 @@ def widest(frame: pl.DataFrame) -> pl.DataFrame:
     return by_width.unique(["variant", "metric"], keep="first", maintain_order=True)
 
 
+def drawn_together(groups: Sequence[Cells], parts_of: Mapping[str, str]) -> list[list[str]]:
+    """The tasks of cells in order, each by itself but for parts of one task that share clusters.
+
+    What is drawn is a cluster with all that is of it: items on one fact stand or fall together in every
+    part that asks for the fact.
+
+    Parameters
+    ----------
+    groups : the cells; several for the checkpoints of one variant
+    parts_of : the task that a part is of, by the part's name; other tasks have no parts
+    """
+    prompts: dict[str, set[str]] = {}
+    for group in groups:
+        for (_, _, task), cell in group.items():
+            prompts.setdefault(task, set()).update(cell[0].prompts)
+    together: list[tuple[list[str], set[str]]] = []
+    for task, own in prompts.items():
+        joined, apart = ([task], own), []
+        for tasks, others in together:
+            if parts_of.get(task) == parts_of.get(tasks[0]) is not None and own & others:
+                joined = ([*tasks, *joined[0]], others | joined[1])
+            else:
+                apart.append((tasks, others))
+        together = [*apart, joined]
+    place = {task: at for at, task in enumerate(prompts)}
+    return sorted(
+        (sorted(tasks, key=place.__getitem__) for tasks, _ in together), key=lambda t: place[t[0]]
+    )
+
+
 def drawing(replicates: int, resample: str = "prompts") -> Draw:
     """The draws (B, P) of a number of prompts under a key, and their counts (B, P); drawn once a key."""
 
@@ -233,18 +263,20 @@ def evaluate(
     replicates: int,
     seed: int,
     kernels: Mapping[tuple[str, str], Rollouts],
+    parts_of: Mapping[str, str] | None = None,
 ) -> tuple[Array, Array, Array]:
     """Values (S, K) of each side, replicates (S, B, K), and prompts used (tasks, K).
 
+    Parts of a task that are `drawn_together`, by ``parts_of``, count as one task here.
     Each metric is summed by itself, so that its last bits do not depend on which others there are.
     """
     width, sides = len(names), len(next(iter(group.values())))
     point = np.zeros((SUMS, sides, width))
     drawn_point = np.zeros((SUMS, sides, replicates, width))
     used = []
-    tasks = list(dict.fromkeys(task for _, _, task in group))
-    for number, task in enumerate(tasks):
-        cells = [cell for key, cell in group.items() if key[2] == task]
+    tasks = drawn_together([group], parts_of or {})
+    for number, together in enumerate(tasks):
+        cells = [cell for key, cell in group.items() if key[2] in together]
         prompts = list(dict.fromkeys(p for first, *_ in cells for p in first.prompts))
         place = {p: i for i, p in enumerate(prompts)}
         # tasks are drawn independently; one task alone is drawn from the seed itself

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -9,7 +10,7 @@ import numpy as np
 import polars as pl
 
 from canopy_store.analysis.bootstrap import Array
-from canopy_store.analysis.pairing import Cells, Key, Side, without_baseline
+from canopy_store.analysis.pairing import Cells, Key, Side, drawn_together, without_baseline
 
 _OF_A_RUN = ("cap", "allowed", "unrecorded")
 
@@ -24,8 +25,9 @@ class RowFacts:
         names: Sequence[str],
         baseline: str,
         left_out: Mapping[Key, Array],
+        parts_of: Mapping[str, str],
     ) -> None:
-        self.names, self.left_out = names, left_out
+        self.names, self.left_out, self.parts_of = names, left_out, parts_of
         self.same = {
             "baseline_variant": baseline,
             "selection": prompts["selection"][0],
@@ -46,7 +48,7 @@ class RowFacts:
         ``used`` (tasks,) counts the prompts in the row.
         """
         sides = [[cell[which] for group in groups for cell in group.values()] for which in (0, 1)]
-        samples = [_median(side.n_rollouts[side.used[:, k]] for side in both) for both in sides]
+        samples = [_median([self._sizes(groups, which, k)]) for which in (0, 1)]
         cut = [_share(side.cut[side.used[:, k]] for side in both) for both in sides]
         of_runs = [self.runs[side.run_id] for both in sides for side in both]
         caps = {run["cap"] for run in of_runs}
@@ -80,11 +82,28 @@ class RowFacts:
             int(sum(side.used[:, k].sum() for side in sides)),
         )
 
+    def _sizes(self, groups: Sequence[Cells], which: int, k: int) -> Array:
+        """The rollouts, or units, of each prompt or cluster that counts in ``k``, on one side."""
+        sizes: list[int] = []
+        for group in groups:
+            for tasks in drawn_together([group], self.parts_of):
+                of_block: Counter[tuple[str, str]] = Counter()
+                for (family, _, task), cell in group.items():
+                    if task in tasks:
+                        side, used = cell[which], cell[which].used[:, k]
+                        for at in np.flatnonzero(used):
+                            of_block[family, side.prompts[at]] += int(side.n_rollouts[at])
+                sizes += of_block.values()
+        return np.array(sizes)
+
     def _left_out(self, groups: Sequence[Cells], k: int, prompts: int) -> dict[str, Any]:
         counts, shares = [], []
         for group in groups:
             left, rollouts, every = np.sum([self.left_out[key][:, k] for key in group], 0)
-            own = sum(int(cell[0].used[:, k].sum()) for cell in group.values())
+            own = sum(
+                len({p for key, c in group.items() if key[2] in tasks for p in _counted(c[0], k)})
+                for tasks in drawn_together([group], self.parts_of)
+            )
             apart = max(0, own - prompts) if len(groups) > 1 else 0  # that another checkpoint lacks
             counts.append(int(left) + apart)
             share = float(rollouts / every)
@@ -105,6 +124,11 @@ class RowFacts:
             "rarefied_to": _median(numbers),
             "reason": next((reason for _, reason in of_prompts if reason), None),
         }
+
+
+def _counted(side: Side, k: int) -> list[str]:
+    """The prompts that count in measure ``k``."""
+    return [prompt for prompt, used in zip(side.prompts, side.used[:, k], strict=True) if used]
 
 
 def _column(rows: pl.DataFrame, name: str) -> pl.Series:

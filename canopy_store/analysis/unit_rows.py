@@ -89,9 +89,9 @@ def unit_rows(
 
     Returns
     -------
-    family; variant, the arm; task, with the split behind a colon where it has a name; prompt_id, the
-    cluster; run_id, the scorer; n_rollouts, the units in it; the measures; and columns that
-    `compare_prompts` asks for.
+    family; variant, the arm; task, with the split behind a colon where it has a name; of_task, the task
+    alone; prompt_id, the cluster; run_id, the scorer; n_rollouts, the units in it; the measures; and
+    columns that `compare_prompts` asks for.
 
     Raises
     ------
@@ -128,6 +128,7 @@ def unit_rows(
     )
     if paired and (reason := no_baseline(rows, baseline)):
         raise DataError(reason)
+    _require_own_names(rows)
     if "template" not in allow:
         _require_one_template(rows)
     if unit == "document":
@@ -138,7 +139,7 @@ def unit_rows(
 
 def _by_cluster(rows: pl.DataFrame, names: Sequence[str]) -> pl.DataFrame:
     """The clusters of rows of units: their sizes, and each measure's ratio of sums."""
-    keys = ["scorer_id", "family", "variant", "task", "cluster"]
+    keys = ["scorer_id", "family", "variant", "task", "of_task", "cluster"]
     keys += [name for name in ("checkpoint",) if name in rows.columns]
     weight = {"units": "n_units", "tokens": "n_tokens", "bytes": "n_bytes"}
     ratios = []
@@ -158,6 +159,18 @@ def _by_cluster(rows: pl.DataFrame, names: Sequence[str]) -> pl.DataFrame:
         selection=pl.lit("all"),
         selection_rule=pl.lit(None, pl.String),
     )
+
+
+def _require_own_names(rows: pl.DataFrame) -> None:
+    """Raises where a part of one task is called as another task is, or as its part."""
+    names = rows.select("task", "of_task", "split").unique()
+    shared = names.filter(pl.col("task").is_duplicated()).sort("task", "of_task")
+    if len(shared):
+        (name, *_), tasks = shared.row(0), shared.filter(task=shared["task"][0])["of_task"].to_list()
+        raise DataError(
+            f"{name} is a part of {tasks[0]} and of {tasks[1]}: their rows would be one; choose one of "
+            "the two with --task"
+        )
 
 
 def _require_one_template(rows: pl.DataFrame) -> None:

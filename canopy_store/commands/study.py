@@ -26,6 +26,7 @@ from canopy_store import store
 from canopy_store.commands.estimate import estimate
 from canopy_store.commands.shared import FORMAT, echo, print_rows
 from canopy_store.errors import CanopyError, DataError, UsageError
+from canopy_store.store.layout import same_but_case
 
 _MOST_BYTES = 1 << 20  # of a study file
 _KEYS = {"name", "family", "store", "models", "seeds", "arms", "ask", "answer"}
@@ -99,11 +100,19 @@ class Study:
         self._seeded: dict[str, bool] = {}
         for name in self._in_order():
             self._seeded[name] = self._takes_seed(name)
+        taken: dict[str, str] = {}
         for name in self.arms:
-            try:
-                store.check_name("arm", self.variant(name, self.seeds[0]))
-            except UsageError as error:
-                self._fail("arms", str(error))
+            for seed in self.seeds if self._seeded[name] else [None]:
+                variant = self.variant(name, seed)
+                try:
+                    store.check_name("arm", variant)
+                except UsageError as error:
+                    self._fail("arms", str(error))
+                for other, arm in taken.items():
+                    if other == variant or same_but_case(other, variant):
+                        told = f"{other} of arm {arm} and {variant} of arm {name}"
+                        self._fail("arms", f"{told}: one name, on some disks; give one arm another")
+                taken[variant] = name
 
     # ------------------------------------------------------------ what the file says
 
@@ -306,6 +315,25 @@ class Study:
             found.append(self._line(step, options, f"answer {at}", None))
         return found
 
+    def _compared(self, options: Mapping[str, Any], where: str) -> list[str]:
+        """The arms that were asked for what an answer compares: rollouts, options or documents."""
+        from canopy_store.analysis.unit_rows import unit_of  # slow to import
+
+        metrics = options.get("metric", [])
+        named = [str(each) for each in (metrics if isinstance(metrics, list) else [metrics])]
+        try:
+            unit = unit_of(named, options.get("unit"))
+        except UsageError as error:
+            return list(self._fail(where, str(error)))
+        job = {"prompt": "rollouts", "item": "options", "document": "documents"}[unit]
+        asked = [arms for step, _, arms in self.asked if step == job]
+        own = {name for name, arm in self.arms.items() if job in arm}
+        return [
+            name
+            for name in self.arms
+            if name in own or any(arms is None or name in arms for arms in asked)
+        ]
+
     def _is_of_an_arm(self, step: str) -> bool:
         return "variant" in _parameters(self._command(step, "ask")[1])
 
@@ -340,7 +368,11 @@ class Study:
             if arm.context is not None:
                 of_study["context"] = arm.context
         elif "seeds" in known and len(self.seeds) > 1:
-            of_study["seeds"] = [f"{name}={name}-*" for name, several in self._seeded.items() if several]
+            of_study["seeds"] = [
+                f"{name}={','.join(self.variant(name, seed) for seed in self.seeds)}"
+                for name in self._compared(given, f"{where}: {step}")
+                if self._seeded[name]
+            ]
         given = {**{key: value for key, value in of_study.items() if key in known}, **given}
         found = list(words)
         last: list[str] = []
