@@ -1,8 +1,8 @@
 """Graders: what finds the answer in a rollout's text, and tells whether it is the reference.
 
 Each is a function of text and reference. None runs what a model has written: answers are compared as
-text, as numbers, or as the expressions that a grammar reads in them; a function of one's own does what it
-does.
+text, as numbers, or as the expressions that a grammar reads in them; a function of one's own does what
+it does.
 """
 
 from __future__ import annotations

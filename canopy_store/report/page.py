@@ -29,6 +29,7 @@ def write_report(
     baseline: str = "base",
     selection: str = "all",
     embedder: str | None = None,
+    grader: str | None = None,
     runs: Sequence[str] = (),
     allow: Sequence[str] = (),
     explorer_rollouts: int = EXPLORER_ROLLOUTS,
@@ -45,6 +46,7 @@ def write_report(
     baseline : the variant that the others are compared with
     selection : named subset of the rollouts
     embedder : needed where the store has several
+    grader : of accuracy; needed to show it where the store has several
     runs : only these runs
     allow : settings in which runs may differ, as in `compare`
     explorer_rollouts : rollouts that the page carries to be read one by one
@@ -73,6 +75,7 @@ def write_report(
         baseline=baseline,
         selection=selection,
         embedder=embedder,
+        grader=grader,
         runs=runs,
         allow=allow,
         seed=seed,
@@ -91,6 +94,7 @@ def write_figures(
     baseline: str = "base",
     selection: str = "all",
     embedder: str | None = None,
+    grader: str | None = None,
     runs: Sequence[str] = (),
     allow: Sequence[str] = (),
     seed: int = SEED,
@@ -107,6 +111,7 @@ def write_figures(
         baseline=baseline,
         selection=selection,
         embedder=embedder,
+        grader=grader,
         runs=runs,
         allow=allow,
         seed=seed,
