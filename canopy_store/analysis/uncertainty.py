@@ -233,7 +233,8 @@ def _measured(
         return {"reason": "no graded rollout has a value"}
     value, right = rows["value"].to_numpy(), rows["correct"].to_numpy().astype(float)
     claimed = None if map is None else MAPS[map](value)
-    unsure = -value if map == "identity" else value
+    # rounded as in the views, so that the last bits of a sum part no equals
+    unsure = np.round(-value if map == "identity" else value, 12)
 
     def measures(at: Array) -> list[float]:
         own = [np.nan, np.nan]
