@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import math
 import re
 import sys
 from collections.abc import Callable
@@ -235,15 +236,24 @@ def _python(named: str | None) -> Grader:
             reason = " ".join(str(error).split())[:200]
             raise DataError(f"{named} raised {type(error).__name__}: {reason}") from error
         answer, score = said if isinstance(said, tuple) and len(said) == 2 else (None, said)
-        number = isinstance(score, bool | int | float) or hasattr(score, "__float__")
-        if not number or not 0 <= float(score) <= 1 or not isinstance(answer, str | None):
+        value = _share(score)
+        if value is None or not isinstance(answer, str | None):
             raise DataError(
-                f"{named} returned {str(said)[:80]!r}; it needs True or False, a score from 0 to 1, or "
+                f"{named} returned {repr(said)[:80]}; it needs True or False, a score from 0 to 1, or "
                 "(answer, score) with the answer as text or None"
             )
-        return Grade(answer, bool(float(score) == 1), float(score))
+        return Grade(answer, value == 1, value)
 
     return grade
+
+
+def _share(score: Any) -> float | None:
+    """The score as a number from 0 to 1; None of what is none."""
+    try:
+        value = math.nan if isinstance(score, str | bytes) else float(score)
+    except (TypeError, ValueError):
+        return None
+    return value if 0 <= value <= 1 else None
 
 
 def _module(named: str) -> tuple[Any, str]:

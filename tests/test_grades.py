@@ -28,6 +28,7 @@ from canopy_store.analysis.uncertainty import (
 from canopy_store.errors import DataError, UsageError
 from canopy_store.ingest.grade import ingest_grades
 from canopy_store.ingest.graders import choice_letter, grader_of, last_number
+from canopy_store.report.facts import gather
 
 
 def graded_store(root, texts, reference="42", **more):
@@ -140,6 +141,11 @@ def odd(text, reference):
     return "right"
 def wide(text, reference):
     return 7.5
+def vector(text, reference):
+    import numpy
+    return numpy.ones(2)
+def bare(text, reference):
+    return 1, 1.0
 """
 
 
@@ -175,6 +181,8 @@ def test_a_function_of_ones_own(tmp_path, canopy, monkeypatch):
         (("--grader", "python", "--function", "bad_graders:close"), 1, ["sample 1", "ValueError"]),
         (("--grader", "python", "--function", "bad_graders:odd"), 1, ["sample 0", "'right'"]),
         (("--grader", "python", "--function", "bad_graders:wide"), 1, ["sample 0", "0 to 1"]),
+        (("--grader", "python", "--function", "bad_graders:vector"), 1, ["sample 0", "array"]),
+        (("--grader", "python", "--function", "bad_graders:bare"), 1, ["sample 0", "(1, 1.0)"]),
         (("--grader", "number", "--function", "bad_graders:yes"), 2, ["only with --grader python"]),
         (("--grader", "number", "--pattern", "x"), 2, ["only with --grader regex"]),
         (("--grader", "regex", "--pattern", "(?P<"), 2, ["not a regular expression"]),
@@ -416,6 +424,25 @@ def test_a_grader_is_named_where_there_are_several(tmp_path, canopy):
     assert "accuracy" not in set(canopy_store.compare(root, replicates=20)["metric"])
     power = ("power", "--store", root, "--metric", "accuracy", "--delta", 0.1)
     refused(canopy(*power), 2, "--grader")
+
+
+def test_accuracy_in_a_plan_a_regression_and_the_report(tmp_path, canopy):
+    root = tmp_path / "s"
+    random_store(root, 11, most=8, prompts=14)
+    plan = canopy_store.power(root, metric="accuracy", delta=0.2, samples=(4,), grader="imported")
+    assert plan["n_prompts"][0] > 5
+    fit = canopy_store.regress(root, "main", outcome="accuracy", drop=("task", "family"))
+    assert fit.formula.startswith("accuracy ~ R_bar + N_bar")
+    assert fit.fit["rows"] == 28
+    facts = gather(root, baseline="base", selection="all", embedder=None, runs=(), seed=1, rollouts=0)
+    compared = canopy_store.compare(root, metrics=["accuracy"], seed=1).row(0, named=True)
+    shown = facts.changes.filter(metric="accuracy", level="task").row(0, named=True)
+    assert (shown["delta"], shown["delta_se"]) == (compared["delta"], compared["delta_se"])
+    regress = ("regress", "--store", root, "--model", "main", "--outcome", "accuracy", "--grader", "no")
+    refused(canopy(*regress), 1, "--grader no")
+    panel = canopy_store.read(root, "panel")
+    with pytest.raises(UsageError, match="--grader: of a store"):
+        canopy_store.regress(panel, "main", grader="imported")
 
 
 # ---------------------------------------------------------------- curves over k

@@ -142,7 +142,8 @@ def with_at_k(con: Connection, rows: pl.DataFrame, names: Sequence[str]) -> pl.D
 
 def graders(con: Connection) -> list[str]:
     """The graders whose grades tell right from wrong, by name."""
-    return con.sql("select distinct grader from graded_prompts order by all").pl()["grader"].to_list()
+    query = "select distinct grader from grades where correct is not null order by all"
+    return con.sql(query).pl()["grader"].to_list()
 
 
 def one_grader(con: Connection, what: str, grader: str | None) -> str:
