@@ -6,6 +6,7 @@ for SQL would have to go through the sizes of all answers' groups: `majority_at_
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 
@@ -16,6 +17,7 @@ from canopy_store.analysis.bootstrap import AT_K, Array
 from canopy_store.errors import DataError, UsageError
 from canopy_store.sql.connection import Connection
 
+_MANY = 16  # terms of a sum from which on a matrix product is quicker than their loop
 GRADED = ("accuracy", *AT_K)  # measures that need a grader
 
 
@@ -46,15 +48,28 @@ def majority_at_k(
     most = min(most, n)
     logs = np.array([math.lgamma(i + 1) for i in range(n + 1)])  # of i!
 
-    def merged(all_of: Array, before: int, size: int, drawn: int, ties: int) -> Array:
-        """The part of draws in which ``drawn`` of a group of ``size`` join those of ``before``."""
+    def choose(size: int, part: Array) -> Array:
+        """The logarithm of the ways to choose parts of so many."""
+        return logs[size] - logs[part] - logs[size - part]
+
+    @functools.lru_cache(maxsize=16)
+    def joined(before: int, size: int) -> Array:
+        """(K + 1, K + 1) the chance that of s' drawn from both s are of those before."""
+        to, s = np.arange(most + 1)[:, None], np.arange(most + 1)[None]
+        can = (to >= s) & (to - s <= size) & (s <= before)
+        ways = choose(size, np.where(can, to - s, 0)) + choose(before, np.where(can, s, 0))
+        return np.where(can, np.exp(ways - choose(before + size, np.where(can, to, 0))), 0)
+
+    def with_group(all_of: Array, before: int, size: int, first: int, last: int) -> Array:
+        """What becomes of sums over draws, where first to last of a group of ``size`` come to them."""
+        if last - first > _MANY:
+            chances = joined(before, size)
+            return np.triu(np.tril(chances, -first), -last) @ all_of
         out = np.zeros_like(all_of)
-        s = np.arange(min(before, most - drawn) + 1)
-        ways = logs[size] - logs[drawn] - logs[size - drawn] + logs[before] - logs[s] - logs[before - s]
-        total = before + size
-        ways -= logs[total] - logs[s + drawn] - logs[total - s - drawn]
-        width = all_of.shape[1] - ties
-        out[drawn : drawn + len(s), ties:] = np.exp(ways)[:, None] * all_of[: len(s), :width]
+        for i in range(first, last + 1):
+            s = np.arange(min(before, most - i) + 1)
+            ways = choose(size, np.array(i)) + choose(before, s) - choose(before + size, s + i)
+            out[i : i + len(s)] += np.exp(ways)[:, None] * all_of[: len(s)]
         return out
 
     chance = np.zeros(most + 1)
@@ -67,10 +82,11 @@ def majority_at_k(
         shares[: min(rest, most) + 1, 0] = 1.0
         rights, before = np.zeros_like(shares), rest
         for m, share in large:
-            fewer = [(shares, rights, i, 0) for i in range(min(j - 1, most) + 1)]
-            tied = merged(shares, before, m, j, 1), merged(rights, before, m, j, 1)
-            shares = sum((merged(a, before, m, i, t) for a, _, i, t in fewer), tied[0])
-            rights = sum((merged(b, before, m, i, t) for _, b, i, t in fewer), tied[1] + share * tied[0])
+            tied = with_group(shares[:, :-1], before, m, j, j)
+            moved = with_group(rights[:, :-1], before, m, j, j) + share * tied
+            shares, rights = (with_group(sums, before, m, 0, j - 1) for sums in (shares, rights))
+            rights[:, 1:] += moved
+            shares[:, 1:] += tied
             before += m
         chance += (rights[:, 1:] / np.arange(1, rights.shape[1])).sum(1)
     return [float(min(chance[k], 1.0)) if k <= n else math.nan for k in sizes_drawn]
