@@ -38,11 +38,15 @@ from canopy_store.upkeep.upgrade import upgrade
 from canopy_store.upkeep.verify import verify
 
 if TYPE_CHECKING:
+    from canopy_store.analysis.pass_at_k import pass_at_k_curve
     from canopy_store.analysis.regression import read_panel, regress
+    from canopy_store.analysis.uncertainty import calibrate
     from canopy_store.report import write_figures, write_report
 
 # Imported when they are first used: scipy and the report's pages take longer than the rest together.
 _ON_FIRST_USE = {
+    "calibrate": "canopy_store.analysis.uncertainty",
+    "pass_at_k_curve": "canopy_store.analysis.pass_at_k",
     "read_panel": "canopy_store.analysis.regression",
     "regress": "canopy_store.analysis.regression",
     "write_figures": "canopy_store.report",
@@ -57,6 +61,7 @@ __all__ = [
     "StoreError",
     "UsageError",
     "__version__",
+    "calibrate",
     "ce_star_estimates",
     "compact",
     "compare",
@@ -66,6 +71,7 @@ __all__ = [
     "init",
     "merge",
     "open",
+    "pass_at_k_curve",
     "power",
     "power_of_regression",
     "pull",

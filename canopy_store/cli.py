@@ -18,6 +18,7 @@ from canopy_store.commands import sharing as cli_sharing
 from canopy_store.commands.augment import augment_command
 from canopy_store.commands.completion import add_completions
 from canopy_store.commands.demo import demo_command
+from canopy_store.commands.grades import calibrate_command, passk_command
 from canopy_store.commands.query import sql_command
 from canopy_store.commands.regress import regress_command
 from canopy_store.commands.shared import FORMAT, STORE, bar, echo, print_rows, require_ingest
@@ -250,6 +251,8 @@ for command in (
     cli_analysis.select,
     cli_analysis.compare_command,
     cli_analysis.power_command,
+    passk_command,
+    calibrate_command,
     regress_command,
     cli_analysis.report_command,
     cli_ingest.ingest,

@@ -4,7 +4,7 @@ jobs.py      what every job does alike: plan, shards, executors, progress, resum
 rollouts.py  the ingest of rollouts; settings.py, what a run is asked to be
 documents.py the ingest of documents; corpus.py, a file of them; scorer.py, who reads them
 options.py   the ingest of options; items.py, a file of them; option_logprobs.py, how they are read
-embed.py, reward.py, score.py, grade.py   the jobs over stored rollouts
+embed.py, reward.py, score.py, grade.py, graders.py   the jobs over stored rollouts
 sources.py   a local folder, a GGUF file, a hub id or a package -> where it is, told without torch
 models.py    what is there -> model, tokenizer
 prompts.py   a JSONL, CSV or Parquet file -> prompts with their ids

@@ -168,6 +168,7 @@ _OUTSIDE = (
     "with a token outside the scorer's support: above 0, cross-entropy and divergence are infinite, "
     "and the means here leave these out."
 )
+_GRADED = "Rollouts of the prompt in the selection that the grader calls right or wrong."
 _SAME_PROMPTS = "these prompts given: what other rollouts of them would change."
 _RHOS = (
     ("pearson", "Pearson correlation", _FISHER),
@@ -272,6 +273,37 @@ VIEW_DOCS: dict[str, tuple[Column, ...]] = {
         _c("truncation_rate", "Mean over prompts of their truncation_rate."),
         _c("semantic_diversity", "Mean over prompts of their semantic_diversity."),
         _c("vendi_score", "Geometric mean over prompts of their vendi_score."),
+    ),
+    "graded_prompts": (
+        _count("n_graded", _GRADED),
+        _count("n_correct", "Of these the right ones."),
+        _c("accuracy", "n_correct / n_graded: the chance that a rollout is right."),
+        _c("mean_score", "Mean score of the graded rollouts; NULL where one has none."),
+        _c(
+            "no_answer",
+            "Share of the graded rollouts in which no answer was found; NULL where the grader names "
+            "none.",
+        ),
+    ),
+    "pass_at_k": (
+        _count("k", "Rollouts drawn: a power of two, or the most graded of a prompt of the run."),
+        _count("n_graded", _GRADED),
+        _count("n_correct", "Of these the right ones."),
+        _c(
+            "pass_at_k",
+            "Chance that of k rollouts drawn without replacement one is right: 1 - C(n - c, k) / "
+            "C(n, k) of n graded, c of them right; NULL where k > n.",
+        ),
+        _c("pass_hat_k", "Chance that all k are right: C(c, k) / C(n, k); NULL where k > n."),
+    ),
+    "model_pass_at_k": (
+        _count("k", "Rollouts drawn: a power of two, or the most graded of a prompt of the run."),
+        _count("n_prompts", "Prompts of the run with a graded rollout in the selection."),
+        _count(
+            "n_counted", "Of these the prompts with k graded rollouts or more, which the means are of."
+        ),
+        _c("pass_at_k", "Mean over prompts of their pass_at_k; at k = 1 the accuracy."),
+        _c("pass_hat_k", "Mean over prompts of their pass_hat_k."),
     ),
     "ce_star_decomposition": (
         _c(

@@ -135,3 +135,15 @@ create or replace macro words_of(text) as regexp_extract_all(lower(text), '[\p{L
 -- The pairs of words that follow each other in a text.
 create or replace macro bigrams(text) as
     list_transform(list_zip(words_of(text)[:-2], words_of(text)[2:]), lambda p: p[1] || ' ' || p[2]);
+
+-- Chance that none of k drawn of n, without replacement, is one of the c right ones: C(n - c, k) / C(n, k),
+-- as a product of as many factors as the less of k and c, so that nothing overflows. NULL where k > n.
+create or replace macro missed_by(k, c, n) as
+    case when k <= n then case when k > n - c then 0.0 else coalesce(list_product(
+        list_transform(range(0, least(k, c)::bigint), lambda i: 1 - greatest(k, c) / (n - i)::double)), 1.0)
+        end end;
+
+-- Chance that all of k drawn are right: C(c, k) / C(n, k). NULL where k > n.
+create or replace macro hit_by_all(k, c, n) as
+    case when k <= n then case when k > c then 0.0 else list_product(
+        list_transform(range(0, k::bigint), lambda i: (c - i) / (n - i)::double)) end end;

@@ -80,7 +80,11 @@ def fill(root: Path, chain: Path, prompts: Path) -> Path:
         scored = {c.name: rows[c.name] for c in TABLES["scores"].columns if c.name in rows.column_names}
         columns = {
             "rewards": {"reward": rng.normal(size=len(rows))},
-            "grades": {"answer": ids, "score": rng.uniform(size=len(rows))},
+            "grades": {
+                "answer": ids,
+                "correct": [sample % 3 == 0 for sample in samples],
+                "score": rng.uniform(size=len(rows)),
+            },
             "scores": {**scored, "policy": [store.canonical(policy)] * len(rows)},
         }
         for table, values in columns.items():

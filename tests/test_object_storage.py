@@ -153,6 +153,7 @@ def mine(path: Path) -> Path:
             "embedding": random.normal(size=(48, 5)).tolist(),
             "reward": random.normal(size=48),
             "score": random.uniform(size=48),
+            "correct": [i % 3 == 0 for i in range(48)],
         }
     ).write_parquet(path)
     return path

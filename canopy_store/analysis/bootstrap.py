@@ -44,6 +44,9 @@ def _fisher_z(r: Array) -> Array:
     return np.arctanh(np.clip(r, -0.999999, 0.999999))
 
 
+# of a prompt's graded rollouts: what k of them would give, k a power of two
+AT_K = tuple(f"{kind}_{2**power}" for kind in ("pass_at", "pass_hat", "maj_at") for power in range(11))
+
 MEASURES: dict[str, Measure] = {
     "ce_star": Measure("ce_star"),
     "surprisal_mean": Measure("surprisal_mean"),
@@ -73,6 +76,8 @@ MEASURES: dict[str, Measure] = {
     "vendi_score": Measure("vendi_score", np.log, np.exp),
     "diversity_number": Measure("squared_similarity", out=_reciprocal),
     "ce_star_cv": Measure("ce_star_cv"),
+    "accuracy": Measure("accuracy"),
+    **{name: Measure(name) for name in AT_K},
     **{
         name: Measure(name, weight="units", positive=name.startswith("accuracy"), unit="item")
         for name in (
@@ -178,7 +183,10 @@ def counts_of(drawn: Array) -> Array:
 
 @dataclass(frozen=True)
 class Rollouts:
-    """One prompt's rollouts: lengths, sums and rates (M,), and the cosine kernel (M, M) if embedded."""
+    """One prompt's rollouts: lengths, sums and rates (M,), and the cosine kernel (M, M) if embedded.
+
+    ``correct`` is 1 or 0, NaN where a rollout has no grade.
+    """
 
     n_tokens: Array
     entropy_sum: Array
@@ -186,6 +194,7 @@ class Rollouts:
     entropy_rate: Array
     cut: Array
     kernel: Array | None = None
+    correct: Array | None = None
 
 
 # What the second level draws anew. Vendi scores and length-diversity correlations would need an
@@ -206,6 +215,7 @@ ROLLOUT_LEVEL = (
     "truncation_rate",
     "semantic_diversity",
     "diversity_number",
+    "accuracy",
 )
 
 
@@ -248,6 +258,11 @@ def redraw(rollouts: Rollouts, draws: int, rng: np.random.Generator) -> dict[str
             for kernel in (rollouts.kernel, rollouts.kernel**2)
         ]
         values["semantic_diversity"], values["squared_similarity"] = over_pairs[0], 1 - over_pairs[1]
+    values["accuracy"] = np.full(draws, np.nan)
+    if rollouts.correct is not None:
+        graded = np.isfinite(rollouts.correct)
+        with np.errstate(invalid="ignore"):  # of a draw without a graded rollout
+            values["accuracy"] = c @ np.where(graded, rollouts.correct, 0) / (c @ graded)
     return values
 
 

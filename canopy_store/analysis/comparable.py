@@ -8,6 +8,7 @@ from pathlib import Path
 import polars as pl
 
 from canopy_store import sql, store
+from canopy_store.analysis.grades import with_accuracy
 from canopy_store.analysis.likeness import ADDED, require_alike, run_settings
 from canopy_store.analysis.rarefaction import at_common_m, rollouts_of
 from canopy_store.analysis.seeds import as_variants
@@ -159,9 +160,11 @@ def store_panel(
     runs: Sequence[str] = (),
     baseline: str = "base",
     allow: Sequence[str] = (),
+    grader: str | None = None,
 ) -> pl.DataFrame:
     """The view ``panel`` of one selection and one embedder, one run a family, variant and task.
 
+    With ``accuracy`` where the store has grades by ``grader``, or by one grader alone.
     Vendi scores of a prompt are of the fewest rollouts that it has in any variant (`at_common_m`).
     Sorted by task, prompt, family and variant: a view has no order, and sums have last bits.
 
@@ -187,5 +190,6 @@ def store_panel(
             panel = panel.with_columns(n_rollouts=rollouts)
         # a Vendi score grows with the number of rollouts
         panel = at_common_m(panel, baseline, lambda part: rollouts_of(con, part, selection, embedder))
-    panel = panel.select(columns)
+        graded = with_accuracy(con, panel.select(columns), grader)
+    panel = graded.drop("grader", strict=False)
     return panel.sort("task", "prompt_id", "family", "variant")

@@ -13,6 +13,7 @@ from canopy_store.analysis.bootstrap import ROLLOUT_LEVEL, Rollouts
 from canopy_store.analysis.checkpoints import over_checkpoints
 from canopy_store.analysis.comparable import view_rows
 from canopy_store.analysis.control_variate import with_estimates
+from canopy_store.analysis.grades import with_at_k
 from canopy_store.analysis.intervals import INTERVALS, Units, adjusted, side, summary
 from canopy_store.analysis.pairing import (
     LEVELS,
@@ -47,6 +48,7 @@ DEFAULT_METRICS = {
         "semantic_diversity",
         "vendi_score",
         "truncation_rate",
+        "accuracy",
     ),
     "item": ("accuracy_sum", "accuracy_token", "accuracy_pmi", "margin"),
     "document": ("nll", "bits_per_byte"),
@@ -55,6 +57,7 @@ DEFAULT_METRICS = {
 _OF_ROLLOUTS: dict[str, Any] = {
     "selection": "all",
     "embedder": None,
+    "grader": None,
     "runs": (),
     "horizon": None,
     "resample": "prompts",
@@ -72,6 +75,7 @@ def compare(
     by: str | None = None,
     selection: str = "all",
     embedder: str | None = None,
+    grader: str | None = None,
     runs: Sequence[str] = (),
     families: Sequence[str] = (),
     tasks: Sequence[str] = (),
@@ -105,7 +109,8 @@ def compare(
     ----------
     root : path of the store
     baseline : the variant every other is compared with, within its family
-    metrics : columns of model_metrics; by default the main ones the store has. Of items accuracy_sum,
+    metrics : columns of model_metrics, and those that need a ``grader``; by default the main ones that
+        the store has. Of items accuracy_sum,
         accuracy_token, accuracy_char, accuracy_pmi, margin, margin_token, margin_pmi; of documents nll,
         expected_nll, bits_per_byte, perplexity
     unit : 'prompt' (its rollouts), 'item' or 'document'; by default that of the metrics, else 'prompt'
@@ -113,6 +118,8 @@ def compare(
         'prompt', the changes of single prompts (`prompt_changes`)
     selection : the subset of rollouts compared
     embedder : needed where the store has several
+    grader : of accuracy, pass_at_K, pass_hat_K and maj_at_K (K a power of two to 1024); needed for these
+        where the store has several
     runs, families, tasks, variants : only these; of documents the tasks are corpora
     splits : only these parts of a task's items or of a corpus
     seeds : variants that are checkpoints of one, trained with several seeds: {"sft": "sft-*"}. The
@@ -175,7 +182,7 @@ def compare(
     drawn |= {"confidence": confidence, "interval": interval}
     if unit != "prompt":
         given: dict[str, Any] = {"selection": selection, "embedder": embedder, "runs": runs}
-        given |= {"horizon": horizon, "resample": resample}
+        given |= {"horizon": horizon, "resample": resample, "grader": grader}
         _require_none(unit, given, by)
         with sql.connect(root) as con:
             rows = unit_rows(
@@ -211,8 +218,10 @@ def compare(
             seeds=seeds,
             allow=allow,
             horizon=horizon,
+            grader=grader,
         )
         prompts = with_estimates(con, prompts, metrics, horizon)
+        prompts = with_at_k(con, prompts, metrics)
         models = view_rows(con, "models")
         if by == LARGEST:
             texts = con.sql("select task, prompt_id, text from prompts").pl()

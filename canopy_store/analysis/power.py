@@ -87,6 +87,7 @@ def power(
     baseline: str = "base",
     selection: str = "all",
     embedder: str | None = None,
+    grader: str | None = None,
     runs: Sequence[str] = (),
     allow: Sequence[str] = (),
     seed: int = SEED,
@@ -114,6 +115,7 @@ def power(
     cost_prompt, cost_rollout : what a prompt costs, and one more rollout of it by both variants
         together, in any one unit. By default only rollouts cost, and then the fewest samples are
         always cheapest; with a cost of prompts there is a row for the best number of samples
+    grader : of accuracy; needed where the store has several
     allow : settings in which the pilot's runs may differ, as in `compare`
 
     Returns
@@ -156,7 +158,7 @@ def power(
     if any(m <= lost for m in samples):
         raise UsageError(f"--samples: {metric} needs more than {lost} rollouts a prompt")
     options: dict[str, Any] = {"baseline": baseline, "selection": selection, "embedder": embedder}
-    options |= {"runs": runs, "allow": allow, "seed": seed}
+    options |= {"runs": runs, "allow": allow, "seed": seed, "grader": grader}
     rows: list[dict[str, Any]] = []
     for variant, pilot in _pilots(root, metric, lost, options).items():
         of = {"variant": variant, "metric": metric}

@@ -9,6 +9,7 @@ import polars as pl
 
 from canopy_store import store
 from canopy_store.analysis.comparable import comparable, view_rows
+from canopy_store.analysis.grades import with_accuracy
 from canopy_store.analysis.likeness import run_settings
 from canopy_store.analysis.rarefaction import at_common_m, at_horizon, rollouts_of
 from canopy_store.sql.connection import Connection
@@ -28,6 +29,7 @@ def prompt_rows(
     seeds: Mapping[str, str] | None = None,
     allow: Sequence[str] = (),
     horizon: int | None = None,
+    grader: str | None = None,
 ) -> tuple[pl.DataFrame, str]:
     """The rows of ``prompt_metrics`` to compare, like with like; and the embedder.
 
@@ -38,14 +40,15 @@ def prompt_rows(
     ----------
     root : path of the store that the connection shows
     horizon : a common cap, in tokens: every measure is then of the first so many tokens
+    grader : whose grades the accuracy is of; needed to have one where the store has several
 
     The others, and errors, are those of `comparable`.
 
     Returns
     -------
     Beside the columns of the view: ``cap``, ``allowed`` and ``unrecorded`` (`require_alike`),
-    ``rarefied_to`` and ``vendi_reason`` (`at_common_m`), ``selection_rule`` ('reward', 'lengths', NULL)
-    and, with ``seeds``, ``checkpoint``.
+    ``accuracy`` and ``grader`` (`with_accuracy`), ``rarefied_to`` and ``vendi_reason`` (`at_common_m`),
+    ``selection_rule`` ('reward', 'lengths', NULL) and, with ``seeds``, ``checkpoint``.
     """
     rows, embedder = comparable(
         view_rows(con, at_horizon("prompt_metrics", horizon)),
@@ -63,6 +66,7 @@ def prompt_rows(
         horizon=horizon,
     )
     rows = at_common_m(rows, baseline, lambda part: rollouts_of(con, part, selection, embedder))
+    rows = with_accuracy(con, rows, grader, horizon)
     rule = pl.lit(_selection_rule(root, selection), dtype=pl.String)
     return rows.with_columns(selection_rule=rule), embedder
 

@@ -111,22 +111,29 @@ def rollouts_of(
     embedder: str,
     horizon: int | None = None,
 ) -> dict[tuple[str, str], Rollouts]:
-    """The rollouts of each run and prompt, with kernels where the run has embeddings by the embedder."""
+    """The rollouts of each run and prompt, with kernels where the run has embeddings by the embedder.
+
+    With ``correct`` where the prompts have a column ``grader``.
+    """
+    grader = prompts["grader"][0] if "grader" in prompts.columns else None
     runs = prompts.select("run_id", "embedder").unique().sort("run_id")
     view = at_horizon("rollout_metrics", horizon)
     frame = con.sql(
         "with chosen as (select unnest($runs) as run_id, unnest($embedders) as embedder) "
         "select m.run_id, m.prompt_id, m.n_tokens, m.entropy_sum, m.surprisal_sum, m.entropy_rate, "
-        "(m.finish_reason = 'length')::double as cut, e.embedding "
+        "(m.finish_reason = 'length')::double as cut, g.correct::integer as correct, e.embedding "
         f"from {view} m join chosen using (run_id, embedder) "
         "left join embeddings e on e.run_id = m.run_id and e.prompt_id = m.prompt_id "
         "and e.sample = m.sample and e.embedder = m.embedder and e.embedder = $embedder "
+        "left join grades g on g.run_id = m.run_id and g.prompt_id = m.prompt_id "
+        "and g.sample = m.sample and g.grader = $grader "
         "where m.selection = $selection order by m.sample",
         params={
             "runs": runs["run_id"].to_list(),
             "embedders": runs["embedder"].to_list(),
             "embedder": embedder,
             "selection": selection,
+            "grader": grader,
         },
     ).pl()
     rollouts = {}
@@ -138,6 +145,6 @@ def rollouts_of(
             unit /= np.linalg.norm(unit, axis=1, keepdims=True)
             kernel = unit @ unit.T
         rollouts[str(run_id), str(prompt_id)] = Rollouts(
-            **{name: columns[name] for name in _RUN_COLUMNS}, kernel=kernel
+            **{name: columns[name] for name in _RUN_COLUMNS}, kernel=kernel, correct=columns["correct"]
         )
     return rollouts

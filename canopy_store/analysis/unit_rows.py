@@ -13,7 +13,7 @@ from pathlib import Path
 
 import polars as pl
 
-from canopy_store.analysis.bootstrap import MEASURES
+from canopy_store.analysis.bootstrap import AT_K, MEASURES
 from canopy_store.analysis.comparable import only
 from canopy_store.analysis.pairing import no_baseline
 from canopy_store.analysis.seeds import as_variants
@@ -47,7 +47,10 @@ def unit_of(metrics: Sequence[str], unit: str | None) -> str:
         raise UsageError(f"--unit {unit}: one of {', '.join(UNITS)}")
     for name in metrics:
         if name not in MEASURES:
-            names = [n for n, measure in MEASURES.items() if unit in (None, measure.unit)]
+            names = [n for n, m in MEASURES.items() if unit in (None, m.unit) and n not in AT_K]
+            names += ["pass_at_K, pass_hat_K, maj_at_K (K = 1, 2, 4, … 1024)"] * (
+                unit in (None, "prompt")
+            )
             raise UsageError(f"--metric {name}: one of {', '.join(names)}")
     of = {MEASURES[name].unit: name for name in reversed(metrics)}  # the first of each unit
     if unit is not None and (others := [name for each, name in of.items() if each != unit]):

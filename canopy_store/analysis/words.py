@@ -10,7 +10,7 @@ from typing import Any
 
 import polars as pl
 
-from canopy_store.analysis.bootstrap import ESTIMATED, MEASURES
+from canopy_store.analysis.bootstrap import AT_K, ESTIMATED, MEASURES
 from canopy_store.analysis.pairing import POOLED, widest
 from canopy_store.sql.columns import column_of
 
@@ -54,7 +54,8 @@ Row = Mapping[str, Any]
 
 def label(row: Row) -> str:
     """The metric's name as people write it; of a sum over the rollout with the tokens it covers."""
-    name = LABELS.get(row["metric"], row["metric"].replace("_", " "))
+    plain = row["metric"].replace("_at_", "@").replace("_hat_", "^").replace("_", " ")
+    name = LABELS.get(row["metric"], plain)
     if row["metric"] in OF_THE_WHOLE and row.get("horizon") is not None:
         return f"{name} (first {row['horizon']} tokens)"
     return name
@@ -62,6 +63,8 @@ def label(row: Row) -> str:
 
 def unit(metric: str) -> str:
     """The metric's unit; '' where it has none."""
+    if metric == "accuracy" or metric in AT_K:
+        return ""
     # an estimate of CE* is no column of a view, and in its unit
     name = "ce_star" if metric in ESTIMATED else metric
     view = "option_accuracy" if metric.startswith("accuracy_") else _VIEWS[MEASURES[metric].unit]

@@ -16,6 +16,7 @@ from canopy_store.commands.compared import show_comparison, show_prompts
 from canopy_store.commands.shared import (
     ALLOW,
     FORMAT,
+    GRADER,
     RUNS,
     SEEDS,
     STORE,
@@ -79,6 +80,7 @@ _COMPARED = (
     ),
     click.option("--selection", default="all", show_default=True, metavar="NAME"),
     click.option("--embedder", metavar="NAME", help="Needed where the store has several."),
+    GRADER,
     RUNS,
     ALLOW,
 )
@@ -98,8 +100,8 @@ def _comparison_options(command: Callable[..., Any]) -> Callable[..., Any]:
     "metrics",
     multiple=True,
     metavar="NAME",
-    help="Column of model_metrics, or a measure of items or documents; repeatable [default: the main "
-    "ones].",
+    help="Column of model_metrics, accuracy, pass_at_8, …, or a measure of items or documents; "
+    "repeatable [default: the main ones].",
 )
 @click.option(
     "--unit",
@@ -167,6 +169,7 @@ def compare_command(root: str, margins: tuple[str, ...], form: str, **options: A
       canopy compare --store S --horizon 64
       canopy compare --store S --allow rendering --by prompt --metric ce_star
       canopy compare --store S --seeds 'sft=sft-*'
+      canopy compare --store S --metric accuracy --metric pass_at_8 --grader number
       canopy compare --store S --unit item --split reversal
       canopy compare --store S --metric nll --task licences
     """

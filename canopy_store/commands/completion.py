@@ -80,6 +80,7 @@ _OFFERS: dict[str, Offer] = {
     "parent": _checkpoints,
     "selection": _selections,
     "embedder": _keys("embeddings", "embedder"),
+    "grader": _keys("grades", "grader"),
     "reward_model": _keys("rewards", "reward_model"),
     "corpora": _keys("documents", "corpus"),
     "corpus": _keys("documents", "corpus"),

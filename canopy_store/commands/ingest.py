@@ -380,25 +380,41 @@ def score_command(root: str, scorer: str, **options: Any) -> None:
 @STORE
 @click.option(
     "--grader",
-    type=click.Choice(["exact", "regex"]),
+    type=click.Choice(["exact", "regex", "choice", "number", "math", "python"]),
     default="exact",
     show_default=True,
-    help="exact: the whole text is the answer; regex: the last match of --pattern is.",
+    help="What the answer is, and when it is right.",
 )
-@click.option("--pattern", metavar="REGEX", help="Its first group, where it has one, is the answer.")
+@click.option(
+    "--pattern", metavar="REGEX", help="Of regex: its first group, where it has one, is the answer."
+)
+@click.option(
+    "--function",
+    metavar="MODULE:NAME",
+    help="Of python: a function of text and reference, of your own; the working folder is searched too.",
+)
 @click.option("--name", metavar="NAME", help="Name in the store [default: the grader's].")
 @RUNS
 @spread_options
 def grade_command(root: str, grader: str, **options: Any) -> None:
     """Grade every stored rollout against the reference of its prompt.
 
-    References come with the prompts: {"text": …, "reference": …}. Answers are compared as text, spaces
-    around them aside.
+    References come with the prompts: {"text": …, "reference": …}. Nothing that a model wrote is run.
 
     \b
-    Example:
-      canopy ingest grade --store S --grader regex --pattern '#### (-?[0-9]+)' --name number
-      canopy sql "select run_id, avg(correct::int) from grades group by all" --store S
+    exact    the whole text, as text, spaces around it aside
+    regex    the last match of --pattern, as text
+    choice   the letter of a choice that is stated last: (B), \\boxed{B}, "the answer is B"
+    number   the last number, by its value: commas, currencies and units aside, 25% is 0.25 and 25
+    math     the expression that math-verify finds, as mathematics: \\frac12 is 0.5
+    python   what --function says: True or False, a score from 0 to 1, or (answer, score)
+
+    \b
+    Examples:
+      canopy ingest grade --store S --grader regex --pattern '#### (-?[0-9]+)' --name gsm8k
+      canopy ingest grade --store S --grader number
+      canopy ingest grade --store S --grader python --function my_graders:close
+      canopy sql "from model_pass_at_k" --store S
     """
     from canopy_store.ingest.grade import ingest_grades
 

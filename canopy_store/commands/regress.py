@@ -11,6 +11,7 @@ import duckdb
 from canopy_store.commands.shared import (
     ALLOW,
     FORMAT,
+    GRADER,
     RUNS,
     SEEDS,
     bar,
@@ -30,7 +31,7 @@ from canopy_store.errors import UsageError
     default="D",
     show_default=True,
     metavar="COLUMN",
-    help="Column to explain: D, vendi_score, or another number of the panel.",
+    help="Column to explain: D, vendi_score, accuracy, or another number of the panel.",
 )
 @click.option("--baseline", default="base", show_default=True, metavar="V")
 @click.option("--reference-task", metavar="T", help="[default: completion, else the first by name]")
@@ -42,6 +43,7 @@ from canopy_store.errors import UsageError
 )
 @click.option("--selection", metavar="NAME", help="[default: all]")
 @click.option("--embedder", metavar="NAME", help="Needed where there are several.")
+@GRADER
 @RUNS
 @ALLOW
 @SEEDS

@@ -40,6 +40,11 @@ RUNS = click.option(
 )
 
 
+GRADER = click.option(
+    "--grader", metavar="NAME", help="Of accuracy and its like; needed where the store has several."
+)
+
+
 def _seeds(_context: click.Context, _option: click.Parameter, texts: tuple[str, ...]) -> dict[str, str]:
     """Return the pattern of each NAME=PATTERN by its name."""
     patterns: dict[str, str] = {}

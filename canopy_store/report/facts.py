@@ -127,6 +127,7 @@ def gather(
     baseline: str,
     selection: str,
     embedder: str | None,
+    grader: str | None = None,
     runs: Sequence[str],
     allow: Sequence[str] = (),
     seeds: Mapping[str, str] | None = None,
@@ -171,7 +172,7 @@ def gather(
         order = ["family", "task", "variant"]
         shown, used = comparable(metrics, root, **chosen)
         shown = shown.with_columns(_PANEL).sort(order)
-        prompts, _ = prompt_rows(con, root, baseline=baseline, allow=allow, **chosen)
+        prompts, _ = prompt_rows(con, root, baseline=baseline, allow=allow, grader=grader, **chosen)
         prompts = prompts.sort(*order, "prompt_id")
         names = shown["run_id"].to_list()
         of_runs = pl.col("run_id").is_in(names), pl.col("selection") == selection

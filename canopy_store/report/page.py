@@ -29,6 +29,7 @@ def write_report(
     baseline: str = "base",
     selection: str = "all",
     embedder: str | None = None,
+    grader: str | None = None,
     runs: Sequence[str] = (),
     allow: Sequence[str] = (),
     seeds: Mapping[str, str] | None = None,
@@ -46,6 +47,7 @@ def write_report(
     baseline : the variant that the others are compared with
     selection : named subset of the rollouts
     embedder : needed where the store has several
+    grader : of accuracy; needed to show it where the store has several
     runs : only these runs
     allow : settings in which runs may differ, as in `compare`
     seeds : checkpoints of a variant, as in `compare`: pooled where items, documents and training are
@@ -76,6 +78,7 @@ def write_report(
         baseline=baseline,
         selection=selection,
         embedder=embedder,
+        grader=grader,
         runs=runs,
         allow=allow,
         seeds=seeds,
@@ -95,6 +98,7 @@ def write_figures(
     baseline: str = "base",
     selection: str = "all",
     embedder: str | None = None,
+    grader: str | None = None,
     runs: Sequence[str] = (),
     allow: Sequence[str] = (),
     seeds: Mapping[str, str] | None = None,
@@ -112,6 +116,7 @@ def write_figures(
         baseline=baseline,
         selection=selection,
         embedder=embedder,
+        grader=grader,
         runs=runs,
         allow=allow,
         seeds=seeds,

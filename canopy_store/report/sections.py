@@ -26,6 +26,7 @@ _CHANGES = {
     "entropy_rate": "Entropy rate",
     "semantic_diversity": "Semantic diversity",
     "vendi_score": "Vendi score",
+    "accuracy": "Accuracy",
 }
 _SHORT = pl.col(pl.Float64).round(7).round_sig_figs(6)
 

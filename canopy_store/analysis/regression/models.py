@@ -63,6 +63,7 @@ def regress(
     *,
     selection: str | None = None,
     embedder: str | None = None,
+    grader: str | None = None,
     runs: Sequence[str] = (),
     baseline: str = "base",
     outcome: str = "D",
@@ -87,6 +88,7 @@ def regress(
         NULL drop out
     selection, embedder : the rows to keep; by default selection all of a store, and what the frame or
         the store holds where that is one
+    grader : of a store: whose grades the column accuracy is of; needed for it where there are several
     runs : only these runs, needed where a model and task have several
     baseline : the variant that is the reference level
     outcome : column to explain; the beta model needs values between 0 and 1 (it takes |D|)
@@ -136,10 +138,17 @@ def regress(
     _require_model(model, seeds, precision, bootstrap)
     rows: dict[str, Any] = {"embedder": embedder, "runs": runs}
     if isinstance(panel, pl.DataFrame):
+        if grader is not None:
+            raise UsageError("--grader: of a store; a panel has the columns that it has")
         of_store, frame = None, one_panel(panel, "panel", selection=selection, **rows)
     else:
         of_store = store_panel(
-            panel, selection=selection or "all", baseline=baseline, allow=allow, **rows
+            panel,
+            selection=selection or "all",
+            baseline=baseline,
+            allow=allow,
+            grader=grader,
+            **rows,
         )
         frame = one_panel(of_store, str(panel))
     frame = as_variants(frame, seeds or {}, baseline=baseline)
