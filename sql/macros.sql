@@ -135,3 +135,14 @@ create or replace macro words_of(text) as regexp_extract_all(lower(text), '[\p{L
 -- The pairs of words that follow each other in a text.
 create or replace macro bigrams(text) as
     list_transform(list_zip(words_of(text)[:-2], words_of(text)[2:]), lambda p: p[1] || ' ' || p[2]);
+
+-- Distinct meanings among the first k rollouts, from their clusters in order; NULL of fewer than k.
+create or replace macro distinct_k(labels, k) as
+    case when len(labels) >= k then len(list_distinct(labels[:k]))::double end;
+
+-- Their utility: the mean over the first k of 1 for the first of its meaning and 0 for a repetition,
+-- weighted by 0.8^i, i from 0: a reader who goes on with that chance; NULL of fewer than k.
+create or replace macro utility_k(labels, k) as
+    case when len(labels) >= k then list_sum(list_transform(labels[:k],
+            lambda c, i: case when list_position(labels, c) = i then pow(0.8, i - 1) else 0 end))
+        / ((1 - pow(0.8, k)) / (1 - 0.8)) end;
