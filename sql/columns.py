@@ -599,6 +599,7 @@ VIEW_DOCS: dict[str, tuple[Column, ...]] = {
         _c("total", "nll less that of the baseline, over tokens of every type.", "nats per token"),
     ),
     "meanings": (
+        _c("cluster", "Number of the cluster, from 0 in the order of first members.", type="INTEGER"),
         _count("n_rollouts", "Judged rollouts in the cluster."),
         _c("share", "n_rollouts over the prompt's judged rollouts."),
         _c(
@@ -636,8 +637,8 @@ VIEW_DOCS: dict[str, tuple[Column, ...]] = {
         _c("distinct_10", "Clusters among the first 10 judged rollouts; NULL of fewer."),
         _c(
             "utility_10",
-            "Mean over the first 10 judged rollouts, weighted by 0.8^i, of 1 for the first of its cluster "
-            "and 0 for another; NULL of fewer.",
+            "Mean over the first 10 judged rollouts, weighted by 0.8^i, of 1 for the first of its "
+            "cluster and 0 for another; NULL of fewer.",
         ),
         _count(
             "n_intransitive",

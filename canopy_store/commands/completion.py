@@ -81,6 +81,9 @@ _OFFERS: dict[str, Offer] = {
     "selection": _selections,
     "embedder": _keys("embeddings", "embedder"),
     "reward_model": _keys("rewards", "reward_model"),
+    "grader": _keys("grades", "grader"),
+    "judge": _keys("judgments", "judge"),
+    "clusters": _keys("clusters", "clustering"),
     "corpora": _keys("documents", "corpus"),
     "corpus": _keys("documents", "corpus"),
 }
