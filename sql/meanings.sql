@@ -11,13 +11,14 @@ with judged as (
         and r.selection = 'all'
 ),
 scaled as (
-    -- the largest is taken out before exp, so that the sum is never 0
+    -- the largest is taken out before exp, so that no sum is 0
     select *,
-        max(logprob) over prompt as largest,
+        max(logprob) over class as largest,
         count(*) over prompt as m,
         count(logprob) over prompt = count(*) over prompt as known
     from judged
-    window prompt as (partition by run_id, prompt_id, clustering)
+    window prompt as (partition by run_id, prompt_id, clustering),
+        class as (partition by run_id, prompt_id, clustering, cluster)
 ),
 classes as (
     select run_id, prompt_id, clustering, cluster,
@@ -26,14 +27,20 @@ classes as (
         count(*) as n_rollouts,
         min(sample) as first_sample,
         sum(n_unlike)::bigint as n_unlike,
-        case when bool_and(known) then ln(sum(exp(logprob - largest))) end as logprob
+        case when bool_and(known) then max(largest) + ln(sum(exp(logprob - largest))) end as logprob
     from scaled
     group by run_id, prompt_id, clustering, cluster
+),
+against as (
+    select *, max(logprob) over (partition by run_id, prompt_id, clustering) as largest
+    from classes
 )
 select family, variant, task, run_id, prompt_id, clustering, cluster,
     n_rollouts,
     n_rollouts / m::double as share,
-    logprob - ln(sum(exp(logprob)) over (partition by run_id, prompt_id, clustering)) as class_logprob,
+    logprob - largest
+        - ln(sum(exp(logprob - largest)) over (partition by run_id, prompt_id, clustering))
+        as class_logprob,
     first_sample,
     n_unlike
-from classes
+from against
