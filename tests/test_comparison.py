@@ -30,7 +30,7 @@ PARTS = {"base": "baseline", "instruct": "treated", "delta": "delta", "percent_d
 VIEWED = [
     name
     for name, measure in bootstrap.MEASURES.items()
-    if measure.unit == "prompt" and name not in bootstrap.ESTIMATED
+    if measure.unit == "prompt" and name not in (*bootstrap.ESTIMATED, *bootstrap.MEANINGS)
 ]
 
 

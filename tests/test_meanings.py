@@ -13,10 +13,12 @@ import polars as pl
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from stores import GOLDEN, write_parquet
+from stores import GOLDEN, refused, write_parquet
 
 import canopy_store
 from canopy_store import store
+from canopy_store.analysis.bootstrap import Rollouts, redraw
+from canopy_store.errors import DataError, UsageError
 from canopy_store.ingest.clusters import alike, ingest_clusters, subsample
 
 EXPECTED = json.loads((GOLDEN / "clusters_expected.json").read_text())
@@ -38,10 +40,10 @@ def judged_store(
     rows = [
         {
             **{"family": "f", "variant": variant, "task": "t", "prompt_id": prompt, "sample": i},
-            "logprob": [logprob / (n := lengths[i % len(lengths)])] * n,
-            "entropy": [0.5 + 0.1 * (i % 3)] * n,
+            "logprob": [logprob / (n := lengths[(i + at) % len(lengths)])] * n,
+            "entropy": [0.5 + 0.1 * ((i + at) % 4)] * n,
         }
-        for prompt, (_, logprobs) in prompts.items()
+        for at, (prompt, (_, logprobs)) in enumerate(prompts.items())
         for i, logprob in enumerate(logprobs)
     ]
     file = write_parquet(root.parent / f"{root.name}-{variant}.parquet", rows)
@@ -310,3 +312,113 @@ def test_any_k(tmp_path):
             "utility_k(labels, 3) from meaning_metrics where clustering = 'J.strict'"
         ).fetchall()
     assert told == [(1, 2, None, pytest.approx((1 + 0.8) / (1 + 0.8 + 0.64)))]
+
+
+# ---------------------------------------------------------------- compared, planned, regressed
+
+
+def random_prompts(seed: int, prompts: int, m: int, alike: float):
+    rng = np.random.default_rng(seed)
+    made = {}
+    for n in range(prompts):
+        same = rng.random((m, m)) < alike
+        matrix = np.where(same | same.T | np.eye(m, dtype=bool), 2, 0)
+        made[f"p{n}"] = (matrix.tolist(), (-rng.exponential(3, m)).tolist())
+    return made
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory) -> Path:
+    """Base and sft of a dozen prompts; of the last, sft has fewer rollouts."""
+    root = tmp_path_factory.mktemp("pair") / "s"
+    judged_store(root, random_prompts(1, 12, 10, 0.15))
+    fewer = {**random_prompts(2, 11, 10, 0.5), "p11": random_prompts(3, 1, 9, 0.5)["p0"]}
+    return judged_store(root, fewer, variant="sft")
+
+
+MEASURED = ("rse", "rse_norm", "semantic_entropy", "n_meanings", "utility_10", "n_intransitive")
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_measures_of_meaning_are_compared_like_any_other(pair, method):
+    name = f"J.{method}"
+    frame = canopy_store.compare(pair, metrics=MEASURED, clusters=name, by="task")
+    wide = canopy_store.read(pair, "meaning_metrics").filter(clustering=name)
+    for row in frame.to_dicts():
+        sides = [
+            wide.filter(variant=variant).sort("prompt_id").select("prompt_id", row["metric"])
+            for variant in ("base", "sft")
+        ]
+        both = (
+            sides[0].join(sides[1], on="prompt_id", suffix="_sft").filter(pl.col("prompt_id") != "p11")
+        )
+        base, sft = (both[c].cast(pl.Float64).to_numpy() for c in both.columns[1:])
+        assert row["n_prompts"] == 11  # of the last, not as many rollouts were judged
+        assert row["n_left_out"] == 1
+        assert row["baseline"] == pytest.approx(base.mean())
+        assert row["delta"] == pytest.approx((sft - base).mean())
+        assert row["n_samples"] == 10
+        if method == "components" and row["metric"] == "rse":
+            assert row["delta"] < 0
+
+
+def test_clusters_need_a_name_where_there_are_several(pair, canopy):
+    call = ("compare", "--store", pair, "--metric", "rse")
+    refused(canopy(*call), 2, "--clusters", "J.components, J.loose, J.strict")
+    refused(canopy(*call, "--clusters", "K"), 1, "--clusters K")
+    refused(canopy(*call, "--clusters", "J.loose", "--horizon", 1), 2, "--horizon")
+    refused(canopy("compare", "--store", pair, "--clusters", "J.loose"), 2, "--clusters J.loose")
+    assert canopy(*call, "--clusters", "J.loose")[0] == 0
+
+
+def test_a_study_of_meaning_is_planned(pair):
+    plan = canopy_store.power(pair, metric="rse", delta=0.2, samples=[10, 20], clusters="J.components")
+    small, large = plan.sort("n_samples").to_dicts()
+    assert small["pilot_samples"] == pytest.approx(10)
+    assert small["n_prompts"] >= large["n_prompts"]
+    assert small["sd_rollouts"] > 0
+    with pytest.raises(UsageError, match="utility_10"):
+        canopy_store.power(pair, metric="utility_10", delta=0.2, clusters="J.components")
+
+
+def test_redrawn_rollouts_have_their_measures_recomputed():
+    rng = np.random.default_rng(0)
+    m, draws = 6, 50
+    labels, logprobs = np.array([0, 0, 1, 2, 2, 2]), -rng.exponential(400, m)
+    ones = np.ones(m)
+    rollouts = Rollouts(ones, ones, ones, ones, 0 * ones, labels=labels, logprobs=logprobs)
+    redrawn = redraw(rollouts, draws, np.random.default_rng(1))
+    # the same stream: first what every measure draws, then what those of meaning draw
+    stream = np.random.default_rng(1)
+    stream.integers(0, m, (draws, m))
+    for at, drawn in enumerate(stream.integers(0, m, (draws, m))):
+        of = labels[drawn]
+        counts = np.array([np.mean(of == c) for c in set(of.tolist())])
+        weights = np.exp(logprobs[drawn] - logprobs[drawn].max())
+        classes = np.array([weights[of == c].sum() for c in set(of.tolist())]) / weights.sum()
+        classes = classes[classes > 0]
+        assert redrawn["rse"][at] == pytest.approx(-(counts * np.log(counts)).sum())
+        assert redrawn["rse_norm"][at] == pytest.approx(redrawn["rse"][at] / math.log(m))
+        expected = -(classes * np.log(classes)).sum()
+        assert redrawn["semantic_entropy"][at] == pytest.approx(expected, abs=1e-9)
+        assert redrawn["n_meanings"][at] == len(counts)
+
+
+def test_meaning_is_regressed_on_entropy_rate(pair):
+    fit = canopy_store.regress(
+        pair, "main", outcome="rse_norm", clusters="J.components", drop=("task", "family")
+    )
+    assert fit.fit["rows"] == 22
+    assert "rse_norm" in fit.formula
+    with pytest.raises(UsageError, match="--clusters"):
+        canopy_store.regress(pair, "main", outcome="rse_norm", drop=("task", "family"))
+
+
+def test_a_store_without_clusters_says_so(tmp_path):
+    rows = [
+        {"family": "f", "variant": v, "task": "t", "prompt_id": "p", "sample": 0, "entropy": [1.0]}
+        for v in ("base", "sft")
+    ]
+    canopy_store.import_rollouts(tmp_path / "s", write_parquet(tmp_path / "r.parquet", rows))
+    with pytest.raises(DataError, match="canopy ingest judge"):
+        canopy_store.compare(tmp_path / "s", metrics=["rse"])

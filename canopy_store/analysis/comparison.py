@@ -14,6 +14,7 @@ from canopy_store.analysis.checkpoints import over_checkpoints
 from canopy_store.analysis.comparable import view_rows
 from canopy_store.analysis.control_variate import with_estimates
 from canopy_store.analysis.intervals import INTERVALS, Units, adjusted, side, summary
+from canopy_store.analysis.meanings import with_labels, with_meanings
 from canopy_store.analysis.pairing import (
     LEVELS,
     Cells,
@@ -58,6 +59,7 @@ _OF_ROLLOUTS: dict[str, Any] = {
     "runs": (),
     "horizon": None,
     "resample": "prompts",
+    "clusters": None,
 }
 _TEXTS = ("treatment", "selection_rule", "without_baseline", "allowed", "unrecorded", "reason")
 LARGEST = "prompt"  # --by prompt: the changes of single prompts
@@ -86,6 +88,7 @@ def compare(
     interval: str = "t",
     margins: Mapping[str, float | str] | None = None,
     seed: int = SEED,
+    clusters: str | None = None,
 ) -> pl.DataFrame:
     """One row per family, task, variant and metric: baseline, treated, delta and percent delta.
 
@@ -128,6 +131,8 @@ def compare(
     margins : per metric the largest |delta| that counts as none, in its unit or as '5%' of the
         baseline; adds a test of equivalence (two one-sided tests)
     seed : of the bootstrap
+    clusters : by meaning, for rse, rse_norm, semantic_entropy, n_meanings, …; needed where the store has
+        several
 
     Returns
     -------
@@ -175,7 +180,7 @@ def compare(
     drawn |= {"confidence": confidence, "interval": interval}
     if unit != "prompt":
         given: dict[str, Any] = {"selection": selection, "embedder": embedder, "runs": runs}
-        given |= {"horizon": horizon, "resample": resample}
+        given |= {"horizon": horizon, "resample": resample, "clusters": clusters}
         _require_none(unit, given, by)
         with sql.connect(root) as con:
             rows = unit_rows(
@@ -213,6 +218,7 @@ def compare(
             horizon=horizon,
         )
         prompts = with_estimates(con, prompts, metrics, horizon)
+        prompts, clusters = with_meanings(con, prompts, root, metrics, clusters, horizon)
         models = view_rows(con, "models")
         if by == LARGEST:
             texts = con.sql("select task, prompt_id, text from prompts").pl()
@@ -224,6 +230,8 @@ def compare(
         kernels = {}
         if resample != "prompts":
             kernels = rollouts_of(con, prompts, selection, embedder, horizon)
+            if clusters is not None:
+                kernels = with_labels(con, kernels, clusters)
     return compare_prompts(
         prompts,
         models,
