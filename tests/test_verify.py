@@ -507,7 +507,7 @@ def test_a_run_not_complete_is_harmless_with_all_that_is_made_of_it(copy):
     assert problems["harmless"].all()
     texts = problems["what"].to_list()
     assert f"not committed: 3 files of run {RUN}, which is not complete; no view shows them" in texts
-    assert texts.count(f"of run {RUN}, which is not complete; no view shows it") == 6
+    assert texts.count(f"of run {RUN}, which is not complete; no view shows it") == 8
     shard = store.matching(copy, "rollouts/*/*/*/*/*.parquet")[0]
     cut(shard)  # a resumed run would take it for done
     found = verify(copy).filter(~pl.col("harmless"))
