@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import pyarrow as pa
 
 FORMAT_VERSION = 2
+# What a judge of a pair may say; entailment models the last three.
+VERDICTS = ("similar", "different", "entailment", "neutral", "contradiction")
 METADATA_KEY = b"canopy_schema"  # in every Parquet file: "<table>:<format version>"
 
 
@@ -700,6 +702,74 @@ TABLES: dict[str, Table] = {
             ),
             ("kind", "name", "run"),
         ),
+        Table(
+            "judgments",
+            "one row per ordered pair of a prompt's rollouts that a judge was asked about",
+            ("run_id", "prompt_id", "sample", "other_sample", "judge"),
+            (
+                _RUN_ID,
+                _PROMPT_ID,
+                _SAMPLE,
+                _c(
+                    "other_sample",
+                    "INTEGER",
+                    "The rollout that sample is held against: of two verdicts of a pair each has one "
+                    "direction.",
+                ),
+                _c(
+                    "verdict",
+                    "VARCHAR",
+                    "similar or different; of an entailment model entailment, neutral or contradiction: "
+                    "what follows for other_sample from sample. NULL of a failed call.",
+                    "",
+                    False,
+                ),
+                _c(
+                    "probability",
+                    "DOUBLE",
+                    "The judge's probability of the verdict; NULL where it tells none.",
+                    "",
+                    False,
+                ),
+                _c("reply", "VARCHAR", "What the judge answered, where it answers in text.", "", False),
+                _c("status", "VARCHAR", "ok, or failed: a reply in which no verdict was found."),
+            ),
+            ("judge", "run"),
+            commit=("judge", "run"),
+            brings=("work",),
+            parent="rollouts",
+            checks=("judgments",),
+            texts=("reply",),
+            plan="judge",
+        ),
+        Table(
+            "clusters",
+            "one row per judged rollout under a clustering by meaning",
+            ("run_id", "prompt_id", "sample", "clustering"),
+            (
+                _RUN_ID,
+                _PROMPT_ID,
+                _SAMPLE,
+                _c(
+                    "cluster",
+                    "INTEGER",
+                    "Number of the rollout's cluster among those of its prompt, from 0, in the order of "
+                    "their first members.",
+                ),
+                _c(
+                    "n_unlike",
+                    "INTEGER",
+                    "Other rollouts of its cluster that it was not judged alike with: above 0 where "
+                    "likeness is not transitive.",
+                ),
+            ),
+            ("clustering", "run"),
+            commit=("clustering", "run"),
+            brings=("work",),
+            parent="rollouts",
+            checks=("clusters",),
+            plan="clustering",
+        ),
     )
 }
 
@@ -713,6 +783,12 @@ _PATH_DOCS = (
     _c("scorer_id", "VARCHAR", "The scorer: a model, of documents and options as scorers describes it."),
     _c("grader", "VARCHAR", "Grader."),
     _c("corpus", "VARCHAR", "Corpus: a set of documents, read once and never changed."),
+    _c("judge", "VARCHAR", "What judged whether two rollouts mean the same."),
+    _c(
+        "clustering",
+        "VARCHAR",
+        "Clusters by meaning: names of judge and method, as in nli.strict.",
+    ),
     _c("kind", "VARCHAR", "Kind of job: the table that it fills."),
     _c("name", "VARCHAR", "Name of the job: its embedder, scorer, …; of rollouts, their run."),
 )

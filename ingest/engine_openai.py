@@ -66,7 +66,7 @@ def open_model(
         raise UsageError(f"--concurrency {concurrency}: needs at least 1")
     server = Server(base_url, concurrency or 32)
     listed = server.models()
-    served = _served(server, [entry["id"] for entry in listed], served_model)
+    served = server.served([entry["id"] for entry in listed], served_model)
     entry = next((e for e in listed if e["id"] == served), {})
     path = resolve_model(source)
     tokenizer, config = load_tokenizer(source), models.read_config(path)
@@ -86,20 +86,6 @@ def open_model(
         width=None,
         sample=completions.sample,
     )
-
-
-def _served(server: Server, names: list[str], wanted: str | None) -> str:
-    """The model to ask for, of those the server lists; an empty list is a server that lists none."""
-    shown = ", ".join(server.shown(name, 80) for name in names[:20])
-    if wanted is not None:
-        if names and wanted not in names:
-            raise UsageError(f"--served-model {wanted}: {server.url} serves {shown}")
-        return wanted
-    if len(names) == 1:
-        return names[0]
-    if not names:
-        raise UsageError(f"{server.url} lists no models: name one with --served-model")
-    raise UsageError(f"{server.url} serves {shown}: choose one with --served-model")
 
 
 # ---------------------------------------------------------------- rollouts

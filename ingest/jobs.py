@@ -154,7 +154,7 @@ def run_job(
     executor = executor or "local"
     if executor not in EXECUTORS:
         raise UsageError(f"--executor {executor}: one of {', '.join(EXECUTORS)}")
-    part = _part(shard)
+    part = part_of(shard)
     module = EXECUTORS[executor]
     if module is not None:
         if shard is not None:
@@ -185,7 +185,7 @@ def holding(job: Job, group: Group) -> AbstractContextManager[None]:
     return store.holding(job.root, name, key=key)
 
 
-def _part(shard: str | None) -> tuple[int, int]:
+def part_of(shard: str | None) -> tuple[int, int]:
     """The numbers (i, n) of "i/n"."""
     if shard is None:
         return 1, 1

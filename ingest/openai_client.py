@@ -8,8 +8,9 @@ import os
 import random
 import time
 import zlib
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import anyio
 import httpx2
@@ -18,6 +19,8 @@ from anyio.from_thread import start_blocking_portal
 from canopy_store.errors import CanopyError, DataError, UsageError
 from canopy_store.ingest.server_text import holds_key, shown
 from canopy_store.readers import get, parse
+
+T = TypeVar("T")
 
 _PASSING = {408, 409, 425, 429, 500, 502, 503, 504}  # statuses that a later attempt may not meet
 _ATTEMPTS = 8
@@ -28,6 +31,7 @@ _LONGEST_ATTEMPT = 1800.0
 _LONGEST_LIST = 30.0  # seconds for the list of models
 _CONNECT = 10.0  # seconds, within the above
 _MOST_LISTED = 16 << 20  # bytes of the list of models
+_MOST_ANSWERED = 4 << 20  # bytes of a chat's answer
 _MOST_REFUSED = 64 << 10  # bytes read of an answer that is a failure
 
 
@@ -117,12 +121,34 @@ class Server:
         # id and owner are stored with the run
         return [e for e in named if not holds_key(f"{e['id']} {e.get('owned_by')}", self.key)]
 
-    async def complete(self, client: httpx2.AsyncClient, body: dict[str, Any], most: int) -> Answer:
+    def served(self, names: list[str], wanted: str | None) -> str:
+        """The model to ask for, of those the server lists; an empty list is a server that lists none.
+
+        Raises
+        ------
+        UsageError
+            No such model, or several and none wanted.
+        """
+        shown = ", ".join(self.shown(name, 80) for name in names[:20])
+        if wanted is not None:
+            if names and wanted not in names:
+                raise UsageError(f"--served-model {wanted}: {self.url} serves {shown}")
+            return wanted
+        if len(names) == 1:
+            return names[0]
+        if not names:
+            raise UsageError(f"{self.url} lists no models: name one with --served-model")
+        raise UsageError(f"{self.url} serves {shown}: choose one with --served-model")
+
+    async def complete(
+        self, client: httpx2.AsyncClient, body: dict[str, Any], most: int, path: str = "completions"
+    ) -> Answer:
         """The answer to a request, asked for again while the server fails in ways that pass.
 
         Parameters
         ----------
         most : bytes that the decoded answer may have
+        path : below the server's address: completions, or chat/completions
 
         Raises
         ------
@@ -137,7 +163,7 @@ class Server:
                 wait = min(_LONGEST_WAIT, _FIRST_WAIT * 2 ** (attempt - 1))
                 await anyio.sleep(max(asked, random.uniform(0.5, 1) * wait))
             try:
-                answer = await self._ask(client, "POST", "completions", body, _LONGEST_ATTEMPT, most)
+                answer = await self._ask(client, "POST", path, body, _LONGEST_ATTEMPT, most)
             except _NoAnswerError as error:
                 said, asked = str(error), 0.0
                 continue
@@ -148,6 +174,38 @@ class Server:
             f"{self.url}: failed {_ATTEMPTS} times, last with {said}; what was stored is "
             "whole: run the same command again to resume"
         )
+
+    def each(
+        self, bodies: Sequence[dict[str, Any]], read: Callable[[dict[str, Any]], T], path: str
+    ) -> list[T]:
+        """What ``read`` makes of the answer to each request, in order; ``concurrency`` at a time.
+
+        Raises
+        ------
+        CanopyError, DataError, UsageError
+            As `complete` and `body`, of the first that failed; the others are ended.
+        """
+        answers: list[Any] = [None] * len(bodies)
+
+        async def one(place: int, client: httpx2.AsyncClient, limit: anyio.Semaphore) -> None:
+            async with limit:
+                answer = await self.complete(client, bodies[place], _MOST_ANSWERED, path)
+            answers[place] = read(self.body(answer))
+
+        async def every() -> None:
+            limit = anyio.Semaphore(self.concurrency)
+            async with self.client() as client:
+                try:
+                    async with anyio.create_task_group() as group:
+                        for place in range(len(bodies)):
+                            group.start_soon(one, place, client, limit)
+                except ExceptionGroup as errors:
+                    raise errors.exceptions[0] from None
+
+        # a loop in a thread of its own: it also runs where one is running already, as in a notebook
+        with start_blocking_portal() as portal:
+            portal.call(every)
+        return answers
 
     async def _ask(
         self, client: httpx2.AsyncClient, method: str, path: str, body: Any, seconds: float, most: int

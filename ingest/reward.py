@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from canopy_store import sql, store
-from canopy_store.errors import DataError, StoreError, UsageError
+from canopy_store.errors import DataError, UsageError
 from canopy_store.ingest import models
+from canopy_store.ingest.classifier import load_classifier
 from canopy_store.ingest.jobs import Columns, Job, Unit, rollout_groups, run_job
 from canopy_store.ingest.progress import Progress
 from canopy_store.ingest.sources import resolve_model, short_name
@@ -62,7 +62,8 @@ def open_rewards(
     root = store.writable(root)
     path = resolve_model(model)
     name = name or short_name(model)
-    scorer, tokenizer = _load(path, device, dtype)
+    scorer, tokenizer = load_classifier(path, device, dtype, "a reward model")
+    tokenizer.truncation_side = "left"
     labels = scorer.config.num_labels
     if label is None and labels > 1:
         raise UsageError(f"{path}: it has {labels} labels; name the one that is the reward: --label I")
@@ -96,33 +97,6 @@ def open_rewards(
 
     groups = rollout_groups(root, "rewards", name, runs)
     return Job(root, "rewards", name, settings, groups, rows, device=scorer.device.type)
-
-
-def _load(path: Path, device: str | None, dtype: str | None) -> tuple[Any, Any]:
-    device = device or models.default_device()
-    dtype = dtype or models.default_dtype(device)
-    if not list(path.glob("*.safetensors")):
-        raise StoreError(f"{path}: no *.safetensors; pickled weights are not loaded")
-    kwargs: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True}
-    models.quiet()
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path, **kwargs)
-        scorer, found = AutoModelForSequenceClassification.from_pretrained(
-            path, dtype=models.DTYPES[dtype], use_safetensors=True, output_loading_info=True, **kwargs
-        )
-    except Exception as error:  # its files are anyone's: what reads them may raise anything
-        raise StoreError(f"{path}: cannot be loaded: {' '.join(str(error).split())[:300]}") from None
-    if found["missing_keys"]:
-        # transformers would make the head up: rewards would be noise
-        raise StoreError(
-            f"{path}: not a reward model: no weights for {sorted(found['missing_keys'])[0]}"
-        )
-    tokenizer.truncation_side = "left"
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
-    if scorer.config.pad_token_id is None:
-        scorer.config.pad_token_id = tokenizer.pad_token_id
-    return scorer.to(device).eval(), tokenizer
 
 
 def _input(

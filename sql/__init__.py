@@ -67,6 +67,8 @@ VIEWS = (
     "item_metrics",
     "option_accuracy",
     "cost_per_token",
+    "meanings",
+    "meaning_metrics",
 )
 
 

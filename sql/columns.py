@@ -649,6 +649,59 @@ VIEW_DOCS: dict[str, tuple[Column, ...]] = {
         _count("n_clusters", "Clusters of the documents that both have scored."),
         _c("total", "nll less that of the baseline, over tokens of every type.", "nats per token"),
     ),
+    "meanings": (
+        _c("cluster", "Number of the cluster, from 0 in the order of first members.", type="INTEGER"),
+        _count("n_rollouts", "Judged rollouts in the cluster."),
+        _c("share", "n_rollouts over the prompt's judged rollouts."),
+        _c(
+            "class_logprob",
+            "Log of the cluster's probability: the sum of the probabilities of its rollouts over that "
+            "of all judged; NULL where one of these has no logprob.",
+            "nats",
+        ),
+        _c("first_sample", "The cluster's first rollout.", type="INTEGER"),
+        _count(
+            "n_unlike",
+            "Ordered pairs of the cluster's rollouts that were not judged alike.",
+        ),
+    ),
+    "meaning_metrics": (
+        _count("n_judged", "Rollouts of the prompt that were judged: m."),
+        _count("n_meanings", "Clusters of these."),
+        _c(
+            "rse",
+            "-Sum over clusters of share * ln(share), the relaxed semantic entropy: of at most ln m.",
+            "nats",
+        ),
+        _c("rse_norm", "rse / ln m; NULL of one rollout."),
+        _c(
+            "semantic_entropy",
+            "-Sum over clusters of p * ln p, p = exp(class_logprob); NULL where a judged rollout has no "
+            "logprob.",
+            "nats",
+        ),
+        _c(
+            "discrete_semantic_entropy",
+            "The same with p = share: rse by its other name.",
+            "nats",
+        ),
+        _c("distinct_10", "Clusters among the first 10 judged rollouts; NULL of fewer."),
+        _c(
+            "utility_10",
+            "Mean over the first 10 judged rollouts, weighted by 0.8^i, of 1 for the first of its "
+            "cluster and 0 for another; NULL of fewer.",
+        ),
+        _count(
+            "n_intransitive",
+            "Pairs of rollouts in one cluster that were not judged alike.",
+        ),
+        _c(
+            "labels",
+            "The cluster of each judged rollout, by sample; distinct_k(labels, k) and utility_k(labels, "
+            "k) take any k.",
+            type="INTEGER[]",
+        ),
+    ),
 }
 
 

@@ -147,3 +147,14 @@ create or replace macro missed_by(k, c, n) as
 create or replace macro hit_by_all(k, c, n) as
     case when k <= n then case when k > c then 0.0 else list_product(
         list_transform(range(0, k::bigint), lambda i: (c - i) / (n - i)::double)) end end;
+
+-- Distinct meanings among the first k rollouts, from their clusters in order; NULL of fewer than k.
+create or replace macro distinct_k(labels, k) as
+    case when len(labels) >= k then len(list_distinct(labels[:k]))::double end;
+
+-- Their utility: the mean over the first k of 1 for the first of its meaning and 0 for a repetition,
+-- weighted by 0.8^i, i from 0: a reader who goes on with that chance; NULL of fewer than k.
+create or replace macro utility_k(labels, k) as
+    case when len(labels) >= k then list_sum(list_transform(labels[:k],
+            lambda c, i: case when list_position(labels, c) = i then pow(0.8, i - 1) else 0 end))
+        / ((1 - pow(0.8, k)) / (1 - 0.8)) end;

@@ -137,6 +137,18 @@ class ChainServer(ThreadingHTTPServer):
         return choice, len(kept)
 
 
+class JudgeServer(ChainServer):
+    """A chat server that answers with what ``reply`` makes of the last message."""
+
+    def __init__(self, reply: Callable[[str], str | None], **behaviour: Any) -> None:
+        super().__init__(**behaviour)
+        self.reply = reply
+
+    def choice(self, body: dict[str, Any]) -> tuple[dict[str, Any], int]:
+        said = self.reply(body["messages"][-1]["content"])
+        return {"index": 0, "message": {"role": "assistant", "content": said}}, 1
+
+
 class Handler(BaseHTTPRequestHandler):
     """One connection."""
 

@@ -99,7 +99,17 @@ def fill(root: Path, chain: Path, prompts: Path) -> Path:
         store.plan(root, TABLES[table].plan, names[table], {key: names[table]})
         store.commit(root, table, of, files, {key: names[table]})
     canopy_store.select_reward(root, 0.5)
+    judge(root)
     return root
+
+
+def judge(root: Path) -> None:
+    """Judgments of which rollouts got one answer of the grader G, and their clusters."""
+    from canopy_store.ingest.clusters import ingest_clusters
+    from canopy_store.ingest.judge import ingest_judgments
+
+    ingest_judgments(root, "J", "grades", grader="G", subsample=4)
+    ingest_clusters(root, "J")
 
 
 # ---------------------------------------------------------------- made by an import
@@ -260,7 +270,7 @@ def as_format_1(root: Path) -> Path:
             rows = store.read_rows(path)
             path.unlink()
             store.remove_empty(root, path.parent)
-            if table in ("grades", "work"):
+            if table in ("grades", "judgments", "clusters", "work"):
                 continue
             size = rows["embedding"].type.list_size if table == "embeddings" else None
             schema = arrow_schema(table, size, version=1)

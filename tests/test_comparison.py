@@ -30,7 +30,8 @@ PARTS = {"base": "baseline", "instruct": "treated", "delta": "delta", "percent_d
 VIEWED = [
     name
     for name, measure in bootstrap.MEASURES.items()
-    if measure.unit == "prompt" and name not in (*bootstrap.ESTIMATED, "accuracy", *bootstrap.AT_K)
+    if measure.unit == "prompt"
+    and name not in (*bootstrap.ESTIMATED, *bootstrap.MEANINGS, "accuracy", *bootstrap.AT_K)
 ]
 
 

@@ -93,6 +93,8 @@ def test_what_is_made_of_runs_is_told_with_how_many_it_covers(copy, tmp_path, ca
         ("embedder", "imported"): 1,
         ("grader", "G"): 1,
         ("grader", "H"): 0,
+        ("judge", "J"): 1,
+        ("clustering", "J.components"): 1,
         ("reward_model", "R"): 2,
         ("scorer", "S"): 1,
         ("selection", "reward_top_50"): 1,

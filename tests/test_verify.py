@@ -204,6 +204,19 @@ EDITS = {
     "a policy that is none": ("scores", at("policy", 3, "["), "cannot be read"),
     "a grade NaN": ("grades", at("score", 3, float("nan")), "score is not finite"),
     "a grade of no rollout": ("grades", at("sample", 3, 99), "1 rows have no rollout"),
+    "a verdict that is none": ("judgments", at("verdict", 3, "maybe"), "verdict is none of similar"),
+    "a verdict of a failed call": ("judgments", at("status", 3, "failed"), "ok without a verdict, or"),
+    "a judgment's status": ("judgments", at("status", 3, "late"), "status neither ok nor failed"),
+    "a probability above 1": ("judgments", at("probability", 3, 1.5), "probability outside 0 to 1"),
+    "a pair with no rollout": (
+        "judgments",
+        at("other_sample", 3, 99),
+        "other_sample that is no rollout",
+    ),
+    "a pair twice": ("judgments", doubled, "2 rows share a key"),
+    "a cluster below 0": ("clusters", at("cluster", 0, -1), "cluster below 0"),
+    "a cluster left out": ("clusters", at("cluster", 0, 7), "are not numbered from 0"),
+    "a clustered rollout that is none": ("clusters", at("sample", 0, 99), "1 rows have no rollout"),
     "a grade twice": ("grades", doubled, "2 rows share a key"),
     "work that took less than nothing": ("work", at("seconds", 0, -1.0), "seconds below 0 in 1 rows"),
     "work on a shard twice": ("work", doubled, "2 rows share a key"),
@@ -494,7 +507,7 @@ def test_a_run_not_complete_is_harmless_with_all_that_is_made_of_it(copy):
     assert problems["harmless"].all()
     texts = problems["what"].to_list()
     assert f"not committed: 3 files of run {RUN}, which is not complete; no view shows them" in texts
-    assert texts.count(f"of run {RUN}, which is not complete; no view shows it") == 6
+    assert texts.count(f"of run {RUN}, which is not complete; no view shows it") == 8
     shard = store.matching(copy, "rollouts/*/*/*/*/*.parquet")[0]
     cut(shard)  # a resumed run would take it for done
     found = verify(copy).filter(~pl.col("harmless"))
@@ -519,6 +532,8 @@ def test_a_removed_run_without_its_plan(copy):
         ("rewards", "reward_model R"),
         ("scores", "scorer S"),
         ("grades", "grader G"),
+        ("judgments", "judge J"),
+        ("clusters", "clustering J.components"),
     ],
 )
 def test_half_a_job_is_harmless(copy, kind, said):
@@ -539,7 +554,9 @@ def test_a_plan_that_is_not_what_its_jobs_repeated(copy):
     """A setting more, less or other: a job that goes on under its name would be refused."""
     plans = sorted(path.name.removesuffix(".json") for path in (copy / "plans").iterdir())
     kinds = [name.partition("=")[0] for name in plans]
-    assert kinds == ["embedder", "grader", "reward_model", "run", "scorer", "selection"]
+    assert kinds == [
+        *("clustering", "embedder", "grader", "judge", "reward_model", "run", "scorer", "selection")
+    ]
     for name in plans:
         path = copy / "plans" / f"{name}.json"
         said = json.loads(path.read_text())

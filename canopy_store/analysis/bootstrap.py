@@ -89,9 +89,22 @@ MEASURES: dict[str, Measure] = {
     "expected_nll": Measure("expected_nll", weight="tokens", unit="document"),
     "bits_per_byte": Measure("bits_per_byte", weight="bytes", unit="document"),
     "perplexity": Measure("nll", out=np.exp, weight="tokens", unit="document"),
+    "rse": Measure("rse"),
+    "rse_norm": Measure("rse_norm"),
+    "semantic_entropy": Measure("semantic_entropy"),
+    "discrete_semantic_entropy": Measure("rse"),
+    "n_meanings": Measure("n_meanings"),
+    "distinct_10": Measure("distinct_10"),
+    "utility_10": Measure("utility_10"),
+    "n_intransitive": Measure("n_intransitive"),
 }
 # not in prompt_metrics: `control_variate.with_estimates` adds them
 ESTIMATED = ("ce_star_cv",)
+# of meaning_metrics: `meanings.with_meanings` adds them
+MEANINGS = (
+    *("rse", "rse_norm", "semantic_entropy", "discrete_semantic_entropy", "n_meanings"),
+    *("distinct_10", "utility_10", "n_intransitive"),
+)
 
 
 def weighted_values(values: Mapping[str, Array], names: Sequence[str]) -> Array:
@@ -186,6 +199,7 @@ class Rollouts:
     """One prompt's rollouts: lengths, sums and rates (M,), and the cosine kernel (M, M) if embedded.
 
     ``correct`` is 1 or 0, NaN where a rollout has no grade.
+    Of those judged, where any are, ``labels`` are the clusters, ``logprobs`` the sums of logprob (m,).
     """
 
     n_tokens: Array
@@ -195,6 +209,8 @@ class Rollouts:
     cut: Array
     kernel: Array | None = None
     correct: Array | None = None
+    labels: Array | None = None
+    logprobs: Array | None = None
 
 
 # What the second level draws anew. Vendi scores and length-diversity correlations would need an
@@ -216,6 +232,7 @@ ROLLOUT_LEVEL = (
     "semantic_diversity",
     "diversity_number",
     "accuracy",
+    *MEANINGS[:5],
 )
 
 
@@ -263,7 +280,29 @@ def redraw(rollouts: Rollouts, draws: int, rng: np.random.Generator) -> dict[str
         graded = np.isfinite(rollouts.correct)
         with np.errstate(invalid="ignore"):  # of a draw without a graded rollout
             values["accuracy"] = c @ np.where(graded, rollouts.correct, 0) / (c @ graded)
-    return values
+    return values | _meanings(rollouts, draws, rng)
+
+
+def _meanings(rollouts: Rollouts, draws: int, rng: np.random.Generator) -> dict[str, Array]:
+    """Measures of meaning (S,), each of as many judged rollouts, drawn with replacement."""
+    names = ("rse", "rse_norm", "semantic_entropy", "n_meanings")
+    if rollouts.labels is None or rollouts.logprobs is None:
+        return {name: np.full(draws, np.nan) for name in names}
+    m = len(rollouts.labels)
+    c = counts_of(rng.integers(0, m, (draws, m)))
+    of_class = (rollouts.labels[:, None] == np.unique(rollouts.labels)).astype(float)  # (m, classes)
+    shares = c @ of_class / m
+    weights = c * np.exp(rollouts.logprobs - np.max(rollouts.logprobs))
+    rse, semantic = (_entropy(p) for p in (shares, weights @ of_class))
+    norm = rse / np.log(m) if m > 1 else np.full(draws, np.nan)
+    return dict(zip(names, (rse, norm, semantic, (shares > 0).sum(1).astype(float)), strict=True))
+
+
+def _entropy(weights: Array) -> Array:
+    """Entropy (S,), nats, of weights (S, classes) made to sum to 1."""
+    with np.errstate(invalid="ignore", divide="ignore"):
+        p = weights / weights.sum(1, keepdims=True)
+        return -np.where(p == 0, 0.0, p * np.log(p)).sum(1)
 
 
 def _drawn_vary(c: Array, x: Array) -> Array:

@@ -8,8 +8,10 @@ from pathlib import Path
 import polars as pl
 
 from canopy_store import sql, store
+from canopy_store.analysis.bootstrap import MEANINGS
 from canopy_store.analysis.grades import with_accuracy
 from canopy_store.analysis.likeness import ADDED, require_alike, run_settings
+from canopy_store.analysis.meanings import with_meanings
 from canopy_store.analysis.rarefaction import at_common_m, rollouts_of
 from canopy_store.analysis.seeds import as_variants
 from canopy_store.analysis.selections import only_runs, require_one_run
@@ -161,12 +163,15 @@ def store_panel(
     baseline: str = "base",
     allow: Sequence[str] = (),
     grader: str | None = None,
+    outcome: str = "D",
+    clusters: str | None = None,
 ) -> pl.DataFrame:
     """The view ``panel`` of one selection and one embedder, one run a family, variant and task.
 
     With ``accuracy`` where the store has grades by ``grader``, or by one grader alone.
     Vendi scores of a prompt are of the fewest rollouts that it has in any variant (`at_common_m`).
-    Sorted by task, prompt, family and variant: a view has no order, and sums have last bits.
+    Sorted by task, prompt, family and variant: a view has no order, and sums have last bits. An outcome
+    that is a measure of meaning is joined to it, under the clusters named (`with_meanings`).
 
     Raises
     ------
@@ -190,6 +195,7 @@ def store_panel(
             panel = panel.with_columns(n_rollouts=rollouts)
         # a Vendi score grows with the number of rollouts
         panel = at_common_m(panel, baseline, lambda part: rollouts_of(con, part, selection, embedder))
-        graded = with_accuracy(con, panel.select(columns), grader)
-    panel = graded.drop("grader", strict=False)
+        panel = with_accuracy(con, panel.select(columns), grader).drop("grader", strict=False)
+        if outcome in MEANINGS or clusters is not None:
+            panel, _ = with_meanings(con, panel, root, [outcome], clusters)
     return panel.sort("task", "prompt_id", "family", "variant")

@@ -15,6 +15,7 @@ from canopy_store.analysis.comparable import view_rows
 from canopy_store.analysis.control_variate import with_estimates
 from canopy_store.analysis.grades import with_at_k
 from canopy_store.analysis.intervals import INTERVALS, Units, adjusted, side, summary
+from canopy_store.analysis.meanings import with_labels, with_meanings
 from canopy_store.analysis.pairing import (
     LEVELS,
     Cells,
@@ -61,6 +62,7 @@ _OF_ROLLOUTS: dict[str, Any] = {
     "runs": (),
     "horizon": None,
     "resample": "prompts",
+    "clusters": None,
 }
 _TEXTS = ("treatment", "selection_rule", "without_baseline", "allowed", "unrecorded", "reason")
 LARGEST = "prompt"  # --by prompt: the changes of single prompts
@@ -90,6 +92,7 @@ def compare(
     interval: str = "t",
     margins: Mapping[str, float | str] | None = None,
     seed: int = SEED,
+    clusters: str | None = None,
 ) -> pl.DataFrame:
     """One row per family, task, variant and metric: baseline, treated, delta and percent delta.
 
@@ -135,6 +138,8 @@ def compare(
     margins : per metric the largest |delta| that counts as none, in its unit or as '5%' of the
         baseline; adds a test of equivalence (two one-sided tests)
     seed : of the bootstrap
+    clusters : by meaning, for rse, rse_norm, semantic_entropy, n_meanings, …; needed where the store has
+        several
 
     Returns
     -------
@@ -182,7 +187,7 @@ def compare(
     drawn |= {"confidence": confidence, "interval": interval}
     if unit != "prompt":
         given: dict[str, Any] = {"selection": selection, "embedder": embedder, "runs": runs}
-        given |= {"horizon": horizon, "resample": resample, "grader": grader}
+        given |= {"horizon": horizon, "resample": resample, "grader": grader, "clusters": clusters}
         _require_none(unit, given, by)
         with sql.connect(root) as con:
             rows = unit_rows(
@@ -222,6 +227,7 @@ def compare(
         )
         prompts = with_estimates(con, prompts, metrics, horizon)
         prompts = with_at_k(con, prompts, metrics)
+        prompts, clusters = with_meanings(con, prompts, root, metrics, clusters, horizon)
         models = view_rows(con, "models")
         if by == LARGEST:
             texts = con.sql("select task, prompt_id, text from prompts").pl()
@@ -233,6 +239,8 @@ def compare(
         kernels = {}
         if resample != "prompts":
             kernels = rollouts_of(con, prompts, selection, embedder, horizon)
+            if clusters is not None:
+                kernels = with_labels(con, kernels, clusters)
     return compare_prompts(
         prompts,
         models,

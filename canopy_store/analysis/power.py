@@ -91,6 +91,7 @@ def power(
     runs: Sequence[str] = (),
     allow: Sequence[str] = (),
     seed: int = SEED,
+    clusters: str | None = None,
 ) -> pl.DataFrame:
     """One row per variant and number of samples: the prompts that detect ``delta``, and rollouts.
 
@@ -117,6 +118,7 @@ def power(
         always cheapest; with a cost of prompts there is a row for the best number of samples
     grader : of accuracy; needed where the store has several
     allow : settings in which the pilot's runs may differ, as in `compare`
+    clusters : as in `compare`; the samples of a measure of meaning are the rollouts judged
 
     Returns
     -------
@@ -151,18 +153,18 @@ def power(
     for option, cost in (("--cost-prompt", cost_prompt), ("--cost-rollout", cost_rollout)):
         if cost is not None and not 0 < cost < math.inf:
             raise UsageError(f"{option} {cost:g}: needs more than 0")
-    clusters = metric in of_units
-    if cost_prompt is not None and clusters:
+    fixed = metric in of_units
+    if cost_prompt is not None and fixed:
         raise UsageError(f"--cost-prompt: of rollouts alone; {metric} has clusters of one size")
     lost = 3 if MEASURES[metric].weight == "fisher" else 0
     if any(m <= lost for m in samples):
         raise UsageError(f"--samples: {metric} needs more than {lost} rollouts a prompt")
     options: dict[str, Any] = {"baseline": baseline, "selection": selection, "embedder": embedder}
-    options |= {"runs": runs, "allow": allow, "seed": seed, "grader": grader}
+    options |= {"runs": runs, "allow": allow, "seed": seed, "grader": grader, "clusters": clusters}
     rows: list[dict[str, Any]] = []
     for variant, pilot in _pilots(root, metric, lost, options).items():
         of = {"variant": variant, "metric": metric}
-        samples = [int(pilot.samples)] if clusters else samples
+        samples = [int(pilot.samples)] if fixed else samples
         if prompts is not None:
             rows += ({**of, **row} for row in _detected(pilot, prompts, samples, power, alpha))
         else:

@@ -10,7 +10,7 @@ from typing import Any
 
 import polars as pl
 
-from canopy_store.analysis.bootstrap import AT_K, ESTIMATED, MEASURES
+from canopy_store.analysis.bootstrap import AT_K, ESTIMATED, MEANINGS, MEASURES
 from canopy_store.analysis.pairing import POOLED, widest
 from canopy_store.sql.columns import column_of
 
@@ -39,6 +39,9 @@ LABELS = {
     "accuracy_pmi": "accuracy by PMI",
     "nll": "NLL",
     "expected_nll": "expected NLL",
+    "rse": "relaxed semantic entropy",
+    "rse_norm": "relaxed semantic entropy / ln m",
+    "n_meanings": "number of meanings",
 }
 # the views that say in what a unit's measures are measured
 _VIEWS = {"prompt": "model_metrics", "item": "item_metrics", "document": "perplexity"}
@@ -68,7 +71,7 @@ def unit(metric: str) -> str:
     # an estimate of CE* is no column of a view, and in its unit
     name = "ce_star" if metric in ESTIMATED else metric
     view = "option_accuracy" if metric.startswith("accuracy_") else _VIEWS[MEASURES[metric].unit]
-    return column_of(view, name).unit
+    return column_of("meaning_metrics" if metric in MEANINGS else view, name).unit
 
 
 def counted(row: Row, number: int) -> str:

@@ -15,6 +15,7 @@ from canopy_store.analysis.selections import select_lengths, select_reward
 from canopy_store.commands.compared import show_comparison, show_prompts
 from canopy_store.commands.shared import (
     ALLOW,
+    CLUSTERS,
     FORMAT,
     GRADER,
     RUNS,
@@ -152,6 +153,7 @@ def _comparison_options(command: Callable[..., Any]) -> Callable[..., Any]:
     help="Test equivalence: |delta| below SIZE, in the metric's unit or as 5%.",
 )
 @click.option("--seed", default=SEED, show_default=True)
+@CLUSTERS
 @FORMAT
 def compare_command(root: str, margins: tuple[str, ...], form: str, **options: Any) -> None:
     """Compare each variant with the baseline of its family, prompt by prompt.
@@ -224,6 +226,7 @@ def compare_command(root: str, margins: tuple[str, ...], form: str, **options: A
     metavar="COST",
     help="Of one more rollout of a prompt, both variants' together.",
 )
+@CLUSTERS
 @FORMAT
 def power_command(
     root: str, form: str, metric: str | None, reliability: float | None, **options: Any

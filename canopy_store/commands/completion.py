@@ -82,6 +82,8 @@ _OFFERS: dict[str, Offer] = {
     "embedder": _keys("embeddings", "embedder"),
     "grader": _keys("grades", "grader"),
     "reward_model": _keys("rewards", "reward_model"),
+    "judge": _keys("judgments", "judge"),
+    "clusters": _keys("clusters", "clustering"),
     "corpora": _keys("documents", "corpus"),
     "corpus": _keys("documents", "corpus"),
 }

@@ -423,6 +423,106 @@ def grade_command(root: str, grader: str, **options: Any) -> None:
     _told(root, f"grades as {name}", options)
 
 
+@ingest.command("judge")
+@STORE
+@click.option("--judge", required=True, metavar="NAME", help="Name in the store.")
+@click.option(
+    "--method",
+    required=True,
+    type=click.Choice(["chat", "nli", "cosine", "grades"]),
+    help="A chat model; an entailment model; stored embeddings; answers that a grader found.",
+)
+@click.option("--base-url", metavar="URL", help="chat: the server, as in http://localhost:8000/v1.")
+@click.option("--served-model", metavar="NAME", help="chat: the model there [default: the only one].")
+@click.option(
+    "--instruction",
+    metavar="NAME_OR_FILE",
+    help="chat: general, coding, completion, math or stories, or a file with {first}, {second} and "
+    "maybe {prompt} in it [default: the task's own, else general].",
+)
+@click.option("--concurrency", type=int, metavar="N", help="chat: requests at once [default: 32].")
+@click.option("--max-tokens", type=int, metavar="N", help="chat: longest reply [default: 16].")
+@click.option("--model", metavar="PATH_OR_ID", help="nli: sequence-classification folder.")
+@click.option("--device", metavar="NAME", help="nli [default: cuda, then mps, then cpu].")
+@click.option(
+    "--dtype",
+    type=click.Choice(["float32", "bfloat16", "float16"]),
+    help="nli [default: bfloat16 on cuda, else float32].",
+)
+@click.option("--batch-size", type=int, metavar="N", help="nli: pairs side by side [default: 32].")
+@click.option("--embedder", metavar="NAME", help="cosine: a stored embedder.")
+@click.option("--threshold", type=float, metavar="C", help="cosine: similar from this cosine on.")
+@click.option("--grader", metavar="NAME", help="grades: a stored grader.")
+@click.option("--subsample", default=24, show_default=True, help="Rollouts of a prompt that are judged.")
+@click.option("--seed", default=42, show_default=True, help="What draws them.")
+@RUNS
+@click.option("--dry-run", is_flag=True, help="Say how many calls and tokens it takes; ask nothing.")
+@spread_options
+def judge_command(root: str, judge: str, method: str, dry_run: bool, **options: Any) -> None:
+    """Judge which of a prompt's rollouts mean the same, pair by pair.
+
+    Every pair is judged once, and in reverse where the first verdict was similar; an entailment model
+    always reads both directions. Calls and tokens are told before the first call. A judge that reads
+    texts is first asked about two identical ones. Its key goes in the environment as OPENAI_API_KEY.
+
+    \b
+    Examples:
+      canopy ingest judge --store S --judge gpt --method chat --base-url http://localhost:8000/v1
+      canopy ingest judge --store S --judge nli --method nli --model ./deberta-mnli
+      canopy ingest judge --store S --judge near --method cosine --embedder E --threshold 0.9
+      canopy ingest judge --store S --judge answers --method grades --grader number
+    """
+    from canopy_store.ingest.judge import foretold, ingest_judgments, require_own_options
+
+    own = ("subsample", "seed", "runs", "shard", "executor", "workers")
+    require_own_options(method, {key: value for key, value in options.items() if key not in own})
+    if dry_run:
+        told = {key: options[key] for key in ("subsample", "seed", "runs", "shard", "instruction")}
+        echo(foretold(root, judge, method, **told).in_words())
+        return
+    if method == "nli":
+        require_ingest()
+        sources.resolve_model(options["model"])
+    with bar("judging") as progress:
+        name = ingest_judgments(root, judge, method, progress=progress, **options)
+    _told(root, f"judgments as {name}", options)
+
+
+@ingest.command("cluster")
+@STORE
+@click.option("--judge", required=True, metavar="NAME", help="A stored judge.")
+@click.option(
+    "--method",
+    type=click.Choice(["components", "strict", "loose"]),
+    default="components",
+    show_default=True,
+    help="components: joined by pairs alike in both directions; strict, loose: like the first of them.",
+)
+@RUNS
+@spread_options
+def cluster_command(root: str, judge: str, method: str, **options: Any) -> None:
+    """Cluster judged rollouts by meaning, under the name JUDGE.METHOD.
+
+    strict: both directions entail; loose: no contradiction, and not both neutral. Pairs in one cluster
+    that were not judged alike are counted: n_intransitive.
+
+    \b
+    Example:
+      canopy ingest cluster --store S --judge nli --method strict
+      canopy sql "select task, avg(semantic_entropy) from meaning_metrics group by all" --store S
+    """
+    from canopy_store.ingest.clusters import ingest_clusters
+
+    with bar("clustering") as progress:
+        name = ingest_clusters(root, judge, method, progress=progress, **options)
+    _told(root, f"clusters as {name}", options)
+    counts = sql.read(root, "meaning_metrics").filter(clustering=name)
+    pairs, prompts = (counts["n_intransitive"].sum(), len(counts))
+    if pairs:
+        touched = int((counts["n_intransitive"] > 0).sum())
+        echo(f"{pairs:,} pairs in one cluster are unlike, in {touched:,} of {prompts:,} prompts")
+
+
 def _check_scorer(model: str, options: dict[str, Any]) -> None:
     sources.check_model(sources.resolve_model(model))
     if options["number_format"] is not None:

@@ -10,6 +10,7 @@ import duckdb
 
 from canopy_store.commands.shared import (
     ALLOW,
+    CLUSTERS,
     FORMAT,
     GRADER,
     RUNS,
@@ -31,7 +32,7 @@ from canopy_store.errors import UsageError
     default="D",
     show_default=True,
     metavar="COLUMN",
-    help="Column to explain: D, vendi_score, accuracy, or another number of the panel.",
+    help="Column to explain: D, vendi_score, accuracy, rse_norm, or another number of the panel.",
 )
 @click.option("--baseline", default="base", show_default=True, metavar="V")
 @click.option("--reference-task", metavar="T", help="[default: completion, else the first by name]")
@@ -91,6 +92,7 @@ from canopy_store.errors import UsageError
     type=click.Choice(["coefficients", "slopes", "tests", "across", "reliability"]),
     help="What csv and parquet hold [default: coefficients]; table and json have all.",
 )
+@CLUSTERS
 @FORMAT
 def regress_command(
     root: str | None,

@@ -76,6 +76,13 @@ ALLOW = click.option(
 )
 
 
+CLUSTERS = click.option(
+    "--clusters",
+    metavar="NAME",
+    help="Clusters by meaning, for rse, semantic_entropy, …; needed where the store has several.",
+)
+
+
 def _formatted(command: Callable[..., Any]) -> Callable[..., Any]:
     """The command with --format and --spreadsheet; it gets both as ``form``, for `print_rows`."""
 

@@ -5,7 +5,8 @@
     STORE/models/family=…/variant=…/part-00000.parquet      one row a file
     STORE/prompts/task=…/<content hash>.parquet
     STORE/rollouts/family=…/variant=…/task=…/run=…/part-00000.parquet
-    STORE/embeddings/embedder=…/run=…/part-00000.parquet    likewise scores, rewards, grades, selections
+    STORE/embeddings/embedder=…/run=…/part-00000.parquet    likewise scores, rewards, grades, selections,
+                                                            judgments, clusters
     STORE/embedding_spectra/embedder=…/selection=…/run=…/part-00000.parquet
     STORE/runs/run=…/part-00000.parquet, STORE/work/kind=…/name=…/run=…/part-00000.parquet
     STORE/plans/<kind>=<name>.json                          settings that a resumed job must repeat

@@ -67,7 +67,7 @@ def status(root: str | Path) -> pl.DataFrame:
 
 
 def made_of_runs(root: str | Path) -> pl.DataFrame:
-    """One row per embedder, scorer, reward model, grader and selection: kind, name, runs, complete.
+    """One row per embedder, scorer, reward model, grader, judge, …: kind, name, runs, complete.
 
     ``runs`` counts the complete runs that it has done, whole; ``complete`` all of them. One that was
     begun and has done none is there with 0.

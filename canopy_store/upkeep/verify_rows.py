@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from canopy_store.schema import TABLES
+from canopy_store.schema import TABLES, VERDICTS
 from canopy_store.store.rollouts import stop_entropy
 
 SPECTRUM = 1e-9  # what summing in another order may change in a spectrum
@@ -233,6 +233,33 @@ def _grade_problems(rows: pa.Table, run: Mapping[str, Any] | None) -> Iterator[s
     return _not_finite(rows, "score")
 
 
+def _judgment_problems(rows: pa.Table, run: Mapping[str, Any] | None) -> Iterator[str]:
+    verdicts, status = rows["verdict"], rows["status"]
+    known = pc.fill_null(pc.is_in(verdicts, pa.array(VERDICTS)), True).to_numpy()
+    for wrong, what in (
+        (~known, f"verdict is none of {', '.join(VERDICTS)}"),
+        (~pc.is_in(status, pa.array(["ok", "failed"])).to_numpy(), "status neither ok nor failed"),
+        (
+            verdicts.is_null().to_numpy() == pc.equal(status, "ok").to_numpy(),
+            "ok without a verdict, or failed with one",
+        ),
+        (pc.equal(rows["sample"], rows["other_sample"]).to_numpy(), "a rollout judged against itself"),
+    ):
+        if wrong.any():
+            yield f"{what} {_rows_at(rows, np.flatnonzero(wrong))}"
+    shares = rows["probability"].to_numpy(zero_copy_only=False).astype(np.float64)
+    wrong = ~((shares >= 0) & (shares <= 1)) & rows["probability"].is_valid().to_numpy()
+    if wrong.any():
+        yield f"probability outside 0 to 1 {_rows_at(rows, np.flatnonzero(wrong))}"
+
+
+def _cluster_problems(rows: pa.Table, run: Mapping[str, Any] | None) -> Iterator[str]:
+    for name in ("cluster", "n_unlike"):
+        wrong = np.flatnonzero(rows[name].to_numpy() < 0)
+        if len(wrong):
+            yield f"{name} below 0 {_rows_at(rows, wrong)}"
+
+
 def _not_finite(rows: pa.Table, name: str) -> Iterator[str]:
     values = rows[name].to_numpy(zero_copy_only=False).astype(np.float64)
     wrong = np.flatnonzero(~np.isfinite(values) & rows[name].is_valid().to_numpy())
@@ -284,4 +311,6 @@ CHECKS: dict[str, Callable[[pa.Table, Mapping[str, Any] | None], Iterator[str]]]
     "document_scores": _document_problems,
     "items": _item_problems,
     "option_scores": _option_problems,
+    "judgments": _judgment_problems,
+    "clusters": _cluster_problems,
 }

@@ -80,6 +80,7 @@ def check_tables(report: Report, run: Run, others: Others) -> None:
                 where = lost.filter(scorer_id=scorer_id)["file"][0]
                 report.add(where, table, f"scorer {scorer_id} is not in scorers", AGAIN)
     _check_items(report, run)
+    _check_meanings(report, run)
     _check_work(report, run)
 
 
@@ -253,6 +254,27 @@ def _check_items(report: Report, run: Run) -> None:
         if len(lacking):
             what = f"lacks {len(lacking)} options, first of item {lacking['item_id'][0]}"
             report.add(mine["file"][0].rpartition("/")[0], "option_scores", what, AGAIN)
+
+
+def _check_meanings(report: Report, run: Run) -> None:
+    """Judgments: both rollouts of a pair are there. Clusters: numbered from 0, none left out."""
+    judged, clusters, rollouts = (run.frames[t] for t in ("judgments", "clusters", "rollouts"))
+    if len(judged) and len(rollouts):
+        others = rollouts.select("prompt_id", pl.col("sample").alias("other_sample"))
+        lost = judged.join(others, on=["prompt_id", "other_sample"], how="anti")
+        if len(lost):
+            first = lost.row(0, named=True)
+            what = f"{len(lost)} rows name an other_sample that is no rollout"
+            what += f", first prompt {first['prompt_id']} sample {first['other_sample']}"
+            report.add(first["file"], "judgments", what, AGAIN)
+    if clusters.is_empty():
+        return
+    of_prompt = clusters.group_by("clustering", "prompt_id", maintain_order=True).agg(
+        pl.col("cluster").n_unique().alias("n"), pl.col("cluster").max(), pl.col("file").first()
+    )
+    for row in of_prompt.filter(pl.col("cluster") != pl.col("n") - 1).head(1).iter_rows(named=True):
+        what = f"{row['clustering']}: the clusters of prompt {row['prompt_id']} are not numbered from 0"
+        report.add(row["file"], "clusters", what, AGAIN)
 
 
 def _check_work(report: Report, run: Run) -> None:

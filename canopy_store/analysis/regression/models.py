@@ -79,6 +79,7 @@ def regress(
     replicates: int = 2000,
     seed: int = 0,
     advance: Callable[[int], None] | None = None,
+    clusters: str | None = None,
 ) -> Fit:
     """Return the fit of one of the four models to a panel, every other variant against the baseline.
 
@@ -110,6 +111,8 @@ def regress(
     replicates : of the bootstrap over prompts that gives a corrected fit its intervals
     seed : of the bootstraps and the splits, or of the simulated residuals
     advance : called with 1 after each replicate of ``bootstrap``
+    clusters : of a store, by meaning, for the outcomes rse, rse_norm, semantic_entropy, …; needed where
+        it has several
 
     Raises
     ------
@@ -140,6 +143,8 @@ def regress(
     if isinstance(panel, pl.DataFrame):
         if grader is not None:
             raise UsageError("--grader: of a store; a panel has the columns that it has")
+        if clusters is not None:
+            raise UsageError(f"--clusters {clusters}: with --store; a panel has its columns")
         of_store, frame = None, one_panel(panel, "panel", selection=selection, **rows)
     else:
         of_store = store_panel(
@@ -148,6 +153,8 @@ def regress(
             baseline=baseline,
             allow=allow,
             grader=grader,
+            outcome=outcome,
+            clusters=clusters,
             **rows,
         )
         frame = one_panel(of_store, str(panel))
