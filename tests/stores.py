@@ -212,6 +212,7 @@ def write_document_scores(root: Path, scorer: dict[str, Any], corpus: str, rows:
     columns = {
         "document_id": list(rows),
         "tokens": tokens,
+        "token_ids": [words and [sum(map(ord, word)) for word in words] for words in tokens],
         "logprob": logprobs,
         "entropy": logprobs,
         "n_tokens": [len(each) for each in logprobs],
