@@ -12,10 +12,11 @@ from canopy_store.analysis.bootstrap import MEANINGS
 from canopy_store.analysis.grades import with_accuracy
 from canopy_store.analysis.likeness import ADDED, require_alike, run_settings
 from canopy_store.analysis.meanings import with_meanings
+from canopy_store.analysis.one_of import one_of
 from canopy_store.analysis.rarefaction import at_common_m, rollouts_of
 from canopy_store.analysis.seeds import as_variants
 from canopy_store.analysis.selections import only_runs, require_one_run
-from canopy_store.errors import DataError, UsageError
+from canopy_store.errors import DataError
 from canopy_store.sql.connection import Connection
 
 NO_EMBEDDER = "none"  # what the views write for a run without embeddings
@@ -146,12 +147,9 @@ def only(
 def _one_embedder(stored: pl.Series, wanted: str | None) -> str:
     """The embedder to use: the one wanted, or the only one stored."""
     names = sorted(stored.unique())
-    if wanted is not None and wanted not in names:
-        raise DataError(f"--embedder {wanted}: not in the store; it has {', '.join(names)}")
-    real = [name for name in names if name != NO_EMBEDDER]
-    if wanted is None and len(real) > 1:
-        raise UsageError(f"--embedder: the store has several: {', '.join(real)}")
-    return wanted or (real or names)[0]
+    if wanted is None:
+        names = [name for name in names if name != NO_EMBEDDER] or names
+    return one_of("--embedder", names, wanted)
 
 
 def store_panel(

@@ -14,6 +14,7 @@ import numpy as np
 import polars as pl
 
 from canopy_store.analysis.bootstrap import AT_K, Array
+from canopy_store.analysis.one_of import one_of
 from canopy_store.errors import DataError, UsageError
 from canopy_store.sql.connection import Connection
 
@@ -175,11 +176,7 @@ def one_grader(con: Connection, what: str, grader: str | None) -> str:
     stored = graders(con)
     if not stored:
         raise DataError(f"{what}: no rollout is graded; see: canopy ingest grade --help")
-    if grader is not None and grader not in stored:
-        raise DataError(f"--grader {grader}: not in the store; it has {', '.join(stored)}")
-    if grader is None and len(stored) > 1:
-        raise UsageError(f"--grader: the store has several: {', '.join(stored)}")
-    return grader or stored[0]
+    return one_of("--grader", stored, grader)
 
 
 def _pass_at(con: Connection, names: Sequence[str], where: dict[str, str]) -> pl.DataFrame:

@@ -10,6 +10,7 @@ import numpy as np
 import polars as pl
 
 from canopy_store.analysis.bootstrap import MEANINGS, MEASURES, Rollouts
+from canopy_store.analysis.one_of import one_of
 from canopy_store.errors import DataError, UsageError
 from canopy_store.sql.connection import Connection
 
@@ -32,11 +33,7 @@ def one_clustering(con: Connection, root: str | Path, wanted: str | None) -> str
         raise DataError(
             f"{root}: no clusters; make them first: canopy ingest judge, canopy ingest cluster"
         )
-    if wanted is not None and wanted not in names:
-        raise DataError(f"--clusters {wanted}: not in the store; it has {', '.join(names)}")
-    if wanted is None and len(names) > 1:
-        raise UsageError(f"--clusters: the store has several: {', '.join(names)}")
-    return wanted or names[0]
+    return one_of("--clusters", names, wanted)
 
 
 def with_meanings(

@@ -18,6 +18,7 @@ from canopy_store.analysis.intervals import Units
 from canopy_store.analysis.pairing import no_baseline
 from canopy_store.analysis.seeds import as_variants
 from canopy_store.analysis.unit_rows import unit_rows
+from canopy_store.analysis.words import unit as unit_of_metric
 from canopy_store.errors import ConflictError, DataError
 from canopy_store.sql.connection import Connection
 
@@ -279,9 +280,8 @@ def generations(con: Connection, documents: Arms, rollouts: pl.DataFrame, baseli
             chains.append({**own, "lineage": by_id[model_id]["variant"]})
             at = by_id.get(at["writer_id"])
     metric = loss_metric(documents)
-    unit = "nats per token" if metric == "nll" else "bits per byte"
     losses = documents.values(baseline, metric)
-    parts = [(losses, "loss on {}", unit), (rollouts, "CE* on {}", "nats")]
+    parts = [(losses, "loss on {}", unit_of_metric(metric)), (rollouts, "CE* on {}", "nats")]
     measured = [
         frame.select(
             "family",

@@ -8,7 +8,7 @@ from typing import Any
 import polars as pl
 
 from canopy_store.analysis.studies import Arms, loss_metric
-from canopy_store.analysis.words import headline
+from canopy_store.analysis.words import headline, unit
 from canopy_store.report import study_charts as draw
 from canopy_store.report.facts import MAX_PANELS
 from canopy_store.report.study_facts import Study
@@ -64,7 +64,6 @@ def _loss(study: Study) -> Any:
     if study.documents.changes.is_empty() and study.documents.alone.is_empty():
         return study.documents.reason
     metric = loss_metric(study.documents)
-    unit = "nats per token" if metric == "nll" else "bits per byte"
     frame = study.documents.values(study.baseline, metric)
     own = frame.filter(variant=study.baseline).select("family", "task", rule="value")
     frame = (
@@ -75,7 +74,7 @@ def _loss(study: Study) -> Any:
     frame, panels, cut = _panelled(
         frame.rename({"n_prompts": "n_clusters"}).sort("family", "task"), "task"
     )
-    drawn = draw.by_arm(frame, study.variants, panels, f"loss ({unit})")
+    drawn = draw.by_arm(frame, study.variants, panels, f"loss ({unit(metric)})")
     return drawn, _said(_compared(study.documents, study.baseline), cut)
 
 
@@ -97,9 +96,8 @@ def _frontier(study: Study) -> Any:
         pair=pl.format("gain on {}, forgetting of {}", "gained", "forgotten")
     )
     frame, panels, cut = _panelled(pair, "pair")
-    metric = loss_metric(study.documents)
-    unit = "nats per token" if metric == "nll" else "bits per byte"
-    return draw.frontier(frame, study.variants, panels, unit), cut
+    measured = unit(loss_metric(study.documents))
+    return draw.frontier(frame, study.variants, panels, measured), cut
 
 
 def _training(study: Study) -> Any:
