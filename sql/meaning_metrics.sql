@@ -6,8 +6,9 @@ with per_prompt as (
         any_value(family) as family, any_value(variant) as variant, any_value(task) as task,
         sum(n_rollouts)::bigint as n_judged,
         count(*) as n_meanings,
-        abs(sum(share * ln(share))) as rse,
-        abs(sum_of_all(exp(class_logprob) * class_logprob)) as semantic_entropy,
+        abs(sum(share * ln(share) order by cluster)) as rse,
+        case when count(class_logprob) = count(*)
+            then abs(sum(exp(class_logprob) * class_logprob order by cluster)) end as semantic_entropy,
         -- each of a pair counts the other
         (sum(n_unlike) / 2)::bigint as n_intransitive
     from meanings

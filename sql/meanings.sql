@@ -27,7 +27,7 @@ classes as (
         count(*) as n_rollouts,
         min(sample) as first_sample,
         sum(n_unlike)::bigint as n_unlike,
-        case when bool_and(known) then max(largest) + ln(sum(exp(logprob - largest))) end as logprob
+        case when bool_and(known) then max(largest) + ln(sum(exp(logprob - largest) order by sample)) end as logprob
     from scaled
     group by run_id, prompt_id, clustering, cluster
 ),
@@ -39,8 +39,10 @@ select family, variant, task, run_id, prompt_id, clustering, cluster,
     n_rollouts,
     n_rollouts / m::double as share,
     logprob - largest
-        - ln(sum(exp(logprob - largest)) over (partition by run_id, prompt_id, clustering))
-        as class_logprob,
+        - ln(sum(exp(logprob - largest)) over classes_in_order) as class_logprob,
     first_sample,
     n_unlike
 from against
+-- all of them, added up in one order
+window classes_in_order as (partition by run_id, prompt_id, clustering order by cluster
+    rows between unbounded preceding and unbounded following)

@@ -4,7 +4,8 @@
 select family, variant, task, run_id, grader, selection, k,
     count(*) as n_prompts,
     count(pass_at_k) as n_counted,
-    avg(pass_at_k) as pass_at_k,
-    avg(pass_hat_k) as pass_hat_k
+    -- in one order, so that the last bit does not depend on how shards are cut
+    avg(pass_at_k order by prompt_id) as pass_at_k,
+    avg(pass_hat_k order by prompt_id) as pass_hat_k
 from pass_at_k
 group by all

@@ -31,6 +31,8 @@ OF_TEXTS = {
     *("document_metrics", "perplexity", "forgetting", "paired_documents", "token_type_contributions"),
     *("number_formats", "item_metrics", "option_accuracy", "gain_forgetting", "collapse"),
 }
+# what is of pairs of rollouts that were judged
+OF_MEANINGS = {"judgments", "clusters", "meanings", "meaning_metrics"}
 
 
 # ---------------------------------------------------------------- made by sampling

@@ -62,6 +62,7 @@ def test_every_view_carries_the_selection_as_if_it_were_all(tmp_path):
     every = pl.read_parquet(GOLDEN_ROLLOUTS).with_columns(
         pl.col("entropy").list.eval(-1.3 * pl.element()).alias("logprob"),
         pl.col("entropy").list.eval(-0.1 - pl.element()).alias("eos_logprob"),
+        correct=pl.col("sample") % 3 == 0,
     )
     canopy_store.import_rollouts(root, write_parquet(tmp_path / "all.parquet", every), max_new_tokens=64)
     canopy_store.select_reward(root, 0.3, name="few")

@@ -111,6 +111,15 @@ def _side(frame: pl.DataFrame, metric: str, part: str, **more: pl.Expr) -> pl.Da
     return rows.select(*_PLACE, "n_prompts", value=part, **ends)
 
 
+def counts(con: Connection) -> dict[str, int]:
+    """How many items and documents a store has; without those of which it has none."""
+    number = con.sql(
+        "select (select count(*) from (select distinct task, item_id from items)), "
+        "(select count(*) from documents)"
+    )
+    return {name: n for name, n in zip(("items", "documents"), number.fetchall()[0], strict=True) if n}
+
+
 def chances(con: Connection) -> pl.DataFrame:
     """What guessing gets on each task and split of items: task, chance."""
     frame = con.sql(

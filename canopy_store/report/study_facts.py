@@ -76,12 +76,7 @@ def gather_study(
     rollouts: pl.DataFrame,
 ) -> Study:
     """The study of a store; ``rollouts`` are values of CE*, as `values_of` gives them."""
-    counts = {
-        "items": con.sql("select count(*) from (select distinct task, item_id from items)"),
-        "documents": con.sql("select count(*) from documents"),
-    }
-    number = {name: int(rel.fetchall()[0][0]) for name, rel in counts.items()}
-    number = {name: n for name, n in number.items() if n}
+    number = found.counts(con)
     training = found.training_curves(con, seeds)
     if not number:
         return Study(baseline, training=training, variants=_names(training))
