@@ -66,12 +66,19 @@ def make_collapse(out: Path) -> None:
 
 
 def figures_of_collapse(root: Path) -> pl.DataFrame:
-    """A row per arm: NLL of held-out real texts and CE* at both temperatures, mean over seeds (each)."""
+    """A row per arm: loss on real texts, CE* of what it wrote and its perplexity under generation 0.
+
+    Means over seeds (each).
+    """
     nll = canopy_store.read(root, "perplexity").select("variant", pl.col("nll").alias("value"))
     frames = [nll.with_columns(measure=pl.lit("NLL of real text"))]
     metrics = canopy_store.read(root, "model_metrics").filter(selection="all")
     for task, name in (("first-words", "CE* at T 1"), ("colder", "CE* at T 0.8")):
         of_task = metrics.filter(task=task).select("variant", pl.col("ce_star").alias("value"))
+        frames.append(of_task.with_columns(measure=pl.lit(name)))
+    collapse = canopy_store.read(root, "collapse")
+    for task, name in (("first-words", "origin_ppl at T 1"), ("colder", "origin_ppl at T 0.8")):
+        of_task = collapse.filter(task=task).select("variant", pl.col("origin_ppl").alias("value"))
         frames.append(of_task.with_columns(measure=pl.lit(name)))
     every = pl.concat(frames).with_columns(arm=pl.col("variant").str.replace(r"-\d+$", ""))
     shown = every.group_by("arm", "measure").agg(

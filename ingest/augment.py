@@ -89,9 +89,9 @@ def augment(
     """What was made of training data: what was kept is in ``out``, which has its row in ``datasets``.
 
     Each line of ``out`` is {"text": …} with source_line, method, generator, instruction, run_id,
-    prompt_id, sample and seed; what was rejected is beside it, in NAME.rejected.jsonl, with reason and
-    detail. The same call again samples what is missing and writes the same bytes. Source: Lampinen et
-    al. 2025 (arXiv 2505.00661, augmented fine-tuning).
+    prompt_id, sample and seed; what was rejected is beside it, as `rejected_of` names it, with reason
+    and detail. The same call again samples what is missing and writes the same bytes. Source: Lampinen
+    et al. 2025 (arXiv 2505.00661, augmented fine-tuning).
 
     Parameters
     ----------
@@ -119,7 +119,7 @@ def augment(
         What cannot be read; impossible settings.
     """
     data, out, checks = Path(data), Path(out), tuple(checks)
-    rejected_file = out.with_suffix(".rejected.jsonl")
+    rejected_file = rejected_of(out)
     _check(data, out, rejected_file, method, checks, context_lines)
     asking: dict[str, Any] = {
         "method": method,
@@ -150,6 +150,16 @@ def augment(
     reasons = Counter(each["reason"] for each in rejected)
     found = len(kept) + len(rejected)
     return Augmented(run, row, len(entries), found, len(kept), dict(reasons), rejected_file, new)
+
+
+def rejected_of(out: Path) -> Path:
+    """Where the rejected of a data set stand: of NAME.jsonl in NAME.rejected.jsonl, else NAME.rejected.
+
+    No two data sets share one: a.jsonl, a, a.v1 and a.v2 each have their own.
+    """
+    if out.suffix == ".jsonl":
+        return out.with_suffix(".rejected.jsonl")
+    return out.with_name(f"{out.name}.rejected")
 
 
 def open_augment(

@@ -17,6 +17,7 @@ from tiny import save_tiny
 
 import canopy_store
 from canopy_store import store
+from canopy_store.errors import ConflictError
 from canopy_store.ingest.augment import augment
 from canopy_store.ingest.candidates import Entry, Judge, split, words
 from canopy_store.ingest.instructions import INSTRUCTIONS, Instruction, read_instructions
@@ -487,6 +488,27 @@ def made(root: Path) -> tuple[bytes, bytes, pl.DataFrame, pl.DataFrame]:
     datasets = con.sql("select * exclude (name) from datasets order by data_sha256").pl()
     out = Path(f"{root}.jsonl")
     return out.read_bytes(), out.with_suffix(".rejected.jsonl").read_bytes(), rollouts, datasets
+
+
+def test_two_data_sets_share_no_file(tmp_path, chain, walks):
+    """Names that begin alike, and one that is another's less its ending."""
+    names = ["a", "a.jsonl", "a.v1", "a.v2", "a.v1.jsonl", "a.json"]
+    outs = [tmp_path / "out" / name for name in names]
+    stood: dict[Path, bytes] = {}
+    for number, out in enumerate(outs):  # each judged by other checks or asked by another seed
+        more = {"checks": ("names",) if number % 2 else (), "seed": number // 2}
+        root = tmp_path / f"s{number // 2}"
+        result = augment(root, str(chain), out=out, **{**walks, **more})
+        assert result.rejected_file not in outs
+        assert {path: path.read_bytes() for path in stood} == stood
+        stood |= {path: path.read_bytes() for path in (out, result.rejected_file)}
+        assert [row["reason"] for row in read(result.rejected_file)]
+        assert result.candidates == len(read(out)) + len(read(result.rejected_file))
+    assert len(stood) == 2 * len(names) == len(list((tmp_path / "out").iterdir()))
+    # a file named as another one's rejected would be is refused, and nothing written over
+    with pytest.raises(ConflictError, match=r"a\.rejected: is there"):
+        augment(tmp_path / "s0", str(chain), out=tmp_path / "out" / "a.rejected", **walks)
+    assert {path: path.read_bytes() for path in stood} == stood
 
 
 def test_a_break_anywhere_and_the_same_call_again(tmp_path, chain, walks, monkeypatch):

@@ -120,6 +120,32 @@ compare = { unit = "item", metric = "nll" }
     assert given[1:] == [["sft=sft-3,sft-5"], ["sft=sft-3"]]
 
 
+def test_what_is_of_runs_is_asked_after_all_arms_by_the_checkpoint_of_another(file, canopy):
+    file.write_text(
+        STUDY.replace(
+            "[[answer]]",
+            """[[ask]]
+score = { scorer = "{sft.model}", run = ["llama.{arm}.a", "llama.{arm}.b"], policy = "full" }
+arms = ["further"]
+[[answer]]""",
+            1,
+        )
+    )
+    lines = planned(canopy, file)
+    where = [at for at, line in enumerate(lines) if line[2] == "score"]
+    assert min(where) > max(at for at, line in enumerate(lines) if line[2] in ("finetune", "options"))
+    told = [
+        (option(lines[at], "scorer"), [w for w in lines[at] if w.startswith("llama.")]) for at in where
+    ]
+    assert sorted(told) == [
+        ("models/sft-3", ["llama.further-3.a", "llama.further-3.b"]),
+        ("models/sft-5", ["llama.further-5.a", "llama.further-5.b"]),
+    ]
+    assert "score" not in [line[2] for line in planned(canopy, file, "--arm", "further")]
+    file.write_text(file.read_text().replace('arms = ["further"]', 'arms = ["further", "icl"]'))
+    refused(canopy("study", "run", file), 1, "ask 3", "arm icl is one for all seeds", "{sft.model}")
+
+
 def test_one_seed_names_no_seed_and_an_arm_alone_asks_no_answers(file, canopy):
     file.write_text(STUDY.replace("[3, 5]", "[3]"))
     lines = planned(canopy, file, "--arm", "further", "--arm", "icl")
@@ -283,6 +309,15 @@ rollouts = {{ task = "walk", prompts = "p.jsonl", samples = 40, max_new_tokens =
     assert row["hours"] == pytest.approx(work["seconds"].sum() / 3600, abs=1e-3)
     size = sum(path.stat().st_size for path in (tmp_path / "store" / "rollouts").rglob("*.parquet"))
     assert row["bytes"] == pytest.approx(size, rel=1e-6, abs=1)
+    # scored are the runs that are named, and without names all
+    ask = '[[ask]]\nscore = { scorer = "base"'
+    for named, rows in (("", 240), (', run = "chain.other.walk"', 120)):
+        with_scores = file.read_text().split("[[ask]]\nscore")[0] + f"{ask}{named} }}\n"
+        file.write_text(with_scores)
+        out = canopy("study", "run", file, "--estimate", "--format", "json")[1]
+        scored = json.loads(out)[1]
+        assert (scored["command"], scored["rows"]) == ("score", rows)
+        assert scored["tokens"] == pytest.approx(stored["n_tokens"].sum() * rows / 240, abs=1)
     refused(canopy("study", "run", file, "--speeds", tmp_path), 2, "--speeds", "--estimate")
 
 

@@ -78,8 +78,9 @@ def augment_command(root: str, model: str, out: str, **options: Any) -> None:
     Every line of an answer is a candidate. Rejected is one that repeats a line or another candidate,
     shares no word with its line, is cut at --max-new-tokens, stands outside of the answer's list, or
     fails a --check. Kept ones say their source line, generator, run, prompt, sample and seed; rejected
-    ones are beside --out, in NAME.rejected.jsonl, each with its reason. The file has its row in the
-    table datasets. Another --check and --out judge the stored answers anew.
+    ones are beside --out, in NAME.rejected.jsonl (NAME.rejected where NAME does not end in .jsonl), each
+    with its reason. The file has its row in the table datasets. Another --check and --out judge the
+    stored answers anew.
 
     \b
     Examples:

@@ -55,15 +55,17 @@ def estimate(lines: Sequence[tuple[str, Mapping[str, Any]]], speeds: Path) -> pl
     prompts = functools.cache(read_prompts)
     items = functools.cache(read_items)
     documents = functools.cache(read_documents)
-    rollouts, tokens = 0, 0.0
+    runs: dict[str, tuple[int, float]] = {}  # rows and tokens of each that is sampled
     found: list[dict[str, Any]] = []
     for name, given in lines:
         if name in _OVER_ROLLOUTS:
-            rows, read = rollouts, tokens
+            of = [runs[run] for run in given.get("runs") or runs if run in runs]
+            rows, read = sum(n for n, _ in of), sum(length for _, length in of)
         elif name == "rollouts":
             rows = len(prompts(given["prompts"])) * given["samples"]
             read = rows * known.length(given["task"], given["max_new_tokens"])
-            rollouts, tokens = rollouts + rows, tokens + read
+            run = given["run"] or f"{given['family']}.{given['variant']}.{given['task']}"
+            runs[run] = rows, read
         elif name == "options" and given["items"] is not None:
             rows = sum(map(len, items(given["items"])))
             read = rows * known.per_row("option_scores", "tokens")

@@ -308,9 +308,11 @@ class Study:
                     found.append(self._line(step, options, f"ask {at}", arm))
         if only:
             return found
-        for at, (step, options, _) in enumerate(self.asked, 1):
+        for at, (step, options, arms) in enumerate(self.asked, 1):
             if not self._is_of_an_arm(step):
-                found.append(self._line(step, options, f"ask {at}", None))
+                # after every arm, so that one may be asked by the checkpoint of another
+                of_arms = [None] if arms is None else list(self.every_arm(arms))
+                found += [self._line(step, options, f"ask {at}", each) for each in of_arms]
         for at, (step, options, _) in enumerate(self.answers, 1):
             found.append(self._line(step, options, f"answer {at}", None))
         return found
@@ -410,6 +412,9 @@ class Study:
             other = key.removesuffix(".model")
             if other not in self.arms:
                 return str(self._fail(where, f"no arm {other!r} for {found[0]}; {_or(self.arms)}"))
+            if arm.seed is None and self._seeded[other] and len(self.seeds) > 1:
+                one = f"arm {arm.name} is one for all seeds, and {found[0]} another for each"
+                return str(self._fail(where, f"{one}; leave {arm.name} out of arms"))
             return self._model(other, arm.seed) if key != other else self.variant(other, arm.seed)
 
         return re.sub(r"\{([^{}]+)\}", name, value)
@@ -490,6 +495,9 @@ def run_command(
     context = "facts.txt"
     [[ask]]                         # of every arm, or of those in arms = ["base", "sft"]
     options = { task = "facts", items = "facts.jsonl" }
+    [[ask]]                         # of runs: once for all, or with arms = [...] a line for each of them
+    score = { scorer = "{base.model}", run = "llama.{arm}.math", policy = "full" }
+    arms = ["sft"]
     [[answer]]
     compare = { metric = "accuracy_sum" }
 
