@@ -5,6 +5,7 @@ Arrow schemas, zero-row views, DuckDB comments and the data dictionary derive fr
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import pyarrow as pa
@@ -37,7 +38,11 @@ _ARROW = {
 
 @dataclass(frozen=True)
 class Column:
-    """A column: DuckDB type, what it means, unit ('' when it has none), the format that brought it."""
+    """A column: DuckDB type, what it means, unit ('' when it has none), the format that brought it.
+
+    An ``optional`` one stands only in files that have a value of it: their records' entries name it, and
+    the table's view shows NULL for all others, those written before there was such a column among them.
+    """
 
     name: str
     type: str
@@ -45,6 +50,7 @@ class Column:
     unit: str = ""
     required: bool = True
     since: int = 1
+    optional: bool = False
 
 
 @dataclass(frozen=True)
@@ -85,9 +91,18 @@ class Table:
         own = {column.name for column in self.columns}
         return tuple(key for key in self.partitions if key != "run" and key not in own)
 
+    @property
+    def optional(self) -> tuple[str, ...]:
+        """The columns that a file may do without."""
+        return tuple(column.name for column in self.columns if column.optional)
+
 
 def _c(name: str, type: str, doc: str, unit: str = "", required: bool = True, since: int = 1) -> Column:
     return Column(name, type, doc, unit, required, since)
+
+
+def _optional(name: str, type: str, doc: str, unit: str = "") -> Column:
+    return Column(name, type, doc, unit, required=False, since=2, optional=True)
 
 
 _RUN_ID = _c("run_id", "VARCHAR", "The run: one ingest of (model, task, sampling policy).")
@@ -133,6 +148,24 @@ _SUMS = (
         "nats",
         False,
     ),
+)
+# What the policy's cuts (top-k, top-p, min-p, typical) took away.
+_CUTS = (
+    _optional(
+        "log_mass",
+        "FLOAT[]",
+        "Per step, log of the probability that the uncut policy, after temperature and repetition "
+        "penalty, gives to the tokens kept: logprob + log_mass is the uncut policy's. NULL where the "
+        "policy cuts nothing, or the engine does not tell.",
+        "nats",
+    ),
+    _optional(
+        "n_kept",
+        "INTEGER[]",
+        "Per step, how many tokens the policy kept; NULL where log_mass is.",
+        "tokens",
+    ),
+    _optional("log_mass_sum", "DOUBLE", "Sum of log_mass over the rollout.", "nats"),
 )
 
 TABLES: dict[str, Table] = {
@@ -341,12 +374,13 @@ TABLES: dict[str, Table] = {
                     "nats",
                     False,
                 ),
+                *_CUTS,
             ),
             ("family", "variant", "task", "run"),
             commit=("run",),
             brings=("runs", "prompts", "work"),
             checks=("rollouts", "steps"),
-            split=("logprob", "entropy", "eos_logprob", "top_logprobs"),
+            split=("logprob", "entropy", "eos_logprob", "top_logprobs", "log_mass"),
             texts=("text", "token_ids", "top_token_ids"),
             plan="run",
         ),
@@ -369,13 +403,14 @@ TABLES: dict[str, Table] = {
                 _EOS_LOGPROB,
                 _H,
                 *_SUMS,
+                *_CUTS,
             ),
             ("scorer_id", "run"),
             commit=("scorer_id", "policy", "run"),
             brings=("work",),
             parent="rollouts",
             checks=("scored_steps",),
-            split=("logprob", "entropy", "eos_logprob"),
+            split=("logprob", "entropy", "eos_logprob", "log_mass"),
             plan="scorer",
         ),
         Table(
@@ -807,11 +842,19 @@ for _column in (
 
 
 def arrow_schema(
-    table: str, embedding_dim: int | None = None, version: int = FORMAT_VERSION
+    table: str,
+    embedding_dim: int | None = None,
+    version: int = FORMAT_VERSION,
+    optional: Iterable[str] = (),
 ) -> pa.Schema:
-    """The Arrow schema of a table's files; ``embedding_dim`` fixes the size of that list."""
-    fields = []
+    """The Arrow schema of a table's files that have these of its optional columns.
+
+    ``embedding_dim`` fixes the size of that list.
+    """
+    fields, there = [], set(optional)
     for column in file_columns(table, version):
+        if column.optional and column.name not in there:
+            continue
         kind = _ARROW[column.type]
         if column.name == "embedding" and embedding_dim is not None:
             kind = _list(pa.float32(), embedding_dim)

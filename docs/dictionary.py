@@ -19,7 +19,8 @@ Made by `python docs/dictionary.py` from `canopy_store/schema.py`, `sql/columns.
 store says the same of itself: `select table_name, column_name, comment from duckdb_columns()` in
 `canopy.duckdb`.
 
-Path columns are hive partitions (`family=…/`) and columns of the files, too.
+Path columns are hive partitions (`family=…/`) and columns of the files, too. An optional column stands
+only in files that have a value of it ([format.md](format.md)).
 """
 
 CUT_VIEWS = """`NAME_at(horizon)`, a table macro, has the columns of NAME as if every rollout had been
@@ -42,7 +43,8 @@ def dictionary() -> str:
         lines += [f"### {table.name}\n", f"{table.grain}; key: {', '.join(table.keys)}.\n", header]
         for column in view_columns(table.name):
             note = " In the path." if column.name in table.path_columns else ""
-            lines.append(row(column, note or ("" if column.required else " May be NULL.")))
+            may = " Optional, may be NULL." if column.optional else " May be NULL."
+            lines.append(row(column, note or ("" if column.required else may)))
         lines.append("")
     cut = textwrap.fill(", ".join(f"`{name}`" for name in AT_HORIZON), 100)
     lines += ["## Views\n", CUT_VIEWS.format(cut=cut)]

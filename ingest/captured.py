@@ -88,8 +88,9 @@ class Batch:
         self.live, self.over = zeros(width, dtype=torch.bool), zeros(width, dtype=torch.bool)
         self.last = zeros(width, dtype=torch.long)
         self.noise = zeros(width, steps, dtype=torch.float64)
-        # a row for each step: token, logprob, entropy, eos_logprob, likeliest ids and log-probabilities
-        self.log = zeros(width, steps, 4 + 2 * self.best, dtype=torch.float32)
+        # a row for each step: token, its record, likeliest ids and log-probabilities
+        columns = 1 + len(sampling.record) + 2 * self.best
+        self.log = zeros(width, steps, columns, dtype=torch.float32)
         self.ends = policy.Ends(sampling.end_ids, vocabulary, device)
         self.cache = Cache(layers=[_Layer(self, number) for number in range(layers)])
         self.attended = 0
@@ -190,7 +191,7 @@ class Batch:
         columns = [step.tokens.int().view(torch.float32)[:, None], step.record.T]
         if step.top is not None:
             columns += [step.top[0].int().view(torch.float32), step.top[1]]
-        row = torch.cat(columns, 1)  # (W, 4 + 2 * best)
+        row = torch.cat(columns, 1)  # (W, columns of the log)
         self.log.scatter_(1, at[:, None].expand(-1, 1, row.shape[1]), row[:, None])
         self.last.copy_(step.tokens)
         self.length += self.live

@@ -5,8 +5,13 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+
+RECORD = ("logprob", "entropy", "eos_logprob")  # of every step
+CUT = ("log_mass", "n_kept")  # of a policy that cuts, too
+COUNTS = ("n_kept",)
 
 
 @dataclass(frozen=True)
@@ -22,14 +27,30 @@ class Sampling:
     width: int = 32
 
     @property
+    def cuts(self) -> bool:
+        """Whether the policy gives some tokens no probability; not greedy, which has nothing to cut."""
+        return self.temperature > 0 and (self.top_k > 0 or self.top_p < 1)
+
+    @property
+    def record(self) -> tuple[str, ...]:
+        """What a step's record holds, by name."""
+        return (*RECORD, *CUT) if self.cuts else RECORD
+
+    @property
     def is_model(self) -> bool:
         """Whether the policy is the model's own softmax: temperature 1, all tokens kept."""
         return self.temperature == 1 and self.top_k == 0 and self.top_p == 1
 
 
+def named_record(sampling: Sampling, rows: np.ndarray) -> dict[str, Any]:
+    """The rows of a record (R, N) by name: counts as int32, the others as they are."""
+    named = zip(sampling.record, rows, strict=True)
+    return {name: row.astype(np.int32) if name in COUNTS else row for name, row in named}
+
+
 @dataclass
 class Rollout:
-    """One rollout: token ids, and per step logprob, entropy, eos_logprob (nats, float32).
+    """One rollout: token ids, and per step logprob, entropy, eos_logprob, log_mass (nats, float32).
 
     What an engine does not give exactly is None, and then in every rollout of one call.
     """
@@ -44,6 +65,8 @@ class Rollout:
     top_logprobs: np.ndarray | list[list[float]] | None = None
     text: str | None = None  # where None, token_ids are decoded
     n_tokens: int | None = None  # where none of the lists is known
+    log_mass: np.ndarray | None = None  # of a policy that cuts
+    n_kept: np.ndarray | None = None
 
 
 def uniforms(run_id: str, seed: int, prompt_id: str, sample: int, steps: int) -> np.ndarray:

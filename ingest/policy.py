@@ -30,8 +30,8 @@ class Ends:
 class Step:
     """One token of each row, with the exact statistics of the distribution that it came from.
 
-    ``tokens`` (B,); ``record`` (3, B), float32 nats: logprob, entropy, eos_logprob; the ids and
-    log-probabilities (B, k) of the likeliest tokens, where they were asked for.
+    ``tokens`` (B,); ``record`` (R, B), float32: what `Sampling.record` names, nats and counts; the ids
+    and log-probabilities (B, k) of the likeliest tokens, where they were asked for.
     """
 
     tokens: torch.Tensor
@@ -70,8 +70,10 @@ def take_step(
         tokens, logprob = policy.sample(uniform)
     else:
         logprob = policy.logprob(tokens)
-    record = torch.stack([logprob, policy.entropy(), policy.event_logprob(ends.member)])
-    return Step(tokens, record, policy.top(best) if best else None)
+    rows = [logprob, policy.entropy(), policy.event_logprob(ends.member)]
+    if policy.log_mass is not None:
+        rows += [policy.log_mass, policy.n_kept()]
+    return Step(tokens, torch.stack(rows), policy.top(best) if best else None)
 
 
 def fused(device: torch.device, sampling: Sampling) -> bool:
@@ -105,11 +107,13 @@ class Policy:
     """A next-token distribution per row.
 
     ``logprobs`` (B, K) in nats: log π, -inf outside the support. ``ids`` (B, K): the token each
-    column stands for, or None when column v is token v.
+    column stands for, or None when column v is token v. ``log_mass`` (B,) in nats: log of what the
+    uncut policy gives to the support; None where nothing is cut.
     """
 
     logprobs: torch.Tensor
     ids: torch.Tensor | None
+    log_mass: torch.Tensor | None = None
 
     @functools.cached_property
     def probabilities(self) -> torch.Tensor:
@@ -120,6 +124,10 @@ class Policy:
         """Entropy (B,) in nats over the whole support."""
         # the clamp makes 0 of 0 · -inf and leaves NaN; at its bound a probability is 0
         return -torch.linalg.vecdot(self.probabilities, self.logprobs.clamp(min=-1e4)).clamp(max=0)
+
+    def n_kept(self) -> torch.Tensor:
+        """Tokens (B,) that have a probability, as a float; exact below 2^24."""
+        return torch.isfinite(self.logprobs).sum(-1).to(self.logprobs.dtype)
 
     def event_logprob(self, member: torch.Tensor) -> torch.Tensor:
         """Log-probability (B,) in nats of the set of tokens that ``member`` (V,) marks."""
@@ -198,7 +206,9 @@ def sampling_policy(
         return Policy(best.values - best.values, best.indices)
     if temperature != 1:
         logits = logits / temperature
-    ids = None
+    ids = whole = None
+    if top_k > 0 or top_p < 1:
+        whole = logits.logsumexp(-1)
     if 0 < top_k < logits.shape[-1]:
         logits, ids = logits.topk(top_k, dim=-1)
     if top_p < 1:
@@ -211,4 +221,7 @@ def sampling_policy(
         probability = (logits - total).exp()
         before = probability.cumsum(-1) - probability
         logits = logits.masked_fill(before >= top_p, -torch.inf)
-    return Policy(logits.log_softmax(-1), ids)
+    if whole is None:
+        return Policy(logits.log_softmax(-1), ids)
+    kept = logits.logsumexp(-1)
+    return Policy(logits.log_softmax(-1), ids, (kept - whole).clamp(max=0))

@@ -13,7 +13,7 @@ import torch
 
 from canopy_store.errors import DataError
 from canopy_store.ingest import captured, shared_prompt
-from canopy_store.ingest.draw import Job, Rollout, Sampling
+from canopy_store.ingest.draw import Job, Rollout, Sampling, named_record
 from canopy_store.ingest.policy import Ends, fused, has_kernels, take_step
 
 
@@ -59,7 +59,7 @@ def footprint(model: Any, sampling: Sampling, prompt_lengths: Sequence[int]) -> 
     # float32 arrays of the vocabulary's size that live at once in `sampling_policy` and `Policy`
     arrays = 2 if sampling.top_k else 4 if sampling.top_p == 1 else 6
     vocabulary = config.vocab_size * (size + 4 * arrays)
-    log = steps * (4 + 3 * 4 + 8 + 8 * best)
+    log = steps * (4 + 4 * len(sampling.record) + 8 + 8 * best)
     # a layer's scores, weights and their parts in float32; its states and its two inner products
     layer = 4 * 4 * heads * (longest + steps) + size * (6 * hidden + 3 * inner)
     reading = longest * size * (6 * hidden + 3 * inner)  # of one prompt at a time
@@ -154,14 +154,15 @@ def _sample_captured(
 
     def keep(j: int, place: int, log: np.ndarray) -> None:
         whole = log.view(np.int32)
-        best = (log.shape[1] - 4) // 2
+        first = 1 + len(sampling.record)  # of the likeliest
+        best = (log.shape[1] - first) // 2
         done[j][place] = _rollout(
             jobs[j],
             place,
             sampling,
             whole[:, 0].copy(),
-            log[:, 1:4].T.copy(),
-            (whole[:, 4 : 4 + best].copy(), log[:, 4 + best :].copy()) if best else None,
+            log[:, 1:first].T.copy(),
+            (whole[:, first : first + best].copy(), log[:, first + best :].copy()) if best else None,
         )
 
     captured.sample(model, jobs, sampling, _missing(done), keep, on_tokens, say)
@@ -277,7 +278,7 @@ class _Log:
         self.length = np.zeros(width, dtype=np.int64)  # known without asking the device
         self.last = torch.zeros(width, dtype=torch.long, device=device)
         self.tokens = torch.zeros(width, steps, dtype=torch.int32, device=device)
-        self.record = torch.zeros(width, 3, steps, device=device)  # logprob, entropy, eos_logprob
+        self.record = torch.zeros(width, len(sampling.record), steps, device=device)
         wide = torch.float32 if device.type == "mps" else torch.float64
         self.noise = torch.zeros(width, steps, dtype=wide, device=device)
         self.top_ids = torch.zeros(width, steps, best, dtype=torch.int32, device=device)
@@ -343,14 +344,12 @@ def _rollout(
     logged: np.ndarray,
     top: tuple[np.ndarray, np.ndarray] | None,
 ) -> Rollout:
-    """The rollout of ``tokens`` (N,), its record ``logged`` (3, N) and its likeliest tokens (N, k)."""
+    """The rollout of ``tokens`` (N,), its record ``logged`` (R, N) and its likeliest tokens (N, k)."""
     _check_finite(logged, job.samples[place], job.name)
     return Rollout(
         sample=job.samples[place],
         token_ids=tokens,
-        logprob=logged[0],
-        entropy=logged[1],
-        eos_logprob=logged[2],
+        **named_record(sampling, logged),
         finish_reason="stop" if int(tokens[-1]) in sampling.end_ids else "length",
         top_token_ids=top[0] if top else None,
         top_logprobs=top[1] if top else None,
@@ -358,7 +357,7 @@ def _rollout(
 
 
 def _check_finite(logged: np.ndarray, sample: int, name: str) -> None:
-    """Raises DataError for the first step of a record (3, N) that no policy can give."""
+    """Raises DataError for the first step of a record (R, N) that no policy can give."""
     bad = ~(np.isfinite(logged[0]) & np.isfinite(logged[1])) | np.isnan(logged[2])
     if bad.any():
         raise DataError(

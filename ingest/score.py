@@ -13,7 +13,7 @@ import pyarrow as pa
 from canopy_store import sql, store
 from canopy_store.errors import DataError, UsageError
 from canopy_store.ingest import models
-from canopy_store.ingest.draw import Sampling
+from canopy_store.ingest.draw import Sampling, named_record
 from canopy_store.ingest.jobs import Columns, Group, Job, Unit, rollout_groups, run_job
 from canopy_store.ingest.progress import Progress
 from canopy_store.ingest.prompts import read_prompts
@@ -292,23 +292,27 @@ def _score(
         _check_texts(tokenizer, part, names)
     prompts = [read.prompts[prompt_id] for prompt_id in part["prompt_id"]]
     _check_ids(model, prompts, part["token_ids"], names)
+    sampling = Sampling(**read.policy, end_ids=read.end_ids, width=batch_size)
     scores = score_tokens(
         model,
         prompts,
         part["token_ids"],
-        Sampling(**read.policy, end_ids=read.end_ids, width=batch_size),
+        sampling,
         chunk_tokens,
         progress.tokens,
         names,
     )
+    named = [named_record(sampling, row) for row in scores]
+    lists = {name: [row[name] for row in named] for name in sampling.record}
     logprob, entropy, eos = (
-        [np.minimum(row[0], 0) for row in scores],
-        [np.maximum(row[1], 0) for row in scores],
-        [np.minimum(row[2], 0) for row in scores],
+        [np.minimum(row, 0) for row in lists["logprob"]],
+        [np.maximum(row, 0) for row in lists["entropy"]],
+        [np.minimum(row, 0) for row in lists["eos_logprob"]],
     )
     columns = {
         **{key: part[key] for key in ("run_id", "prompt_id", "sample")},
         "policy": [store.canonical(read.policy)] * len(names),
+        **lists,
         "logprob": logprob,
         "entropy": entropy,
         "eos_logprob": eos,
@@ -316,6 +320,8 @@ def _score(
         "surprisal_sum": [-row.sum(dtype=np.float64) for row in logprob],
         "stop_entropy_sum": [stop_entropy(row).sum() for row in eos],
     }
+    if sampling.cuts:
+        columns["log_mass_sum"] = [row.sum(dtype=np.float64) for row in columns["log_mass"]]
     return columns, sum(map(len, part["token_ids"]))
 
 

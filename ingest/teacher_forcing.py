@@ -27,9 +27,9 @@ def score_tokens(
     batch_tokens: int | None = None,
     emulation: Emulation | None = None,
 ) -> list[np.ndarray]:
-    """Per rollout, logprob, entropy and eos_logprob (3, N), float32 nats, exact over the vocabulary.
+    """Per rollout what `Sampling.record` names (R, N), float32, exact over the vocabulary.
 
-    In a number format that is emulated they are of that, and a fourth row is each step's KL(plain ||
+    In a number format that is emulated they are of that, and one more row is each step's KL(plain ||
     emulated), both distributions given the same tokens before.
 
     The model's body runs once over each batch; its head runs over ``chunk_tokens`` steps at a time,

@@ -232,7 +232,7 @@ def write_whole(
                 rows = store.read_rows(round_path(where, source))
                 wanted = pa.array([prompt_ids[place] for place in mine])
                 parts.append(rows.filter(pc.is_in(rows["prompt_id"], wanted)))
-        rows = pa.concat_tables(parts)
+        rows = store.join_rows(parts, "rollouts")
         order = {prompt_ids[place]: place for place in mine}
         places = pa.array([order[prompt_id] for prompt_id in rows["prompt_id"].to_pylist()])
         keys = pa.table({"place": places, "sample": rows["sample"]})

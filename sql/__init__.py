@@ -12,7 +12,7 @@ import functools
 import glob
 import re
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.resources import files as resources
 from pathlib import Path
@@ -139,14 +139,32 @@ def named(query: str) -> list[str] | None:
     return None if _ANY.search(query) else re.findall(r"\w+", query.lower())
 
 
-def shown_files(root: Path, incomplete: bool = False) -> dict[str, list[str]]:
-    """The files of each table that its view reads, relative to the store: those that records name."""
-    shown = store.tables(store.records(root))
+# The files of each table that its view reads, relative to the store, with their optional columns.
+Shown = dict[str, dict[str, tuple[str, ...]]]
+
+
+def shown_files(root: Path, incomplete: bool = False) -> Shown:
+    """The files of each table that its view reads: those that records name."""
+    records = store.records(root)
+    optional = store.optional_columns(records)
+    shown = {
+        table: {name: optional.get(name, ()) for name in names}
+        for table, names in store.tables(records).items()
+    }
     if incomplete:
         begun = (run for run in store.runs(root) if not run["complete"])
-        shards = (path for run in begun for path in run["shards"])
-        shown["rollouts"] += [path.relative_to(root).as_posix() for path in shards]
+        for path in (path for run in begun for path in run["shards"]):
+            there = tuple(store.optional_of(store.check_file(path)))
+            shown["rollouts"][path.relative_to(root).as_posix()] = there
     return shown
+
+
+def _alike(names: Mapping[str, tuple[str, ...]]) -> dict[tuple[str, ...], list[str]]:
+    """A table's files by the optional columns that they have."""
+    groups: dict[tuple[str, ...], list[str]] = {}
+    for name, optional in names.items():
+        groups.setdefault(optional, []).append(name)
+    return groups
 
 
 def read(root: str | Path, relation: str, *, incomplete: bool = False) -> pl.DataFrame:
@@ -212,7 +230,7 @@ def write_database(root: str | Path) -> Path | None:
     return path
 
 
-def make_database(path: Path, root: Path, shown: dict[str, list[str]]) -> None:
+def make_database(path: Path, root: Path, shown: Shown) -> None:
     """Writes a new database of views on the files ``shown``, for a shell in the store's folder."""
     path.write_bytes(_empty_database(format1.is_old(root), tuple(TABLES)))
     try:
@@ -306,9 +324,16 @@ def statements(root: Path) -> list[str]:
     old = format1.is_old(root)
     texts = [source("macros").rstrip().rstrip(";")]
     for table, names in shown_files(root).items():
-        listed = ", ".join(f"'{_literal(name)}'" for name in names)
-        texts.append(_table_view(table, f"[{listed}]" if names else None, old))
+        texts.append(_table_view(table, _lists(_alike(names)), old))
     return texts + _views()
+
+
+def _lists(groups: Mapping[tuple[str, ...], Sequence[str]]) -> dict[tuple[str, ...], str]:
+    """Each group of files as an SQL list of paths from the store's folder."""
+    return {
+        optional: "[" + ", ".join(f"'{_literal(name)}'" for name in names) + "]"
+        for optional, names in groups.items()
+    }
 
 
 def _views(relations: Iterable[str] | None = None) -> list[str]:
@@ -329,12 +354,12 @@ def _views(relations: Iterable[str] | None = None) -> list[str]:
 
 def _on_no_files(old: bool, relations: Iterable[str] | None = None) -> list[str]:
     """What makes everything on empty tables: a view is bound as it is made, which then costs no file."""
-    tables = [_table_view(table, None, old) for table in TABLES]
+    tables = [_table_view(table, {}, old) for table in TABLES]
     return [source("macros").rstrip().rstrip(";"), *tables, *_views(relations)]
 
 
 def _on_files(
-    con: duckdb.DuckDBPyConnection, root: Path, shown: dict[str, list[str]], relative: bool = False
+    con: duckdb.DuckDBPyConnection, root: Path, shown: Shown, relative: bool = False
 ) -> dict[str, list[str]]:
     """Makes the tables on their files; the lists of these, by the name of the variable that holds each.
 
@@ -345,36 +370,46 @@ def _on_files(
     for table, names in shown.items():
         if not names:
             continue
+        groups = _alike(names)
         if relative:
-            listed = ", ".join(f"'{_literal(name)}'" for name in names)
-            con.execute(_table_view(table, f"[{listed}]", old))
-        else:
-            # in a variable, for lists of thousands in a view's text are parsed with every query
-            variable = f"canopy_{table}"
-            paths = [f"{start}/{name}" for name in names]
-            con.execute(f"set variable {variable} = ?", [paths[:1]])
-            con.execute(_table_view(table, f"getvariable('{variable}')", old))
-            set_list(con, variable, paths)
-            variables[variable] = paths
+            con.execute(_table_view(table, _lists(groups), old))
+            continue
+        # in variables, for lists of thousands in a view's text are parsed with every query
+        paths, lists = {}, {}
+        for number, (optional, group) in enumerate(groups.items()):
+            variable = f"canopy_{table}_{number}" if number else f"canopy_{table}"
+            paths[variable] = [f"{start}/{name}" for name in group]
+            lists[optional] = f"getvariable('{variable}')"
+            con.execute(f"set variable {variable} = ?", [paths[variable][:1]])
+        con.execute(_table_view(table, lists, old))
+        for variable, every in paths.items():
+            set_list(con, variable, every)
+        variables |= paths
     return variables
 
 
-def _table_view(table: str, files: str | None, old: bool) -> str:
-    """The statement that makes a table's view over ``files``, an SQL list of paths; None for no rows."""
+def _table_view(table: str, files: Mapping[tuple[str, ...], str], old: bool) -> str:
+    """The statement that makes a table's view over ``files``: under their optional columns, SQL lists of
+    paths; of no rows where there is none.
+    """
     columns = view_columns(table)
-    if files is None:
+    if not files:
         # no file can be bound: a typed view of no rows stands in
         empty = ", ".join(f'null::{c.type} as "{c.name}"' for c in columns)
         return f"create or replace view {table} as select {empty} where false"
     keys = format1.partitions(table) if old else TABLES[table].partitions
     hive = ", ".join(f"'{key}': varchar" for key in keys)
     options = f", hive_partitioning = true, hive_types = {{{hive}}}" if keys else ""
-    shown = []
-    for c in columns:
-        # the path's own value, by which whole files are left unopened
-        value = '"run"' if c.name == "run_id" and "run" in keys else f'"{c.name}"'
-        shown.append(f'{"null" if old and c.since > 1 else value}::{c.type} as "{c.name}"')
-    text = f"select {', '.join(shown)} from read_parquet({files}{options})"
+    texts = []
+    for optional, listed in files.items():
+        shown = []
+        for c in columns:
+            # the path's own value, by which whole files are left unopened
+            value = '"run"' if c.name == "run_id" and "run" in keys else f'"{c.name}"'
+            lacking = (old and c.since > 1) or (c.optional and c.name not in optional)
+            shown.append(f'{"null" if lacking else value}::{c.type} as "{c.name}"')
+        texts.append(f"select {', '.join(shown)} from read_parquet({listed}{options})")
+    text = " union all ".join(texts)
     if table in MERGED:
         text = f"with stored as ({text}) {source(table)}"
     return f"create or replace view {table} as {text}"

@@ -32,6 +32,11 @@ METRICS: tuple[Column, ...] = (
     _c("gen_ppl", "exp(ce_star / mean_length), both of this row."),
     _c("branching_factor", "exp(entropy_rate), of this row."),
     _c(
+        "mass_cut",
+        "1 - exp(log_mass_mean), of this row: the share of the uncut policy that top-k, top-p, min-p or "
+        "typical sampling takes away in a step, by the geometric mean of what it keeps.",
+    ),
+    _c(
         "canopy_size_log10",
         "log10 of exp(ce_star), ce_star of this row: the effective number of rollouts.",
         "powers of ten",
@@ -151,6 +156,9 @@ _LOGGED = {
     "entropy_sum",
     "surprisal_sum",
     "stop_entropy_sum",
+    "log_mass",
+    "n_kept",
+    "log_mass_sum",
 }
 
 
@@ -197,6 +205,12 @@ VIEW_DOCS: dict[str, tuple[Column, ...]] = {
     "selected_rollouts": tuple(_completed(c) for c in TABLES["rollouts"].columns if c.name in _LOGGED),
     "rollout_metrics": (
         _c("entropy_rate", "r_i: entropy_sum / n_tokens of the rollout.", "nats per token"),
+        _c(
+            "log_mass_mean",
+            "log_mass_sum / n_tokens of the rollout; NULL where the policy cuts nothing, or it is not "
+            "known.",
+            "nats per token",
+        ),
     ),
     "prompt_metrics": (
         _count("n_rollouts", "Rollouts of the prompt in the selection."),
@@ -245,6 +259,11 @@ VIEW_DOCS: dict[str, tuple[Column, ...]] = {
             "exp of the Shannon entropy of the prompt's spectrum: the effective number of distinct "
             "rollouts.",
         ),
+        _c(
+            "log_mass_mean",
+            "Mean log_mass_mean of the prompt's rollouts; NULL where a rollout has none.",
+            "nats per token",
+        ),
     ),
     "model_metrics": (
         _count("n_prompts", "Prompts of the run with a rollout in the selection."),
@@ -278,6 +297,7 @@ VIEW_DOCS: dict[str, tuple[Column, ...]] = {
         _c("truncation_rate", "Mean over prompts of their truncation_rate."),
         _c("semantic_diversity", "Mean over prompts of their semantic_diversity."),
         _c("vendi_score", "Geometric mean over prompts of their vendi_score."),
+        _c("log_mass_mean", "Mean over prompts of their log_mass_mean.", "nats per token"),
     ),
     "graded_prompts": (
         _count("n_graded", _GRADED),

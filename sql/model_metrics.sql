@@ -45,6 +45,8 @@ select family, variant, task, run_id, embedder, selection,
     sum(w_cov_d * cov_length_diversity) / nullif(sum(w_cov_d), 0) as cov_length_diversity,
     exp(avg(ln(vendi_score))) as vendi_score,
     avg(squared_similarity) as squared_similarity,
-    number_of(avg(squared_similarity)) as diversity_number
+    number_of(avg(squared_similarity)) as diversity_number,
+    avg(log_mass_mean) as log_mass_mean,
+    1 - exp(avg(log_mass_mean)) as mass_cut
 from weighted
 group by all

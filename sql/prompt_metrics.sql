@@ -43,7 +43,8 @@ per_prompt as (
             then avg((finish_reason = 'length')::double) end as truncation_rate,
         corr(n, semantic_distance) as pearson_d,
         corr(rank_n, rank_d) as spearman_d,
-        covar_samp(n, semantic_distance) as cov_length_diversity
+        covar_samp(n, semantic_distance) as cov_length_diversity,
+        case when count(log_mass_mean) = count(*) then avg(log_mass_mean) end as log_mass_mean
     from ranked
     group by place
 ),
@@ -75,16 +76,21 @@ select p.family, p.variant, p.task, p.run_id, p.prompt_id, p.embedder, p.selecti
     p.var_length,
     p.var_rate,
     p.truncation_rate,
-    diversity_of_sum(list_inner_product(s.embedding_sum, s.embedding_sum), s.n) as semantic_diversity,
+    -- the engine's product of a list that is NULL may fail, as it reads what stands beneath
+    diversity_of_sum(case when s.embedding_sum is not null
+        then list_inner_product(s.embedding_sum, s.embedding_sum) end, s.n) as semantic_diversity,
     case when p.distance_varies then p.pearson_d end as rho_length_diversity_pearson,
     case when p.distance_varies then p.spearman_d end as rho_length_diversity_spearman,
     case when p.distance_varies then k.tau_d end as rho_length_diversity_kendall,
     p.cov_length_diversity,
     vendi_score(s.eigenvalues, 1) as vendi_score,
     -- the kernel's squares sum to n^2 times those of its eigenvalues / n
-    1 - diversity_of_sum(s.n::double * s.n * list_inner_product(s.eigenvalues, s.eigenvalues), s.n)
+    1 - diversity_of_sum(case when s.eigenvalues is not null
+        then s.n::double * s.n * list_inner_product(s.eigenvalues, s.eigenvalues) end, s.n)
         as squared_similarity,
-    number_of(squared_similarity) as diversity_number
+    number_of(squared_similarity) as diversity_number,
+    p.log_mass_mean,
+    1 - exp(p.log_mass_mean) as mass_cut
 from per_prompt p
 left join kendall k using (place)
 left join embedding_spectra s using (run_id, prompt_id, embedder, selection)

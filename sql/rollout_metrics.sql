@@ -21,6 +21,8 @@ select
     r.stop_entropy_sum,
     r.entropy_sum - r.stop_entropy_sum as content_entropy_sum,
     r.entropy_sum / r.n_tokens as entropy_rate,
+    r.log_mass_sum,
+    r.log_mass_sum / r.n_tokens as log_mass_mean,
     d.semantic_distance
 from selected_rollouts r
 left join run_embedders m using (run_id)

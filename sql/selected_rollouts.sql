@@ -28,7 +28,10 @@ recorded as (
         coalesce(r.eos_logprob, o.eos_logprob) as eos_logprob,
         coalesce(r.entropy_sum, o.entropy_sum) as entropy_sum,
         coalesce(r.surprisal_sum, o.surprisal_sum) as surprisal_sum,
-        coalesce(r.stop_entropy_sum, o.stop_entropy_sum) as stop_entropy_sum
+        coalesce(r.stop_entropy_sum, o.stop_entropy_sum) as stop_entropy_sum,
+        coalesce(r.log_mass, o.log_mass) as log_mass,
+        coalesce(r.n_kept, o.n_kept) as n_kept,
+        coalesce(r.log_mass_sum, o.log_mass_sum) as log_mass_sum
     )
     from rollouts r
     left join (select own.* from own semi join whole using (run_id)) o using (run_id, prompt_id, sample)

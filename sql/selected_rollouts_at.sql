@@ -18,7 +18,11 @@ select r.* replace (
         else list_sum(list_transform(eos_logprob[1:horizon]::double[], lambda e: stop_entropy_of(e)))
         end as stop_entropy_sum,
     top_token_ids[1:horizon] as top_token_ids,
-    top_logprobs[1:horizon] as top_logprobs
+    top_logprobs[1:horizon] as top_logprobs,
+    log_mass[1:horizon] as log_mass,
+    n_kept[1:horizon] as n_kept,
+    case when n_tokens <= horizon then log_mass_sum
+        else list_sum(log_mass[1:horizon]::double[]) end as log_mass_sum
 )
 from selected_rollouts r
 where case when horizon >= 1 then true else error('a horizon is a number of tokens, at least 1') end

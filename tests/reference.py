@@ -153,7 +153,10 @@ def rollout_metrics(rollout: dict[str, Any]) -> dict[str, Any]:
         surprisal = math.fsum(-stored(rollout["logprob"]))
     if rollout.get("eos_logprob") is not None:
         stop = math.fsum(binary_entropy(stored(rollout["eos_logprob"])))
+    mass = None if rollout.get("log_mass") is None else math.fsum(stored(rollout["log_mass"]))
     return {
+        "log_mass_sum": mass,
+        "log_mass_mean": None if mass is None else mass / len(h),
         "n_tokens": len(h),
         "finish_reason": rollout.get("finish_reason"),
         "entropy_sum": total,
@@ -170,6 +173,8 @@ def prompt_metrics(rollouts: Sequence[dict[str, Any]], unit: np.ndarray | None) 
     lengths = [r["n_tokens"] for r in rows]
     rates = [r["entropy_rate"] for r in rows]
     ce_star, rate = mean(r["entropy_sum"] for r in rows), mean(rates)
+    masses = [r["log_mass_mean"] for r in rows]
+    log_mass = None if None in masses else mean(masses)
     cut = [None if r["finish_reason"] is None else r["finish_reason"] == "length" for r in rows]
     result = {
         "n_rollouts": len(rows),
@@ -190,6 +195,8 @@ def prompt_metrics(rollouts: Sequence[dict[str, Any]], unit: np.ndarray | None) 
         "semantic_diversity": None,
         "cov_length_diversity": None,
         "vendi_score": None,
+        "log_mass_mean": log_mass,
+        "mass_cut": None if log_mass is None else -math.expm1(log_mass),
     }
     for kind in _KINDS:
         result[f"rho_{kind}"] = correlation(lengths, rates, kind)
@@ -295,8 +302,11 @@ def pooled_metrics(prompts: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "entropy_rate",
         "truncation_rate",
         "semantic_diversity",
+        "log_mass_mean",
     ):
         result[name] = plain(name)
+    log_mass = plain("log_mass_mean")
+    result["mass_cut"] = None if log_mass is None else -math.expm1(log_mass)
     result["squared_similarity"] = plain("squared_similarity")
     result["diversity_number"] = diversity_number(result["squared_similarity"])
     result["rho_pooled"] = None

@@ -270,7 +270,16 @@ def alone(model, sampling: Sampling) -> list[np.ndarray]:
             for i, t in enumerate(rollout)
         ]
         ends = policy.event_logprob(torch.arange(logits.shape[1]) == 0)
-        expected.append(np.array([picked, policy.entropy().tolist(), ends.tolist()]))
+        rows = [picked, policy.entropy().tolist(), ends.tolist()]
+        if sampling.cuts:
+            whole = (logits.double() / sampling.temperature).log_softmax(-1)
+            kept = [
+                [policy.event_logprob(torch.arange(8) == t)[i] > -np.inf for t in range(8)]
+                for i in range(len(rollout))
+            ]
+            kept = torch.tensor(kept)
+            rows += [whole.masked_fill(~kept, -np.inf).logsumexp(-1).tolist(), kept.sum(-1).tolist()]
+        expected.append(np.array(rows))
     return expected
 
 

@@ -122,6 +122,11 @@ EDITS = {
     "logprob above 0": ("rollouts", at("logprob", 3, step(0.5)), "logprob above 0"),
     "logprob -inf": ("rollouts", at("logprob", 3, step(float("-inf"))), "logprob above 0, or not"),
     "eos_logprob above 0": ("rollouts", at("eos_logprob", 3, step(0.5)), "eos_logprob above 0"),
+    "log_mass above 0": ("rollouts", at("log_mass", 3, step(0.5)), "log_mass above 0"),
+    "more kept than top-k": ("rollouts", at("n_kept", 3, step(6)), "n_kept outside 1 to 5"),
+    "n_kept too short": ("rollouts", at("n_kept", 3, lambda x: x[:-1]), "n_kept is not as long"),
+    "log_mass_sum": ("rollouts", at("log_mass_sum", 3, -1.0), "log_mass_sum is not the sum"),
+    "a scored n_kept of none": ("scores", at("n_kept", 3, step(0)), "n_kept outside 1 to"),
     "top_logprobs above 0": (
         "rollouts",
         at("top_logprobs", 3, lambda x: [[0.5] * len(x[0]), *x[1:]]),

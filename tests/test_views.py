@@ -73,6 +73,7 @@ def runs_of_a_store(draw: st.DrawFn) -> list[Run]:
         palette = draw(st.sampled_from(["few", "random", "uniform", "zero"]))
         vectors = draw(st.sampled_from([None, "exact", "random", "identical"]))
         logprob, eos, finish = draw(st.booleans()), draw(st.booleans()), draw(st.booleans())
+        cut = draw(st.booleans())
         prompts = {}
         sizes = draw(st.lists(st.integers(1, 7), min_size=1, max_size=4))
         for number, size in enumerate(sizes):
@@ -86,6 +87,9 @@ def runs_of_a_store(draw: st.DrawFn) -> list[Run]:
                 rollout = {"sample": sample, "entropy": draw_entropies(rng, palette, n)}
                 if logprob:
                     rollout["logprob"] = rng.choice([0.0, -0.1, -0.5, -1.3, -7.0], n).tolist()
+                if cut:
+                    rollout["log_mass"] = rng.choice([0.0, -1e-7, -0.01, -0.5, -3.0], n).tolist()
+                    rollout["n_kept"] = rng.integers(1, 9, n).tolist()
                 if eos:
                     choices = [-math.inf, 0.0, -1e-7, -0.1, -0.7, -5.0, -40.0]
                     rollout["eos_logprob"] = rng.choice(choices, n).tolist()
@@ -136,6 +140,8 @@ def imported(runs: list[Run], max_new_tokens: int | None = None) -> Iterator[Any
         "entropy": doubles,
         "logprob": doubles,
         "eos_logprob": doubles,
+        "log_mass": doubles,
+        "n_kept": pa.list_(pa.int64()),
         "embedding": doubles,
         "finish_reason": pa.string(),
     }
@@ -380,7 +386,7 @@ def test_every_view_of_a_random_store(runs, max_new_tokens):
         check(con, runs)
 
 
-STEPS = ("entropy", "logprob", "eos_logprob")
+STEPS = ("entropy", "logprob", "eos_logprob", "log_mass", "n_kept")
 
 
 def cut(runs: list[Run], horizon: int) -> list[Run]:

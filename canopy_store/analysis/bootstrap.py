@@ -40,6 +40,10 @@ def _reciprocal(x: Array) -> Array:
         return np.where(x > 1e-12, 1 / x, np.nan)
 
 
+def _share_cut(log_mass: Array) -> Array:
+    return -np.expm1(log_mass)
+
+
 def _fisher_z(r: Array) -> Array:
     return np.arctanh(np.clip(r, -0.999999, 0.999999))
 
@@ -75,6 +79,8 @@ MEASURES: dict[str, Measure] = {
     "cov_length_diversity": Measure("cov_length_diversity", weight="freedom", positive=False),
     "vendi_score": Measure("vendi_score", np.log, np.exp),
     "diversity_number": Measure("squared_similarity", out=_reciprocal),
+    "log_mass_mean": Measure("log_mass_mean", positive=False),
+    "mass_cut": Measure("log_mass_mean", out=_share_cut),
     "ce_star_cv": Measure("ce_star_cv"),
     "accuracy": Measure("accuracy"),
     **{name: Measure(name) for name in AT_K},

@@ -44,6 +44,8 @@ FIELDS = {
     "temperature, top-k and top-p",
     "entropy": "exact entropy of each step, nats; never one of a shortened list",
     "eos_logprob": "log-probability of ending at each step, nats",
+    "log_mass": "log of the mass that each step's cut (top-k, top-p, …) kept of the uncut policy, nats",
+    "n_kept": "number of tokens that each step's cut kept",
     "top_token_ids": "ids of each step's likeliest tokens",
     "top_logprobs": "and their log-probability",
     "reward": "a reward",

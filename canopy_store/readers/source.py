@@ -51,9 +51,13 @@ def check_schema(file: Path, path: Path) -> pa.Schema:
     floats = pa.types.is_floating
     wanted: dict[str, tuple[Callable[[pa.DataType], bool], str]] = {
         **dict.fromkeys(
-            ("entropy", "logprob", "eos_logprob"), (lambda k: _is_list(k, floats), "a list of floats")
+            ("entropy", "logprob", "eos_logprob", "log_mass"),
+            (lambda k: _is_list(k, floats), "a list of floats"),
         ),
-        "token_ids": (lambda k: _is_list(k, pa.types.is_integer), "a list of integers"),
+        **dict.fromkeys(
+            ("token_ids", "n_kept"),
+            (lambda k: _is_list(k, pa.types.is_integer), "a list of integers"),
+        ),
         "top_token_ids": (
             lambda k: _is_list(k, lambda i: _is_list(i, pa.types.is_integer)),
             "a list of lists of integers",

@@ -17,7 +17,8 @@ from canopy_store.errors import DataError, StoreError, UsageError
 
 NAMES = ("family", "variant", "task")
 LENGTHS = ("entropy", "logprob", "token_ids", "n_tokens")  # any of them gives a rollout's length
-LISTS = ("entropy", "logprob", "eos_logprob", "token_ids", "top_token_ids", "top_logprobs")
+_STEPS = ("entropy", "logprob", "eos_logprob", "log_mass")
+LISTS = (*_STEPS, "n_kept", "token_ids", "top_token_ids", "top_logprobs")
 PLAIN = {"temperature": 1.0, "top_k": 0, "top_p": 1.0}  # the model's own distribution
 _VALUES_AT_ONCE = 1_000_000  # values of the rows that wait to be written
 _RAW = (
@@ -93,8 +94,8 @@ _SPOOL = {
     "sample": pa.int64(),
     **dict.fromkeys(("prompt", "messages", "text", "finish_reason", "model"), pa.string()),
     "n_tokens": pa.int64(),
-    "token_ids": _INT_LIST,
-    **dict.fromkeys(("logprob", "entropy", "eos_logprob"), _FLOAT_LIST),
+    **dict.fromkeys(("token_ids", "n_kept"), _INT_LIST),
+    **dict.fromkeys(_STEPS, _FLOAT_LIST),
     "top_token_ids": pa.list_(_INT_LIST),
     "top_logprobs": pa.list_(_FLOAT_LIST),
     "reward": pa.float64(),

@@ -201,7 +201,7 @@ def _comparable(root: Path, record: Record, table: str) -> pl.DataFrame:
     """The rows in key order, of what says whether two are the same: sums stand for their arrays."""
     lists = {c.name for c in TABLES[table].columns if c.type.endswith("[]")} - {"embedding", "samples"}
     own = [c.name for c in TABLES[table].columns if c.name not in lists]
-    frames = [pl.DataFrame(store.read_rows(root / name, own)) for name in record.of(table)]
+    frames = [pl.DataFrame(store.read_rows(root / name, own)).select(own) for name in record.of(table)]
     return pl.concat(frames).sort([key for key in TABLES[table].keys if key in own])
 
 

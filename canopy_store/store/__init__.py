@@ -25,6 +25,7 @@ from canopy_store.store.commits import (
     files,
     fresh_number,
     names,
+    optional_columns,
     orphans,
     read_record,
     record,
@@ -73,7 +74,14 @@ from canopy_store.store.layout import (
     unquoted,
 )
 from canopy_store.store.locks import holding, lock_paths, selecting, waiting
-from canopy_store.store.parquet import check_file, read_rows, write_rows, write_table
+from canopy_store.store.parquet import (
+    check_file,
+    join_rows,
+    optional_of,
+    read_rows,
+    write_rows,
+    write_table,
+)
 from canopy_store.store.plans import plan, plans, read_plan, require_own_name
 
 __all__ = [
@@ -101,6 +109,7 @@ __all__ = [
     "holding",
     "init",
     "is_complete",
+    "join_rows",
     "locate",
     "lock",
     "lock_paths",
@@ -109,6 +118,8 @@ __all__ = [
     "names",
     "now",
     "opened",
+    "optional_columns",
+    "optional_of",
     "orphans",
     "path_keys",
     "place",

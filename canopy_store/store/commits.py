@@ -33,7 +33,7 @@ from canopy_store.store.layout import (
     shard_number,
     unquoted,
 )
-from canopy_store.store.parquet import check_file
+from canopy_store.store.parquet import check_file, optional_of
 
 # A file's folder (a table's, no part that leaves it) and the names in it: nothing that a pattern means.
 _FOLDER = re.compile(r"(\w+)(?:/(?!\.\.?(?:/|$))[^/*?\[\]\0\\]+)*")
@@ -48,7 +48,8 @@ class Record:
     ----------
     kind : the table that the job fills
     keys : what it is of, as in {"embedder": "minilm", "run": "llama.base.math"}
-    files : under each path in the store {"rows", "bytes", "sha256"}, all None in format 1
+    files : under each path in the store {"rows", "bytes", "sha256"}, all None in format 1; and
+        "optional", the optional columns that the file has, where it has any
     settings : what a job of the same keys must repeat
     committed_at : when, UTC, as text
     """
@@ -111,11 +112,13 @@ def commit(
 
 
 def entry(path: Path) -> dict[str, Any]:
-    """What a record says of a file: rows, bytes and sha256."""
-    rows = check_file(path).num_rows
+    """What a record says of a file: rows, bytes, sha256, and optional columns where it has any."""
+    metadata = check_file(path)
     with reaching(path):
         size = path.stat().st_size
-    return {"rows": rows, "bytes": size, "sha256": sha256(path)}
+    said = {"rows": metadata.num_rows, "bytes": size, "sha256": sha256(path)}
+    optional = optional_of(metadata)
+    return {**said, "optional": optional} if optional else said
 
 
 def write_record(root: Path, record: Record) -> None:
@@ -184,6 +187,11 @@ def _checked_folders(entries: Mapping[str, Mapping[str, Any]]) -> set[str]:
             raise ValueError
     if {len(said["sha256"]) for said in entries.values()} - {64}:
         raise ValueError
+    for name, said in entries.items():
+        if "optional" in said:  # which the views will ask its file for
+            known = TABLES[name[: name.index("/")]].optional
+            if said["optional"] != [each for each in known if each in said["optional"]]:
+                raise ValueError
     return folders
 
 
@@ -355,6 +363,16 @@ def tables(every: Iterable[Record]) -> dict[str, list[str]]:
         for name in each.files:
             named[name[: name.index("/")]].add(name)
     return {table: sorted(files) for table, files in named.items()}
+
+
+def optional_columns(every: Iterable[Record]) -> dict[str, tuple[str, ...]]:
+    """The optional columns of the files that these records name; of a file without one, nothing."""
+    return {
+        name: tuple(said["optional"])
+        for each in every
+        for name, said in each.files.items()
+        if "optional" in said
+    }
 
 
 def files(root: Path, table: str) -> list[Path]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +33,11 @@ _BYTES_PER_GROUP = 64 << 20
 def write_rows(path: Path, table: str, columns: Mapping[str, Any], **schema: Any) -> int:
     """How many rows were written, as one Parquet file, atomically.
 
-    Columns not given are NULL; those of the path (``family=…/``) are filled in from it.
+    Columns not given are NULL, and optional ones without a value left out; those of the path
+    (``family=…/``) are filled in from it.
     """
-    target = arrow_schema(table, **schema)
+    there = [name for name in TABLES[table].optional if _has_values(columns.get(name))]
+    target = arrow_schema(table, **schema, optional=there)
     rows = len(next(iter(columns.values())))
     given = {**_path_values(path, table), **columns}
     arrays = []
@@ -51,6 +53,12 @@ def write_rows(path: Path, table: str, columns: Mapping[str, Any], **schema: Any
             arrays.append(pa.array(values, field.type))
     write_table(path, table, pa.Table.from_arrays(arrays, schema=target))
     return rows
+
+
+def _has_values(values: Any) -> bool:
+    if isinstance(values, (pa.Array, pa.ChunkedArray)):
+        return values.null_count < len(values)
+    return values is not None and any(value is not None for value in values)
 
 
 def _path_values(path: Path, table: str) -> dict[str, str]:
@@ -111,6 +119,8 @@ def _groups(rows: pa.Table) -> Iterator[tuple[int, int]]:
 def read_rows(path: Path, columns: list[str] | None = None) -> pa.Table:
     """The rows of one of the store's Parquet files; of these columns alone, where any is named.
 
+    An optional column that is named and that the file does without is NULL.
+
     Raises
     ------
     DataError
@@ -120,9 +130,48 @@ def read_rows(path: Path, columns: list[str] | None = None) -> pa.Table:
         whole = io.BytesIO(read_bytes(path))
         _check_label(path, _metadata(path, whole), None)
         return pq.ParquetFile(whole).read()
-    check_file(path)
+    table = _table_of(check_file(path))
     with reaching(path):
-        return pq.ParquetFile(opened(path)).read(columns)
+        rows = pq.ParquetFile(opened(path)).read(columns)
+    return _with_optional(rows, table, columns or ())
+
+
+def _with_optional(rows: pa.Table, table: str, names: Iterable[str]) -> pa.Table:
+    """The rows with those of the table's optional columns, in the schema's order."""
+    lacking = [
+        name for name in TABLES[table].optional if name in names and name not in rows.schema.names
+    ]
+    if not lacking:
+        return rows
+    every = arrow_schema(table, optional=TABLES[table].optional)
+    for name in lacking:
+        rows = rows.append_column(every.field(name), pa.nulls(len(rows), every.field(name).type))
+    return rows.select([name for name in every.names if name in rows.schema.names])
+
+
+def join_rows(parts: Sequence[pa.Table], table: str) -> pa.Table:
+    """The rows of a table's files end to end, with each optional column that any of them has.
+
+    Raises
+    ------
+    pyarrow.ArrowInvalid
+        They differ in other columns.
+    """
+    there = {name for part in parts for name in part.schema.names} & {*TABLES[table].optional}
+    return pa.concat_tables([_with_optional(part, table, there) for part in parts])
+
+
+def optional_of(metadata: pq.FileMetaData) -> list[str]:
+    """The optional columns that a file has, of its metadata."""
+    optional = TABLES[_table_of(metadata)].optional
+    if not optional:
+        return []
+    names = metadata.schema.to_arrow_schema().names
+    return [name for name in optional if name in names]
+
+
+def _table_of(metadata: pq.FileMetaData) -> str:
+    return (metadata.metadata or {})[METADATA_KEY].decode().partition(":")[0]
 
 
 def check_file(path: Path, expected: str | None = None) -> pq.FileMetaData:

@@ -21,9 +21,9 @@ def write_shard(path: Path, columns: Mapping[str, Any], rows: Sequence[str] | No
     Parameters
     ----------
     path : the shard's file
-    columns : columns of the table ``rollouts``; ``entropy``, ``logprob`` and ``eos_logprob``, where
-        known, are lists of nats, one value a step. The first of entropy, logprob and token_ids that
-        is there gives the lengths; where none is, ``n_tokens`` must
+    columns : columns of the table ``rollouts``; ``entropy``, ``logprob``, ``eos_logprob`` and
+        ``log_mass``, where known, are lists of nats, one value a step. The first of entropy, logprob
+        and token_ids that is there gives the lengths; where none is, ``n_tokens`` must
     rows : what errors call each row; by default its prompt and sample
 
     Raises
@@ -76,7 +76,17 @@ def write_shard(path: Path, columns: Mapping[str, Any], rows: Sequence[str] | No
         eos = np.minimum(eos, np.float32(0))
         filled["eos_logprob"] = _lists(eos, offsets)
         filled["stop_entropy_sum"] = _sums(stop_entropy(eos), offsets)
-    for name in ("token_ids", "top_token_ids", "top_logprobs"):
+    log_mass = record(
+        "log_mass",
+        "the log of a kept mass is finite and at most 0 nats",
+        lambda m: np.isfinite(m) & (m <= _ROUNDING),
+    )
+    if log_mass is not None:
+        log_mass = np.minimum(log_mass, np.float32(0))
+        filled["log_mass"] = _lists(log_mass, offsets)
+        filled["log_mass_sum"] = _sums(log_mass, offsets)
+    record("n_kept", "a policy keeps one token at least", lambda n: n >= 1)
+    for name in ("token_ids", "top_token_ids", "top_logprobs", "n_kept"):
         if columns.get(name) is not None:
             values = _array(columns[name], None)
             wrong = np.flatnonzero(values.value_lengths().to_numpy(False) != lengths)

@@ -270,7 +270,7 @@ def _rows(root: Path, record: store.Record, names: list[str]) -> pa.Table:
         if store.sha256(root / name) != record.files[name]["sha256"]:
             raise DataError(f"{root / name}: not the bytes that its record names; see: canopy verify")
     try:
-        return pa.concat_tables(parts)
+        return store.join_rows(parts, _table(names[0]))
     except pa.ArrowException:
         raise DataError(
             f"{root / names[0]}: other columns than {names[-1]}; see: canopy verify"

@@ -117,6 +117,10 @@ def row_groups(report: Report, file: File) -> Iterator[tuple[int, pa.Table]]:
                 what = f"{metadata.num_rows} rows, its record says {file.said['rows']}"
                 report.add(path, file.table, what, AGAIN)
             parquet = pq.ParquetFile(stream, page_checksum_verification=True)
+            optional = store.optional_of(metadata)
+            if file.said["rows"] is not None and optional != file.said.get("optional", []):
+                what = f"optional columns {', '.join(optional) or 'none'}, its record says otherwise"
+                report.add(path, file.table, what, AGAIN)
             wanted = _schema(report, file.table, parquet, metadata)
             if not parquet.schema_arrow.equals(wanted, check_metadata=True):
                 what = f"schema differs: {_differing(parquet.schema_arrow, wanted)}"
@@ -168,7 +172,7 @@ def _schema(report: Report, table: str, parquet: pq.ParquetFile, metadata: pq.Fi
     if "embedding" in parquet.schema_arrow.names:
         kind = parquet.schema_arrow.field("embedding").type
         dimension = kind.list_size if pa.types.is_fixed_size_list(kind) else None
-    return arrow_schema(table, dimension, version)
+    return arrow_schema(table, dimension, version, store.optional_of(metadata))
 
 
 def _differing(shown: pa.Schema, wanted: pa.Schema) -> str:

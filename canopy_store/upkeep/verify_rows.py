@@ -77,27 +77,32 @@ _SUMMED: dict[str, tuple[str, Callable[[np.ndarray], np.ndarray]]] = {
     "entropy": ("entropy_sum", lambda h: h),
     "logprob": ("surprisal_sum", lambda s: -s),
     "eos_logprob": ("stop_entropy_sum", stop_entropy),
+    "log_mass": ("log_mass_sum", lambda m: m),
 }
 
 
 def _sampled_problems(rows: pa.Table, run: Mapping[str, Any] | None) -> Iterator[str]:
-    return _step_problems(rows, rows["n_tokens"].to_numpy(), _support(run), own=True)
+    return _step_problems(rows, rows["n_tokens"].to_numpy(), run, own=True)
 
 
 def _scored_problems(rows: pa.Table, run: Mapping[str, Any] | None) -> Iterator[str]:
-    return _step_problems(rows, _flat(rows["entropy"])[1], math.inf, own=False)
+    return _step_problems(rows, _flat(rows["entropy"])[1], None, own=False)
 
 
-def _step_problems(rows: pa.Table, wanted: np.ndarray, support: float, own: bool) -> Iterator[str]:
+def _step_problems(
+    rows: pa.Table, wanted: np.ndarray, run: Mapping[str, Any] | None, own: bool
+) -> Iterator[str]:
     """What is wrong in lists of one value a step: lengths, bounds (nats), sums.
 
     Parameters
     ----------
     rows : a row group
     wanted : each row's number of steps (rows,)
-    support : log of the number of tokens that the policy chooses from
+    run : whose policy it is; None where it is not known, or another's
     own : false for scores, where another policy may give a sampled token no probability
     """
+    support = _support(run)
+    most = (run and run["top_k"]) or math.inf
     rules: dict[str, tuple[str, Callable[[np.ndarray], np.ndarray]]] = {
         "entropy": (
             f"outside 0 to {support + _ABOVE:.4g} nats",
@@ -105,10 +110,13 @@ def _step_problems(rows: pa.Table, wanted: np.ndarray, support: float, own: bool
         ),
         "logprob": ("above 0, or not finite", lambda s: (s <= 0) & (np.isfinite(s) | (not own))),
         "eos_logprob": ("above 0", lambda e: e <= 0),
+        "log_mass": ("above 0, or not finite", lambda m: (m <= 0) & np.isfinite(m)),
+        "n_kept": (f"outside 1 to {most:.0f}", lambda n: (n >= 1) & (n <= most)),
     }
-    for name in ("entropy", "logprob", "eos_logprob", "token_ids", "top_token_ids", "top_logprobs"):
+    for name in (*rules, "token_ids", "top_token_ids", "top_logprobs"):
         if name not in rows.column_names or rows[name].null_count == len(rows) > 0:
-            if name in _SUMMED and rows[_SUMMED[name][0]].null_count < len(rows):
+            total = _SUMMED.get(name, ("",))[0]
+            if total in rows.column_names and rows[total].null_count < len(rows):
                 yield f"{_SUMMED[name][0]} without {name}"
             continue
         lists = rows[name].combine_chunks()
@@ -129,6 +137,8 @@ def _step_problems(rows: pa.Table, wanted: np.ndarray, support: float, own: bool
             owners = np.unique(np.searchsorted(starts, at, side="right") - 1)
             yield f"{name} {rule} {_rows_at(rows, owners)}"
             continue  # its sum says nothing more
+        if name not in _SUMMED:
+            continue
         column, transform = _SUMMED[name]
         stored = rows[column].to_numpy(zero_copy_only=False).astype(np.float64)
         summed = _sums(transform(values), lengths, starts)
