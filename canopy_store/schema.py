@@ -37,7 +37,10 @@ _ARROW = {
 
 @dataclass(frozen=True)
 class Column:
-    """A column: DuckDB type, what it means, unit ('' when it has none), the format that brought it."""
+    """A column: DuckDB type, what it means, unit ('' when it has none), the format that brought it.
+
+    ``late``: files of that format which were written before lack the column; it reads as NULL there.
+    """
 
     name: str
     type: str
@@ -45,6 +48,7 @@ class Column:
     unit: str = ""
     required: bool = True
     since: int = 1
+    late: bool = False
 
 
 @dataclass(frozen=True)
@@ -341,13 +345,23 @@ TABLES: dict[str, Table] = {
                     "nats",
                     False,
                 ),
+                Column(
+                    "token_chars",
+                    "INTEGER[]",
+                    "Per step, characters of text that are whole with the token and were not before it: "
+                    "end to end, the text. 0 of end tokens and special ones; NULL where not known.",
+                    "characters",
+                    required=False,
+                    since=2,
+                    late=True,
+                ),
             ),
             ("family", "variant", "task", "run"),
             commit=("run",),
             brings=("runs", "prompts", "work"),
             checks=("rollouts", "steps"),
             split=("logprob", "entropy", "eos_logprob", "top_logprobs"),
-            texts=("text", "token_ids", "top_token_ids"),
+            texts=("text", "token_ids", "top_token_ids", "token_chars"),
             plan="run",
         ),
         Table(
@@ -824,6 +838,11 @@ def file_columns(table: str, version: int = FORMAT_VERSION) -> list[Column]:
     if version == 1:
         return [column for column in TABLES[table].columns if column.since == 1]
     return view_columns(table)
+
+
+def late_columns(table: str) -> list[str]:
+    """The names of the columns that some of a table's files lack."""
+    return [column.name for column in TABLES[table].columns if column.late]
 
 
 def view_columns(table: str) -> list[Column]:

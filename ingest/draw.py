@@ -44,6 +44,7 @@ class Rollout:
     top_logprobs: np.ndarray | list[list[float]] | None = None
     text: str | None = None  # where None, token_ids are decoded
     n_tokens: int | None = None  # where none of the lists is known
+    token_chars: list[int] | None = None  # characters of text each completes; of ids known by these
 
 
 def uniforms(run_id: str, seed: int, prompt_id: str, sample: int, steps: int) -> np.ndarray:

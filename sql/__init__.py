@@ -256,7 +256,8 @@ def _no_files() -> str:
     nothing = ", ".join(f'null::{kind} as "{name}"' for name, kind in columns.items())
     return (
         "create or replace temp macro read_parquet"
-        f"(files, hive_partitioning := false, hive_types := null) as table select {nothing} where false"
+        "(files, hive_partitioning := false, hive_types := null, union_by_name := false) "
+        f"as table select {nothing} where false"
     )
 
 
@@ -374,7 +375,14 @@ def _table_view(table: str, files: str | None, old: bool) -> str:
         # the path's own value, by which whole files are left unopened
         value = '"run"' if c.name == "run_id" and "run" in keys else f'"{c.name}"'
         shown.append(f'{"null" if old and c.since > 1 else value}::{c.type} as "{c.name}"')
-    text = f"select {', '.join(shown)} from read_parquet({files}{options})"
+    rows = f"read_parquet({files}{options})"
+    late = [c for c in columns if c.late and not old]
+    if late:
+        # files written before these columns lack them: some, or all
+        lacking = ", ".join(f'null::{c.type} as "{c.name}"' for c in late)
+        rows = f"read_parquet({files}{options}, union_by_name = true)"
+        rows = f"(from {rows} union all by name select {lacking} where false)"
+    text = f"select {', '.join(shown)} from {rows}"
     if table in MERGED:
         text = f"with stored as ({text}) {source(table)}"
     return f"create or replace view {table} as {text}"

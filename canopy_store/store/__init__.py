@@ -73,7 +73,7 @@ from canopy_store.store.layout import (
     unquoted,
 )
 from canopy_store.store.locks import holding, lock_paths, selecting, waiting
-from canopy_store.store.parquet import check_file, read_rows, write_rows, write_table
+from canopy_store.store.parquet import check_file, completed, read_rows, write_rows, write_table
 from canopy_store.store.plans import plan, plans, read_plan, require_own_name
 
 __all__ = [
@@ -89,6 +89,7 @@ __all__ = [
     "commit_path",
     "complete_run",
     "complete_runs",
+    "completed",
     "content_id",
     "copy_file",
     "entry",

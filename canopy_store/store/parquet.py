@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from canopy_store.errors import DataError
-from canopy_store.schema import FORMAT_VERSION, METADATA_KEY, TABLES, arrow_schema
+from canopy_store.schema import FORMAT_VERSION, METADATA_KEY, TABLES, arrow_schema, late_columns
 from canopy_store.store.files import (
     TAIL,
     opened,
@@ -111,6 +111,8 @@ def _groups(rows: pa.Table) -> Iterator[tuple[int, int]]:
 def read_rows(path: Path, columns: list[str] | None = None) -> pa.Table:
     """The rows of one of the store's Parquet files; of these columns alone, where any is named.
 
+    Columns that the file lacks because it was written before they were are NULL.
+
     Raises
     ------
     DataError
@@ -119,10 +121,24 @@ def read_rows(path: Path, columns: list[str] | None = None) -> pa.Table:
     if remote(path) and columns is None:
         whole = io.BytesIO(read_bytes(path))
         _check_label(path, _metadata(path, whole), None)
-        return pq.ParquetFile(whole).read()
+        return completed(pq.ParquetFile(whole).read())
     check_file(path)
     with reaching(path):
-        return pq.ParquetFile(opened(path)).read(columns)
+        return completed(pq.ParquetFile(opened(path)).read(columns), columns)
+
+
+def completed(rows: pa.Table, wanted: list[str] | None = None) -> pa.Table:
+    """Rows of a file with its table's late columns, NULL where the file was written before them."""
+    table = (rows.schema.metadata or {}).get(METADATA_KEY, b"").decode().partition(":")[0]
+    for name in late_columns(table) if table in TABLES else ():
+        if name not in rows.column_names and (wanted is None or name in wanted):
+            schema = arrow_schema(table)
+            place = sum(
+                rows.column_names.count(each) for each in schema.names[: schema.names.index(name)]
+            )
+            field = schema.field(name)
+            rows = rows.add_column(place, field, pa.nulls(len(rows), field.type))
+    return rows
 
 
 def check_file(path: Path, expected: str | None = None) -> pq.FileMetaData:

@@ -40,7 +40,7 @@ def read_intact(path: Path, table: str) -> pa.Table:
     store.check_file(path, table)
     try:
         source = io.BytesIO(store.read_bytes(path)) if store.remote(path) else path
-        return pq.ParquetFile(source, page_checksum_verification=True).read()
+        return store.completed(pq.ParquetFile(source, page_checksum_verification=True).read())
     except (pa.ArrowException, OSError) as error:
         raise DataError(
             f"{path}: cannot be read: {' '.join(str(error).split())[:150]}; see: canopy verify"

@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 
 from canopy_store import store
 from canopy_store.errors import CanopyError
-from canopy_store.schema import FORMAT_VERSION, METADATA_KEY, TABLES, arrow_schema
+from canopy_store.schema import FORMAT_VERSION, METADATA_KEY, TABLES, arrow_schema, late_columns
 from canopy_store.upkeep.verify_report import AGAIN, Report, short
 from canopy_store.upkeep.verify_rows import problems
 
@@ -168,7 +168,9 @@ def _schema(report: Report, table: str, parquet: pq.ParquetFile, metadata: pq.Fi
     if "embedding" in parquet.schema_arrow.names:
         kind = parquet.schema_arrow.field("embedding").type
         dimension = kind.list_size if pa.types.is_fixed_size_list(kind) else None
-    return arrow_schema(table, dimension, version)
+    schema = arrow_schema(table, dimension, version)
+    lacking = set(late_columns(table)) - set(parquet.schema_arrow.names)
+    return pa.schema([field for field in schema if field.name not in lacking], schema.metadata)
 
 
 def _differing(shown: pa.Schema, wanted: pa.Schema) -> str:
