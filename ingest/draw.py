@@ -67,6 +67,7 @@ class Rollout:
     n_tokens: int | None = None  # where none of the lists is known
     log_mass: np.ndarray | None = None  # of a policy that cuts
     n_kept: np.ndarray | None = None
+    token_chars: list[int] | None = None  # characters of text each completes; of ids known by these
 
 
 def uniforms(run_id: str, seed: int, prompt_id: str, sample: int, steps: int) -> np.ndarray:

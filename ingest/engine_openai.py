@@ -25,7 +25,14 @@ from canopy_store.ingest.progress import Progress
 from canopy_store.ingest.sources import resolve_model
 from canopy_store.ingest.tokenizer import load_tokenizer
 from canopy_store.readers import get
-from canopy_store.readers.openai_logprobs import LoggedToken, check_ids, logged_tokens, token_table
+from canopy_store.readers.openai_logprobs import (
+    LoggedToken,
+    check_ids,
+    logged_chars,
+    logged_tokens,
+    token_table,
+)
+from canopy_store.readers.token_chars import token_chars
 
 # What servers add to the API. Their defaults may come from the model's generation_config.json or from
 # their own command line, so every sampler but the three of the policy is switched off by name.
@@ -304,6 +311,7 @@ class _Completions:
                 f"{sampling.max_new_tokens} of --max-new-tokens"
             )
         logprob = _logs(logged, None, sampling)[0] if length == len(logged) else None
+        text = get(choice, "text", str, where)
         return Rollout(
             sample=sample,
             token_ids=None,
@@ -311,8 +319,9 @@ class _Completions:
             entropy=None,
             eos_logprob=None,
             finish_reason=choice["finish_reason"],
-            text=get(choice, "text", str, where),
+            text=text,
             n_tokens=length,
+            token_chars=logged_chars(logged, text) if length == len(logged) else None,
         )
 
     def _level(self, rollouts: list[Rollout], progress: Progress) -> None:
@@ -320,8 +329,10 @@ class _Completions:
         for name in ("token_ids", "logprob", "top_token_ids", "top_logprobs"):
             if any(getattr(rollout, name) is None for rollout in rollouts):
                 for rollout in rollouts:
-                    if name == "token_ids" and rollout.text is None:
-                        rollout.text = self.tokenizer.decode(rollout.token_ids, skip_special_tokens=True)
+                    if name == "token_ids" and rollout.text is None and rollout.token_ids is not None:
+                        ids = rollout.token_ids.tolist()
+                        rollout.text = self.tokenizer.decode(ids, skip_special_tokens=True)
+                        rollout.token_chars = token_chars(self.tokenizer, ids, rollout.text)
                     setattr(rollout, name, None)
                 if name == "token_ids":
                     self._say(

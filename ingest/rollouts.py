@@ -20,6 +20,7 @@ from canopy_store.ingest.prompts import read_prompts
 from canopy_store.ingest.rendering import read_context, render
 from canopy_store.ingest.settings import Checkpoint, Draws, Runner, Source, sort_options
 from canopy_store.ingest.sources import check_model, resolve_model
+from canopy_store.readers.token_chars import token_chars
 from canopy_store.store.rollouts import write_shard
 
 __all__ = ["EXECUTORS", "ingest_rollouts", "open_rollouts"]
@@ -314,8 +315,10 @@ def _add(
         row["text"] = next(texts) if rollout.text is None else rollout.text
         for name in ("top_token_ids", "top_logprobs"):  # Arrow takes no arrays of two dimensions
             row[name] = None if row[name] is None else list(row[name])
+        if rollout.token_ids is not None:
+            row["token_chars"] = token_chars(tokenizer, rollout.token_ids.tolist(), row["text"])
         for name, value in row.items():
-            if value is not None:
+            if value is not None or name == "token_chars":  # which one rollout may lack
                 columns.setdefault(name, []).append(value)
 
 

@@ -579,6 +579,37 @@ def test_text_of_strangers_is_shown_as_text(browse, tmp_path):
     assert driver.execute_script("return window.hit") is None, "the policy itself lets no script run"
 
 
+# ---- the text itself, coloured
+
+
+def test_each_token_is_shaded_where_it_stands_in_the_text(browse, tmp_path):
+    # characters beyond 16 bits, marks that combine, right-to-left text, markup; a character of three
+    # tokens, and an end token that shows nothing
+    pieces = ["𝔘n", "", "", "東", " e\u0301", " אב ", HOSTILE, "\n\n ", ""]
+    frame = rollouts(prompts=2, text="".join(pieces)).drop("token_ids", strict=False)
+    lists = {name: [[0.25] * len(pieces)] * len(frame) for name in ("entropy", "logprob", "eos_logprob")}
+    lists["logprob"] = [[-0.25] * len(pieces)] * len(frame)
+    lists["eos_logprob"] = lists["logprob"]
+    frame = frame.with_columns(
+        *(pl.Series(name, values, pl.List(pl.Float32)) for name, values in lists.items()),
+        pl.Series("token_chars", [[len(p) for p in pieces]] * len(frame), pl.List(pl.Int32)),
+    )
+    driver = browse(write_report(store_of(tmp_path, frame), tmp_path / "report.html"))
+    assert_quiet(driver)
+    assert driver.execute_script("return window.hit") is None
+    spans = "[...document.querySelector('.rollout .tokens').children]"
+    assert driver.execute_script(f"return {spans}.map((s) => s.textContent)") == pieces
+    bars = [place for place, piece in enumerate(pieces) if not piece]
+    assert (
+        driver.execute_script(f"return {spans}.flatMap((s, i) => s.matches('.none') ? [i] : [])") == bars
+    )
+    assert driver.execute_script("return document.querySelectorAll('.steps').length") == 0
+    assert driver.execute_script("return document.querySelectorAll('img').length") == 0
+    driver.execute_script(f"{spans}[3].dispatchEvent(new MouseEvent('mouseover', {{bubbles: true}}))")
+    (said,) = all_text(driver, "#readout")
+    assert said == f"Step 4 of {len(pieces)}, entropy 0.25 nats, surprisal 0.25 nats"
+
+
 # ---- what is missing
 
 

@@ -34,9 +34,9 @@ def example_rollouts(
     Returns
     -------
     place (of the prompt in its task), turn (of the rollout in its prompt), task, run_id, prompt_id,
-    sample, text, n_tokens, finish_reason, entropy and logprob (a list of nats, one a token),
-    entropy_rate, semantic_distance, prompt_text, messages; in the order to be read in. A rollout
-    without entropies is not chosen.
+    sample, text, token_chars, n_tokens, finish_reason, entropy and logprob (a list of nats, one a
+    token), entropy_rate, semantic_distance, prompt_text, messages; in the order to be read in. A
+    rollout without entropies is not chosen.
     """
     places = _placed(prompts, seed).filter(pl.col("place") <= prompts_per_task)
     return con.sql(
@@ -59,7 +59,8 @@ def example_rollouts(
             where m.selection = $selection and m.entropy_rate is not null
             qualify turn <= $per_prompt
         )
-        select k.place, k.turn, r.task, r.run_id, r.prompt_id, r.sample, r.text, r.n_tokens,
+        select k.place, k.turn, r.task, r.run_id, r.prompt_id, r.sample, r.text, r.token_chars,
+            r.n_tokens,
             r.finish_reason, r.entropy, r.logprob, k.entropy_rate, k.semantic_distance,
             p.text as prompt_text, p.messages
         from picked k

@@ -37,6 +37,7 @@ FIELDS = {
     "messages": "the prompt as chat messages, JSON",
     "text": "generated text",
     "token_ids": "generated token ids",
+    "token_chars": "characters of text that each token completes, end to end the text",
     "n_tokens": "their number, where neither they nor any list of a value a token is known",
     "finish_reason": "stop or length",
     "logprob": "log-probability of each token, nats",

@@ -123,7 +123,7 @@ def _sample(sample: Any, where: str, table: dict[bytes, int] | None) -> list[dic
         }
         entries = get(choice, "logprobs.content", list, where, None)
         if entries:
-            row |= log_columns(listed_tokens(entries, row["where"]), row["where"], table)
+            row |= log_columns(listed_tokens(entries, row["where"]), row["where"], table, text)
         elif len(choices) == 1:
             row["n_tokens"] = get(sample, "output.usage.output_tokens", int, where, None)
         rows.append(row)

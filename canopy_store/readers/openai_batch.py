@@ -89,8 +89,10 @@ def _choice(choice: dict[str, Any], where: str, table: dict[bytes, int] | None) 
         if tokens and tokens[0].value is None:
             raise DataError(f"{where}: its log-probabilities begin with the prompt; ask without echo")
     if tokens:
-        columns = log_columns(tokens, where, table)
+        columns = log_columns(tokens, where, table, row["text"])
         row |= {**columns, "token_ids": columns["token_ids"] if ids is None else ids}
+        if ids is not None and len(ids) != len(tokens):
+            row["token_chars"] = None
     return row
 
 

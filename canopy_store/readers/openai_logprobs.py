@@ -13,6 +13,7 @@ from typing import Any
 
 from canopy_store.errors import DataError
 from canopy_store.readers import get
+from canopy_store.readers.token_chars import chars_of_bytes
 
 UNKNOWN = -9999.0  # at or below it a number is the API's word for 'no log-probability'
 _ROUNDING = 1e-3  # nats by which a log-probability may be above 0
@@ -114,10 +115,22 @@ def _raw(text: str, given: Any) -> bytes:
     return text.encode(errors="replace")
 
 
+def logged_chars(tokens: Sequence[LoggedToken], text: str | None) -> list[int] | None:
+    """Characters of ``text`` that each logged token completes; None where the log does not spell it.
+
+    The text of the token that ended the rollout may be logged, and is not shown.
+    """
+    raw = [token.raw for token in tokens]
+    if text is None or not raw:
+        return None
+    shown = chars_of_bytes(raw, text)
+    return chars_of_bytes([*raw[:-1], b""], text) if shown is None else shown
+
+
 def log_columns(
-    tokens: Sequence[LoggedToken], where: str, table: dict[bytes, int] | None
+    tokens: Sequence[LoggedToken], where: str, table: dict[bytes, int] | None, text: str | None = None
 ) -> dict[str, Any]:
-    """logprob, token_ids, top_logprobs and top_token_ids of logged tokens, as a reader's row has them.
+    """logprob, token_ids, token_chars, top_logprobs and top_token_ids of logged tokens, for a row.
 
     Ids are None where neither the source nor ``table`` has them. The tops go with them: a
     log-probability of an unknown token says nothing.
@@ -159,6 +172,7 @@ def log_columns(
         "left_out": {"top_logprobs": _NO_IDS} if lost else {},
         "raw_logprobs": True,
         "token_ids": None if None in ids else ids,
+        "token_chars": logged_chars(tokens, text),
         "top_token_ids": top_ids if whole else None,
         "top_logprobs": top_values if whole else None,
     }

@@ -55,7 +55,7 @@ def check_schema(file: Path, path: Path) -> pa.Schema:
             (lambda k: _is_list(k, floats), "a list of floats"),
         ),
         **dict.fromkeys(
-            ("token_ids", "n_kept"),
+            ("token_ids", "token_chars", "n_kept"),
             (lambda k: _is_list(k, pa.types.is_integer), "a list of integers"),
         ),
         "top_token_ids": (
@@ -191,10 +191,10 @@ def check_tokens(record: dict[str, Any], names: list[str]) -> None:
         for name, count in zip(names, counts, strict=True):
             if count is None or not 0 <= count < 2**31:
                 raise DataError(f"{name}: n_tokens is {count}, needs the number of tokens")
-    if "token_ids" in record:
-        for name, ids in zip(names, record["token_ids"], strict=True):
+    for column, what in (("token_ids", "ids"), ("token_chars", "characters")):
+        for name, ids in zip(names, record[column], strict=True) if column in record else ():
             if ids.values and (ids.values.null_count or not _are_ids(ids.values)):
-                raise DataError(f"{name}: token_ids needs ids from 0 on, one a token")
+                raise DataError(f"{name}: {column} needs {what} from 0 on, one a token")
     if "top_token_ids" in record:
         for name, steps in zip(names, record["top_token_ids"], strict=True):
             if not _are_ids(pc.list_flatten(steps.values)):

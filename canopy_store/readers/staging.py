@@ -9,16 +9,18 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from canopy_store import readers, store
 from canopy_store.errors import DataError, StoreError, UsageError
+from canopy_store.readers.token_chars import token_chars
 
 NAMES = ("family", "variant", "task")
 LENGTHS = ("entropy", "logprob", "token_ids", "n_tokens")  # any of them gives a rollout's length
 _STEPS = ("entropy", "logprob", "eos_logprob", "log_mass")
-LISTS = (*_STEPS, "n_kept", "token_ids", "top_token_ids", "top_logprobs")
+LISTS = (*_STEPS, "n_kept", "token_ids", "token_chars", "top_token_ids", "top_logprobs")
 PLAIN = {"temperature": 1.0, "top_k": 0, "top_p": 1.0}  # the model's own distribution
 _VALUES_AT_ONCE = 1_000_000  # values of the rows that wait to be written
 _RAW = (
@@ -94,7 +96,7 @@ _SPOOL = {
     "sample": pa.int64(),
     **dict.fromkeys(("prompt", "messages", "text", "finish_reason", "model"), pa.string()),
     "n_tokens": pa.int64(),
-    **dict.fromkeys(("token_ids", "n_kept"), _INT_LIST),
+    **dict.fromkeys(("token_ids", "token_chars", "n_kept"), _INT_LIST),
     **dict.fromkeys(_STEPS, _FLOAT_LIST),
     "top_token_ids": pa.list_(_INT_LIST),
     "top_logprobs": pa.list_(_FLOAT_LIST),
@@ -143,6 +145,11 @@ def _finish(
         except (UnicodeEncodeError, AttributeError):  # half a pair of surrogates, which JSON can hold
             raise DataError(f"{where}: text cannot be kept: it is not valid Unicode") from None
         row["token_ids"] = options.tokenizer(row["text"], add_special_tokens=False)["input_ids"]
+    if options.tokenizer is not None and row.get("token_chars") is None:
+        ids, text = row.get("token_ids"), row.get("text")
+        ids = ids.tolist() if isinstance(ids, np.ndarray) else ids
+        if isinstance(text, str) and isinstance(ids, list) and all(type(i) is int for i in ids):
+            row["token_chars"] = token_chars(options.tokenizer, ids, text)
     return row
 
 

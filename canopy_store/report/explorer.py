@@ -43,6 +43,7 @@ def _rollout(row: Mapping[str, Any], model: int) -> dict[str, Any]:
         "m": model,
         "sample": row["sample"],
         "text": row["text"],
+        "chars": row["token_chars"],
         "n": row["n_tokens"],
         "end": row["finish_reason"],
         "rate": round(row["entropy_rate"], 4),

@@ -326,13 +326,23 @@
     const model = models[rollout.m];
     const values = rollout[colour] ?? rollout.entropy;
     const ended = rollout.end === "stop";
+    // one list of tokens: on the text where each has its characters there, else boxes beneath it
+    const placed = rollout.text && rollout.chars;
     const strip = make("div", {
-      class: "steps", tabindex: "0", role: "group",
+      class: placed ? "text tokens" : "steps", tabindex: "0", role: "group",
       "aria-label": `Rollout ${rollout.sample} of ${modelName(model)}: arrow keys go through its tokens`,
     });
+    if (placed) strip.setAttribute("dir", "auto");
+    const characters = placed ? Array.from(rollout.text) : []; // as the store counts, not UTF-16 units
+    let read = 0;
     values.forEach((value, i) => {
       const box = make("span");
-      if (ended && i === values.length - 1) box.className = "end";
+      if (placed) {
+        box.textContent = characters.slice(read, read + rollout.chars[i]).join("");
+        read += rollout.chars[i];
+        if (!rollout.chars[i]) box.className = "none"; // part of a character, or a token that is not shown
+      }
+      if (ended && i === values.length - 1) box.classList.add("end");
       const share = Math.min(1, value / tops[colour]);
       box.style.backgroundColor = `color-mix(in srgb, var(--nats) ${(6 + 94 * share).toFixed(1)}%, transparent)`;
       box.dataset.step = i;
@@ -367,11 +377,10 @@
       ? make("p", { class: "lacking" }, "No text is stored.")
       : rollout.text === "" ? make("p", { class: "lacking" }, "The text is empty.")
         : make("div", { class: "text", dir: "auto" }, rollout.text);
-    // the strings of tokens are not stored, so that none of them has a place in the text
-    const placed = rollout.text ? [make("p", { class: "placed" }, `0 of ${of(rollout.n, "token")} placed on the text`)] : [];
+    const unplaced = rollout.text ? [make("p", { class: "placed" }, `0 of ${of(rollout.n, "token")} placed on the text`)] : [];
     return make("article", { class: "rollout" },
       make("p", { class: "facts" }, dot(model.variant), make("strong", {}, make("bdi", {}, modelName(model))), ` · ${facts}`),
-      text, strip, ...placed);
+      ...(placed ? [strip] : [text, strip, ...unplaced]));
   }
 
   function modelName(model) {
@@ -409,7 +418,7 @@
     const key = at("pick-sort").value;
     at("task").textContent = `Task: ${prompts[place].task}`;
     at("prompt").textContent = prompts[place].text;
-    at("readout").textContent = "Point at a box, or tab to a strip and use the arrow keys.";
+    at("readout").textContent = "Point at a token, or tab to a rollout and use the arrow keys.";
     at("scale-end").textContent = `${(tops[colour] / 100).toFixed(1)} nats or more, ${at("pick-colour").selectedOptions[0].text}`;
     const shownModels = choices[at("pick-model").value].of;
     const columns = shownModels.map((model) => rollouts.filter((r) => r.p === place && r.m === model.i)
@@ -431,10 +440,11 @@
   }
 
   function explorer() {
-    at("explorer-how").textContent = "Each box of a strip is one token, in order; a stronger shade means more nats: " +
-      "a step's entropy is how open the choice was, its surprisal how unlikely the chosen token was. The store keeps " +
-      "no strings of tokens, so no token can be placed on the text: the strip stands beneath it. Each row pairs " +
-      "rollouts by their rank in the order chosen.";
+    at("explorer-how").textContent = "Each shaded piece is one token, in order; a stronger shade means more nats: " +
+      "a step's entropy is how open the choice was, its surprisal how unlikely the chosen token was. A character that " +
+      "several tokens spell stands at the last of them; the others, and tokens that show no text, are thin bars. Where " +
+      "it is not stored what each token spells, its box stands in a strip beneath the text. Each row pairs rollouts " +
+      "by their rank in the order chosen.";
     if (!page.rollouts) {
       at("explorer").remove();
       return;

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from canopy_store.errors import DataError
 from canopy_store.store.parquet import write_rows
@@ -93,7 +94,34 @@ def write_shard(path: Path, columns: Mapping[str, Any], rows: Sequence[str] | No
             if len(wrong):
                 raise DataError(f"{names[wrong[0]]}: {name} and {longest} differ in length")
             filled[name] = values
+    if columns.get("token_chars") is not None:
+        filled["token_chars"] = _array(columns["token_chars"], pa.list_(pa.int32()))
+        texts = _array(columns.get("text") or [None] * len(names), pa.string())
+        wrong = misplaced_tokens(filled["token_chars"], texts, lengths)
+        if len(wrong):
+            raise DataError(
+                f"{names[wrong[0]]}: token_chars needs the characters of each token, all of them those "
+                "of text"
+            )
     write_rows(path, "rollouts", filled)
+
+
+def misplaced_tokens(chars: pa.ListArray, texts: pa.StringArray, lengths: np.ndarray) -> np.ndarray:
+    """The rows whose characters a token are not a number from 0 on each, or not the text's in all.
+
+    Parameters
+    ----------
+    chars, texts : ``token_chars`` and ``text``; rows without the first are right
+    lengths : tokens of each row (rows,)
+    """
+    known = chars.is_valid().to_numpy(False)
+    counts = chars.value_lengths().fill_null(0).to_numpy(False)
+    steps = chars.flatten().fill_null(-1).to_numpy(False)
+    starts = np.concatenate([[0], np.cumsum(counts)])
+    total = np.diff(np.concatenate([[0], np.cumsum(steps, dtype=np.int64)])[starts])
+    below = np.diff(np.concatenate([[0], np.cumsum(steps < 0)])[starts])
+    wanted = pc.utf8_length(texts).fill_null(-1).to_numpy(False)
+    return np.flatnonzero(known & ((counts != lengths) | (total != wanted) | (below > 0)))
 
 
 def stop_entropy(eos_logprob: np.ndarray) -> np.ndarray:

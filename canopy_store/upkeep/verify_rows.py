@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from canopy_store.schema import TABLES, VERDICTS
-from canopy_store.store.rollouts import stop_entropy
+from canopy_store.store.rollouts import misplaced_tokens, stop_entropy
 
 SPECTRUM = 1e-9  # what summing in another order may change in a spectrum
 _SUM = 1e-10  # relative: the same of a sum
@@ -71,6 +71,11 @@ def _rollout_problems(rows: pa.Table, run: Mapping[str, Any] | None) -> Iterator
     wrong = np.flatnonzero(~pc.is_in(rows["finish_reason"], known).to_numpy())
     if len(wrong):
         yield f"finish_reason neither stop nor length {_rows_at(rows, wrong)}"
+    if "token_chars" in rows.column_names:
+        chars, texts = rows["token_chars"].combine_chunks(), rows["text"].combine_chunks()
+        wrong = misplaced_tokens(chars, texts, rows["n_tokens"].to_numpy())
+        if len(wrong):
+            yield f"token_chars are not one a token, or not those of text {_rows_at(rows, wrong)}"
 
 
 _SUMMED: dict[str, tuple[str, Callable[[np.ndarray], np.ndarray]]] = {
