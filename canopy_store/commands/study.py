@@ -495,7 +495,7 @@ def run_command(
     context = "facts.txt"
     [[ask]]                         # of every arm, or of those in arms = ["base", "sft"]
     options = { task = "facts", items = "facts.jsonl" }
-    [[ask]]                         # of runs: once for all, or with arms = [...] a line for each of them
+    [[ask]]                         # of runs: once for all; with arms = [...] once for each
     score = { scorer = "{base.model}", run = "llama.{arm}.math", policy = "full" }
     arms = ["sft"]
     [[answer]]
