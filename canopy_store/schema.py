@@ -319,6 +319,16 @@ TABLES: dict[str, Table] = {
                     False,
                 ),
                 _c("energy_method", "VARCHAR", "How energy_j was measured.", "", False),
+                _optional(
+                    "min_p", "DOUBLE", "Least probability kept, relative to the likeliest; NULL: off."
+                ),
+                _optional("typical_p", "DOUBLE", "Mass kept by typical sampling; NULL: off."),
+                _optional(
+                    "repetition_penalty",
+                    "DOUBLE",
+                    "What logits of tokens of the prompt and of the rollout so far are divided by, "
+                    "where above 0, or multiplied by; NULL: off.",
+                ),
             ),
             ("run",),
         ),
@@ -392,7 +402,12 @@ TABLES: dict[str, Table] = {
                 _RUN_ID,
                 _PROMPT_ID,
                 _SAMPLE,
-                _c("policy", "VARCHAR", "The policy scored under, as JSON: temperature, top_k, top_p."),
+                _c(
+                    "policy",
+                    "VARCHAR",
+                    "The policy scored under, as JSON: temperature, top_k, top_p; and min_p, typical_p, "
+                    "repetition_penalty where one is on.",
+                ),
                 _SCORE_LOGPROB,
                 _c(
                     "entropy",

@@ -92,6 +92,9 @@ class Batch:
         columns = 1 + len(sampling.record) + 2 * self.best
         self.log = zeros(width, steps, columns, dtype=torch.float32)
         self.ends = policy.Ends(sampling.end_ids, vocabulary, device)
+        self.seen = None  # the tokens of each slot, of a policy that penalises
+        if sampling.penalises:
+            self.seen = zeros(width, vocabulary, dtype=torch.bool)
         self.cache = Cache(layers=[_Layer(self, number) for number in range(layers)])
         self.attended = 0
 
@@ -158,9 +161,14 @@ class Batch:
             kept[0, :, begins:end] = layer.keys[0]  # type: ignore[index, union-attr]
             kept[1, :, begins:end] = layer.values[0]  # type: ignore[index, union-attr]
 
-    def begin(self, slots: list[int], last: list[int], start: list[int], noise: np.ndarray) -> None:
-        """Gives slots to new rollouts: the prompt's last token, its position, the numbers (n, steps)."""
+    def begin(self, slots: list[int], prompts: list[list[int]], noise: np.ndarray) -> None:
+        """Gives slots to new rollouts: of each its prompt's tokens; the numbers (n, steps)."""
+        last, start = [ids[-1] for ids in prompts], [len(ids) - 1 for ids in prompts]
         rows, tokens, starts = _sent(np.array([slots, last, start], dtype=np.int64), self.last.device)
+        if self.seen is not None:
+            for slot, ids in zip(slots, prompts, strict=True):
+                self.seen[slot] = False
+                self.seen[slot, ids] = True
         self.last[rows] = tokens
         self.start[rows] = starts.int()
         self.length[rows] = 0
@@ -186,8 +194,15 @@ class Batch:
         steps = self.noise.shape[1]
         at = self.length.clamp(max=steps - 1)[:, None].long()
         step = policy.take_step(
-            logits, self.sampling, self.ends, uniform=self.noise.gather(1, at)[:, 0], best=self.best
+            logits,
+            self.sampling,
+            self.ends,
+            uniform=self.noise.gather(1, at)[:, 0],
+            best=self.best,
+            seen=self.seen,
         )
+        if self.seen is not None:
+            self.seen.scatter_(1, step.tokens[:, None], True)
         columns = [step.tokens.int().view(torch.float32)[:, None], step.record.T]
         if step.top is not None:
             columns += [step.top[0].int().view(torch.float32), step.top[1]]
@@ -245,8 +260,7 @@ def sample(
                 prompts = [jobs[j].prompt_ids for j, _ in begun]
                 batch.begin(
                     fresh,
-                    [ids[-1] for ids in prompts],
-                    [len(ids) - 1 for ids in prompts],
+                    prompts,
                     np.stack([jobs[j].draw(jobs[j].samples[place]) for j, place in begun]),
                 )
                 length[fresh] = 0

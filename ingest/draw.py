@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 RECORD = ("logprob", "entropy", "eos_logprob")  # of every step
+# Parts of a policy that came later, and their values where off: one that is off is not named, so that a
+# policy without them keeps the id that it had.
+ADDED = {"min_p": 0.0, "typical_p": 1.0, "repetition_penalty": 1.0}
 CUT = ("log_mass", "n_kept")  # of a policy that cuts, too
 COUNTS = ("n_kept",)
 
@@ -25,11 +28,20 @@ class Sampling:
     end_ids: tuple[int, ...] = ()
     top_logprobs: int = 0
     width: int = 32
+    min_p: float = 0.0
+    typical_p: float = 1.0
+    repetition_penalty: float = 1.0
 
     @property
     def cuts(self) -> bool:
         """Whether the policy gives some tokens no probability; not greedy, which has nothing to cut."""
-        return self.temperature > 0 and (self.top_k > 0 or self.top_p < 1)
+        cuts = self.top_k > 0 or self.top_p < 1 or self.min_p > 0 or self.typical_p < 1
+        return self.temperature > 0 and cuts
+
+    @property
+    def penalises(self) -> bool:
+        """Whether the policy depends on which tokens stand before."""
+        return self.repetition_penalty != 1
 
     @property
     def record(self) -> tuple[str, ...]:
@@ -39,7 +51,13 @@ class Sampling:
     @property
     def is_model(self) -> bool:
         """Whether the policy is the model's own softmax: temperature 1, all tokens kept."""
-        return self.temperature == 1 and self.top_k == 0 and self.top_p == 1
+        return self.temperature == 1 and not self.cuts and not self.penalises
+
+
+def added(policy: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of a policy's parts that are in ADDED and on; one that is not there, or None, is off."""
+    given = {name: policy.get(name) for name in ADDED}
+    return {n: float(v) for n, v in given.items() if v is not None and v != ADDED[n]}
 
 
 def named_record(sampling: Sampling, rows: np.ndarray) -> dict[str, Any]:

@@ -18,8 +18,8 @@ from anyio.from_thread import start_blocking_portal
 
 from canopy_store.errors import DataError, UsageError
 from canopy_store.ingest import models
-from canopy_store.ingest.draw import Job, Rollout, Sampling
-from canopy_store.ingest.engines import Engine
+from canopy_store.ingest.draw import Job, Rollout, Sampling, added
+from canopy_store.ingest.engines import Engine, refuse_unknown
 from canopy_store.ingest.openai_client import Server
 from canopy_store.ingest.progress import Progress
 from canopy_store.ingest.sources import resolve_model
@@ -28,11 +28,8 @@ from canopy_store.readers import get
 from canopy_store.readers.openai_logprobs import LoggedToken, check_ids, logged_tokens, token_table
 
 # What servers add to the API. Their defaults may come from the model's generation_config.json or from
-# their own command line, so every sampler but the three of the policy is switched off by name.
+# their own command line, so every sampler but those of the policy is switched off by name.
 _ADDED = {
-    "min_p": 0.0,
-    "repetition_penalty": 1.0,  # vLLM, SGLang
-    "samplers": ["temperature", "top_k", "top_p"],  # llama.cpp: only these, in this order
     "return_token_ids": True,
     "return_tokens_as_token_ids": True,  # vLLM; SGLang the first
 }
@@ -85,6 +82,7 @@ def open_model(
         versions={"httpx2": httpx2.__version__},
         width=None,
         sample=completions.sample,
+        check=completions.check,
     )
 
 
@@ -108,6 +106,19 @@ class _Completions:
         self.added = True  # whether the server takes what is not OpenAI's
         self.told: set[str] = set()
         self.table: dict[bytes, int] | None = None
+
+    def check(self, sampling: Sampling) -> None:
+        """Raises UsageError for a policy that no field of the protocol asks this server for."""
+        if self.kind == "vllm":
+            return refuse_unknown(sampling, "vLLM's server")
+        known = {"min_p"} if self.kind in ("sglang", "llamacpp") else set()
+        for name in added(vars(sampling)).keys() - known:
+            raise UsageError(
+                f"--{name.replace('_', '-')}: not known to be what it means elsewhere on this server "
+                f"({self.kind}); use --engine transformers, or vLLM's server for min-p and repetition "
+                "penalty"
+            )
+        return None
 
     def sample(self, jobs: Sequence[Job], sampling: Sampling, progress: Progress) -> list[list[Rollout]]:
         """Rollouts as of `Engine`: all requests of the jobs, ``concurrency`` at a time."""
@@ -182,9 +193,16 @@ class _Completions:
         """The body of one answer; once a server refuses what is not OpenAI's, it is left out."""
         most = _longest(body)
         if self.added:
-            more = {"top_k": sampling.top_k or -1, **_ADDED}
+            more = {
+                "top_k": sampling.top_k or -1,
+                "min_p": sampling.min_p,
+                "repetition_penalty": sampling.repetition_penalty,  # vLLM, SGLang
+                # llama.cpp: only these, in this order
+                "samplers": ["temperature", "top_k", "top_p", *["min_p"] * (sampling.min_p > 0)],
+                **_ADDED,
+            }
             answer = await self.server.complete(client, body | more, most)
-            if answer.status not in (400, 422) or sampling.top_k:
+            if answer.status not in (400, 422) or sampling.top_k or added(vars(sampling)):
                 return self.server.body(answer)
         reply = self.server.body(await self.server.complete(client, body, most))
         if self.added:

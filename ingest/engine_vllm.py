@@ -13,7 +13,7 @@ import transformers
 from canopy_store.errors import StoreError, UsageError
 from canopy_store.ingest import models
 from canopy_store.ingest.draw import Job, Rollout, Sampling
-from canopy_store.ingest.engines import Engine
+from canopy_store.ingest.engines import Engine, refuse_unknown
 from canopy_store.ingest.progress import Progress
 from canopy_store.ingest.sources import resolve_model
 from canopy_store.ingest.tokenizer import load_tokenizer
@@ -91,6 +91,7 @@ def open_model(source: str, dtype: str | None = None) -> Engine:
         },
         width=None,
         sample=sample,
+        check=lambda sampling: refuse_unknown(sampling, "vLLM"),
     )
 
 
@@ -101,6 +102,8 @@ def _settings(vllm: Any, job: Job, sample: int, sampling: Sampling) -> Any:
         temperature=sampling.temperature,
         top_k=sampling.top_k,
         top_p=sampling.top_p,
+        min_p=sampling.min_p,
+        repetition_penalty=sampling.repetition_penalty,
         max_tokens=sampling.max_new_tokens,
         seed=int(job.draw(sample)[0] * 2**31),
         # 0: of the sampled token alone

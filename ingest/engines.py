@@ -39,6 +39,7 @@ class Engine:
     width : rollouts to sample side by side, given the policy, the lengths (tokens) of a shard's
         prompts and the memory to use (bytes, None for its own choice); None where the engine decides
     sample : for each job a rollout for each of its sample numbers, in that order
+    check : raises UsageError for a policy that the engine cannot sample
     """
 
     tokenizer: Any
@@ -49,6 +50,7 @@ class Engine:
     versions: dict[str, str]
     width: Callable[[Sampling, Sequence[int], int | None], int] | None
     sample: Callable[[Sequence[Job], Sampling, Progress], list[list[Rollout]]]
+    check: Callable[[Sampling], None] = lambda sampling: None
 
 
 def open_engine(name: str, source: str, **options: Any) -> Engine:
@@ -67,3 +69,17 @@ def open_engine(name: str, source: str, **options: Any) -> Engine:
     if unknown:
         raise UsageError(f"--{unknown[0].replace('_', '-')}: not an option of --engine {name}")
     return open_model(source, **given)
+
+
+def refuse_unknown(sampling: Sampling, name: str) -> None:
+    """Raises UsageError for a policy that vLLM, or its server, cannot sample as it is defined."""
+    if sampling.typical_p < 1:
+        raise UsageError(
+            f"--typical-p {sampling.typical_p}: {name} has no typical sampling; use "
+            "--engine transformers"
+        )
+    if sampling.min_p > 0 and sampling.top_p < 1:
+        raise UsageError(
+            f"--min-p with --top-p: {name} applies min-p first, and top-p to what it left; give one of "
+            "them, or use --engine transformers"
+        )

@@ -1,4 +1,7 @@
-"""The sampling policy: temperature, then top-k, then top-p, renormalised; and its exact statistics.
+"""The sampling policy and its exact statistics.
+
+Repetition penalty, temperature, top-k, top-p, min-p, typical: each on what the one before left, and
+renormalised at the end. Order and definitions are those of transformers' `generate`.
 
 The sampler takes its tokens and its record from this one place, so what is logged is what is sampled.
 """
@@ -47,11 +50,17 @@ def take_step(
     uniform: torch.Tensor | None = None,
     tokens: torch.Tensor | None = None,
     best: int = 0,
+    seen: torch.Tensor | None = None,
 ) -> Step:
     """The step of ``logits`` (B, V) under the policy: ``tokens`` (B,), or drawn by ``uniform`` (B,).
 
+    ``seen`` (B, V) marks each row's tokens of prompt and rollout so far, for a policy that penalises.
+
     On a GPU a policy that keeps all tokens is never whole in float32: its sums come from one pass.
     """
+    if sampling.penalises:
+        assert seen is not None
+        logits = penalised(logits, seen, sampling.repetition_penalty)
     if fused(logits.device, sampling):
         from canopy_store.ingest import kernels
 
@@ -64,7 +73,14 @@ def take_step(
             values = found.values.float() / sampling.temperature - record[3][:, None]
             top = found.indices, values.clamp(max=0)
         return Step(tokens, record[:3], top)
-    policy = sampling_policy(logits, sampling.temperature, sampling.top_k, sampling.top_p)
+    policy = sampling_policy(
+        logits,
+        sampling.temperature,
+        sampling.top_k,
+        sampling.top_p,
+        sampling.min_p,
+        sampling.typical_p,
+    )
     if tokens is None:
         assert uniform is not None
         tokens, logprob = policy.sample(uniform)
@@ -78,7 +94,7 @@ def take_step(
 
 def fused(device: torch.device, sampling: Sampling) -> bool:
     """Whether the step is one of `canopy_store.ingest.kernels`: a softmax over all tokens, on a GPU."""
-    plain = sampling.temperature > 0 and sampling.top_k == 0 and sampling.top_p == 1
+    plain = sampling.temperature > 0 and not sampling.cuts
     return plain and device.type == "cuda" and has_kernels()
 
 
@@ -187,10 +203,23 @@ def _invert(mass: torch.Tensor, uniform: torch.Tensor) -> tuple[torch.Tensor, to
     return column, ((target - (cumulative.gather(-1, column) - here)) / here).clamp(min=0)
 
 
+def penalised(logits: torch.Tensor, seen: torch.Tensor, penalty: float) -> torch.Tensor:
+    """Logits (B, V) float32, of the tokens ``seen`` (B, V) before divided by the penalty where above 0,
+    and multiplied where below (Keskar et al. 2019, arXiv 1909.05858, equation 2, by sign).
+    """
+    logits = logits.float()
+    return torch.where(seen, torch.where(logits < 0, logits * penalty, logits / penalty), logits)
+
+
 def sampling_policy(
-    logits: torch.Tensor, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0
+    logits: torch.Tensor,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    typical_p: float = 1.0,
 ) -> Policy:
-    """The policy that ``logits`` (B, V) give: temperature, then top-k, then top-p, renormalised.
+    """The policy that ``logits`` (B, V) give: temperature, top-k, top-p, min-p, typical, renormalised.
 
     Parameters
     ----------
@@ -198,6 +227,9 @@ def sampling_policy(
     temperature : above 0, or 0 for greedy: the first likeliest token has probability 1
     top_k : tokens kept; 0 keeps all. Exactly k: of tokens tied at the edge the kernel picks
     top_p : keeps the smallest set of likeliest tokens whose probability reaches it; 1 keeps all
+    min_p : keeps what is at least so likely, relative to the likeliest (arXiv 2407.01082); 0 keeps all
+    typical_p : keeps those whose surprisal is nearest to the entropy until their probability reaches it,
+        and what is as near as the last of them (arXiv 2202.00666); 1 keeps all
     """
     logits = logits.float()
     if temperature == 0:
@@ -207,7 +239,7 @@ def sampling_policy(
     if temperature != 1:
         logits = logits / temperature
     ids = whole = None
-    if top_k > 0 or top_p < 1:
+    if top_k > 0 or top_p < 1 or min_p > 0 or typical_p < 1:
         whole = logits.logsumexp(-1)
     if 0 < top_k < logits.shape[-1]:
         logits, ids = logits.topk(top_k, dim=-1)
@@ -221,7 +253,24 @@ def sampling_policy(
         probability = (logits - total).exp()
         before = probability.cumsum(-1) - probability
         logits = logits.masked_fill(before >= top_p, -torch.inf)
+    if min_p > 0:
+        relative = (logits - logits.amax(-1, keepdim=True)).exp()
+        logits = logits.masked_fill(relative < min_p, -torch.inf)
+    if typical_p < 1:
+        logits = logits.masked_fill(~_typical(logits, typical_p), -torch.inf)
     if whole is None:
         return Policy(logits.log_softmax(-1), ids)
     kept = logits.logsumexp(-1)
     return Policy(logits.log_softmax(-1), ids, (kept - whole).clamp(max=0))
+
+
+def _typical(logits: torch.Tensor, mass: float) -> torch.Tensor:
+    """Which tokens (B, K) of ``logits`` (B, K) typical sampling keeps."""
+    logprobs = logits.log_softmax(-1)
+    probability = logprobs.exp()
+    entropy = -(probability * logprobs.clamp(min=-1e4)).sum(-1, keepdim=True)
+    far = (-logprobs - entropy).abs()  # infinite where a token was cut before
+    order = far.sort(dim=-1)
+    reached = probability.gather(-1, order.indices).cumsum(-1)
+    last = (reached < mass).sum(-1, keepdim=True).clamp(max=logits.shape[-1] - 1)
+    return far <= order.values.gather(-1, last)

@@ -11,8 +11,8 @@ from typing import Any
 from canopy_store import sql, store
 from canopy_store.errors import ConflictError, DataError, UsageError
 from canopy_store.ingest import until_se
+from canopy_store.ingest.draw import ADDED, Rollout, Sampling, added, uniforms
 from canopy_store.ingest.draw import Job as Draw
-from canopy_store.ingest.draw import Rollout, Sampling, uniforms
 from canopy_store.ingest.engines import Engine, open_engine
 from canopy_store.ingest.jobs import EXECUTORS, Columns, Group, Job, Unit, run_job
 from canopy_store.ingest.progress import Progress
@@ -111,6 +111,9 @@ def open_rollouts(
     sampling = Sampling(
         draws.temperature, draws.top_k, draws.top_p, draws.max_new_tokens, ends, draws.top_logprobs
     )
+    more = added(vars(draws))
+    sampling = replace(sampling, **more)
+    engine.check(sampling)
     of = {"family": checkpoint.family, "variant": checkpoint.variant, "task": source.task}
     settings = {
         "run_id": run_id,
@@ -126,6 +129,7 @@ def open_rollouts(
         "temperature": draws.temperature,
         "top_k": draws.top_k,
         "top_p": draws.top_p,
+        **more,
         "seed": draws.seed,
         "top_logprobs": draws.top_logprobs,
         "end_token_ids": list(ends),
@@ -327,6 +331,7 @@ _OF_THE_RUN = (
     "temperature",
     "top_k",
     "top_p",
+    *ADDED,
     "max_new_tokens",
     "seed",
     "dtype",

@@ -57,8 +57,10 @@ def footprint(model: Any, sampling: Sampling, prompt_lengths: Sequence[int]) -> 
     longest, steps = max(prompt_lengths), sampling.max_new_tokens
     best = min(sampling.top_logprobs, sampling.top_k or sampling.top_logprobs)
     # float32 arrays of the vocabulary's size that live at once in `sampling_policy` and `Policy`
-    arrays = 2 if sampling.top_k else 4 if sampling.top_p == 1 else 6
-    vocabulary = config.vocab_size * (size + 4 * arrays)
+    arrays = 2 if sampling.top_k else 6 if sampling.cuts else 4
+    arrays += 6 if sampling.typical_p < 1 and not sampling.top_k else 0  # sorted, with places as int64
+    arrays += 2 if sampling.penalises else 0
+    vocabulary = config.vocab_size * (size + 4 * arrays + sampling.penalises)
     log = steps * (4 + 4 * len(sampling.record) + 8 + 8 * best)
     # a layer's scores, weights and their parts in float32; its states and its two inner products
     layer = 4 * 4 * heads * (longest + steps) + size * (6 * hidden + 3 * inner)
@@ -284,9 +286,12 @@ class _Log:
         self.top_ids = torch.zeros(width, steps, best, dtype=torch.int32, device=device)
         self.top_logprobs = torch.full((width, steps, best), -torch.inf, device=device)
         self.ends: Ends | None = None
+        self.seen: torch.Tensor | None = None  # (width, V): the row's tokens, of a policy that penalises
+        self.prompts: dict[int, list[int]] = {}  # of rows that have not taken a step
 
     def begin(self, row: int, job: Job, place: int) -> None:
-        """Gives a row to a new rollout."""
+        """Gives a row to a new rollout; `step` with it must come before `keep`."""
+        self.prompts[row] = job.prompt_ids
         self.noise[row] = torch.from_numpy(job.draw(job.samples[place])).to(self.noise)
         self.length[row] = 0
 
@@ -295,6 +300,8 @@ class _Log:
         self.length = self.length[rows]
         for name in ("last", "tokens", "record", "noise", "top_ids", "top_logprobs"):
             setattr(self, name, getattr(self, name)[rows])
+        if self.seen is not None:
+            self.seen = self.seen[rows]
 
     def step(
         self, logits: torch.Tensor, rows: list[int], on_tokens: Callable[[int], None] | None
@@ -303,7 +310,17 @@ class _Log:
         row = torch.tensor(rows, device=self.device)
         at = torch.from_numpy(self.length[rows]).to(self.device)
         self.ends = self.ends or Ends(self.sampling.end_ids, logits.shape[-1], self.device)
-        step = take_step(logits, self.sampling, self.ends, uniform=self.noise[row, at], best=self.best)
+        seen = self._seen(rows, logits.shape[-1])
+        step = take_step(
+            logits,
+            self.sampling,
+            self.ends,
+            uniform=self.noise[row, at],
+            best=self.best,
+            seen=None if seen is None else seen[row],
+        )
+        if seen is not None:
+            seen[row, step.tokens] = True
         self.last[row] = step.tokens
         self.tokens[row, at] = step.tokens.int()
         self.record[row, :, at] = step.record.T
@@ -320,6 +337,18 @@ class _Log:
             for r, stop in zip(rows, over, strict=True)
             if stop or self.length[r] >= self.sampling.max_new_tokens
         ]
+
+    def _seen(self, rows: list[int], size: int) -> torch.Tensor | None:
+        """Which tokens each row has, with the prompts of the new ones; None where it does not matter."""
+        begun = [(row, self.prompts.pop(row)) for row in rows if row in self.prompts]
+        if not self.sampling.penalises:
+            return None
+        if self.seen is None:
+            self.seen = torch.zeros(len(self.length), size, dtype=torch.bool, device=self.device)
+        for row, ids in begun:
+            self.seen[row] = False
+            self.seen[row, ids] = True
+        return self.seen
 
     def rollout(self, row: int, job: Job, place: int) -> Rollout:
         """The finished rollout of a row."""

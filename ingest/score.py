@@ -13,7 +13,7 @@ import pyarrow as pa
 from canopy_store import sql, store
 from canopy_store.errors import DataError, UsageError
 from canopy_store.ingest import models
-from canopy_store.ingest.draw import Sampling, named_record
+from canopy_store.ingest.draw import ADDED, Sampling, added, named_record
 from canopy_store.ingest.jobs import Columns, Group, Job, Unit, rollout_groups, run_job
 from canopy_store.ingest.progress import Progress
 from canopy_store.ingest.prompts import read_prompts
@@ -24,7 +24,7 @@ from canopy_store.ingest.teacher_forcing import score_tokens
 from canopy_store.store.rollouts import stop_entropy
 
 _POLICY = ("temperature", "top_k", "top_p")
-_FULL = {"temperature": 1.0, "top_k": 0, "top_p": 1.0}
+_FULL = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, **ADDED}
 
 
 def ingest_scores(root: str | Path, scorer: str, **options: Any) -> str:
@@ -42,8 +42,9 @@ def ingest_scores(root: str | Path, scorer: str, **options: Any) -> str:
     name : the scorer_id; by default the model_id of the stored checkpoint with these weights, else
         the folder's or hub id's last part
     runs : run ids; by default every complete run
-    policy : run, each run's own, or full: temperature 1, no top-k, no top-p
-    temperature, top_k, top_p : instead of that part of the policy
+    policy : run, each run's own, or full: temperature 1, nothing cut, no penalty
+    temperature, top_k, top_p, min_p, typical_p, repetition_penalty : instead of that part of the policy.
+        A repetition penalty is of the prompt's tokens, as they are read here, and those before each step
     template : run, each prompt as the run had it, to the token; or chat or plain, which is another
         context where the run's was not that
     prompts : JSONL file of the prompts, for runs whose prompts the store has no text of
@@ -73,6 +74,9 @@ def open_scores(
     temperature: float | None = None,
     top_k: int | None = None,
     top_p: float | None = None,
+    min_p: float | None = None,
+    typical_p: float | None = None,
+    repetition_penalty: float | None = None,
     template: str = "run",
     prompts: str | Path | None = None,
     device: str | None = None,
@@ -82,7 +86,8 @@ def open_scores(
     progress: Progress,
 ) -> Job:
     """The job of `ingest_scores`, its model loaded and every run found fit to be scored."""
-    given = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+    given = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
+    given |= {"typical_p": typical_p, "repetition_penalty": repetition_penalty}
     _check_settings(policy, given, template, batch_size, chunk_tokens)
     root = store.writable(root)
     model, tokenizer, path = models.load_model(scorer, device, dtype)
@@ -158,7 +163,7 @@ def _check_settings(
     for option, value in (("--batch-size", batch_size), ("--chunk-tokens", chunk_tokens)):
         if value < 1:
             raise UsageError(f"{option} {value}: needs at least 1")
-    check_policy(*(given[key] for key in _POLICY))
+    check_policy(**given)
 
 
 def _read_store(root: Path, prompts: str | Path | None) -> _Known:
@@ -196,10 +201,10 @@ def _read_run(
             f"{where}: sampled with another tokenizer than that of {path}: the token ids mean other "
             "text to it; choose other runs with --run"
         )
-    own = {key: row[key] for key in _POLICY}
+    own = {key: row[key] for key in (*_POLICY, *ADDED)}
     base = _FULL if policy == "full" else own
-    used = {key: base[key] if given[key] is None else given[key] for key in _POLICY}
-    unknown = [key for key, value in used.items() if value is None]
+    used = {key: base[key] if given[key] is None else given[key] for key in own}
+    unknown = [key for key in _POLICY if used[key] is None]
     if unknown:
         raise DataError(
             f"{where}: its {', '.join(unknown)} is not recorded; pass --policy full, or each of "
@@ -209,7 +214,9 @@ def _read_run(
         "temperature": float(used["temperature"]),
         "top_k": int(used["top_k"]),
         "top_p": float(used["top_p"]),
+        **added(used),
     }
+    own = {**{key: row[key] for key in _POLICY}, **added(row)}
     ends = run.get("end_token_ids")
     return _Read(
         policy=used,

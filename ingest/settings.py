@@ -12,6 +12,7 @@ from typing import Any
 
 from canopy_store import store
 from canopy_store.errors import UsageError
+from canopy_store.ingest.draw import ADDED
 from canopy_store.ingest.until_se import Target, read_target
 
 NUMBER_FORMATS = ("bf16", "fp16", "e4m3", "e5m2", "int8", "int4", "lmul-2 … lmul-23")
@@ -93,7 +94,8 @@ class Draws:
     until_se : METRIC=SE: samples in rounds until the metric's standard error, of its mean over these
         prompts, is so small; the first round, which is not counted, has ``samples`` of each prompt
     max_samples : then rollouts of a prompt at most; by default 16 times ``samples``
-    temperature, top_k, top_p : the sampling policy, applied in this order; temperature 0 is greedy
+    repetition_penalty, temperature, top_k, top_p, min_p, typical_p : the sampling policy, applied in
+        this order; temperature 0 is greedy
     seed : of the run; a rollout's own follows from run, prompt and sample
     top_logprobs : also stores so many likeliest ids and log-probabilities per step
     eos_token_ids, no_eos : end tokens instead of the model's; or allow a model that has none
@@ -116,6 +118,9 @@ class Draws:
     prompts_per_shard: int = 4
     until_se: str | None = None
     max_samples: int | None = None
+    min_p: float = 0.0
+    typical_p: float = 1.0
+    repetition_penalty: float = 1.0
 
     @property
     def target(self) -> Target | None:
@@ -130,7 +135,7 @@ class Draws:
         _at_least("--top-logprobs", self.top_logprobs, 0)
         if self.memory is not None and not 0 < self.memory < float("inf"):
             raise UsageError(f"--memory {self.memory}: needs more than 0 GB")
-        check_policy(self.temperature, self.top_k, self.top_p)
+        check_policy(**{name: getattr(self, name) for name in POLICY})
         if self.target is None and self.max_samples is not None:
             raise UsageError("--max-samples: only with --until-se; --samples gives a fixed number")
 
@@ -161,13 +166,28 @@ def _at_least(option: str, value: int | None, least: int) -> None:
         raise UsageError(f"{option} {value}: needs less than 2147483648")
 
 
-def check_policy(temperature: float | None, top_k: int | None, top_p: float | None) -> None:
+POLICY = ("temperature", "top_k", "top_p", *ADDED)  # the parts of a policy
+
+
+def check_policy(
+    temperature: float | None,
+    top_k: int | None,
+    top_p: float | None,
+    min_p: float | None = None,
+    typical_p: float | None = None,
+    repetition_penalty: float | None = None,
+) -> None:
     """Raises UsageError for what no sampling policy can be; None is not checked."""
     if temperature is not None and not 0 <= temperature < float("inf"):
         raise UsageError(f"--temperature {temperature}: needs 0 (greedy) or more")
     _at_least("--top-k", top_k, 0)
-    if top_p is not None and not 0 < top_p <= 1:
-        raise UsageError(f"--top-p {top_p}: needs more than 0 and at most 1")
+    for option, share in (("--top-p", top_p), ("--typical-p", typical_p)):
+        if share is not None and not 0 < share <= 1:
+            raise UsageError(f"{option} {share}: needs more than 0 and at most 1")
+    if min_p is not None and not 0 <= min_p <= 1:
+        raise UsageError(f"--min-p {min_p}: needs 0 (off) to 1")
+    if repetition_penalty is not None and not 0 < repetition_penalty < float("inf"):
+        raise UsageError(f"--repetition-penalty {repetition_penalty}: needs more than 0; 1 is off")
 
 
 def sort_options(options: Mapping[str, Any], *kinds: type) -> list[Any]:

@@ -70,7 +70,10 @@ def score_tokens(
             with emulated():
                 logits = split.logits(states[part])
             ends = ends or Ends(sampling.end_ids, logits.shape[-1], logits.device)
-            record = take_step(logits, sampling, ends, tokens=tokens[part]).record
+            seen = None
+            if sampling.penalises:
+                seen = _seen(*read, at, len(logits), logits.shape[-1]).to(logits.device)
+            record = take_step(logits, sampling, ends, tokens=tokens[part], seen=seen).record
             if plain is not None:
                 kl = _divergence(split.logits(plain[part]), logits)
                 record = torch.cat([record, kl[None].to(record)])
@@ -83,6 +86,26 @@ def score_tokens(
         if on_tokens:
             on_tokens(len(tokens))
     return scores
+
+
+def _seen(
+    prompts: Sequence[Sequence[int]],
+    rollouts: Sequence[Sequence[int]],
+    first: int,
+    steps: int,
+    size: int,
+) -> torch.Tensor:
+    """Which tokens stand before each of S ``steps`` from ``first``, of rollouts end to end: (S, V)."""
+    seen = torch.zeros(steps, size, dtype=torch.bool)
+    begins = -first  # the rollout's first step, among these
+    for prompt, rollout in zip(prompts, rollouts, strict=True):
+        low, high = max(begins, 0), min(begins + len(rollout), steps)
+        if low < high:
+            seen[low:high, [*prompt, *rollout[: low - begins]]] = True
+            for row in range(low + 1, high):
+                seen[row:high, rollout[row - 1 - begins]] = True
+        begins += len(rollout)
+    return seen
 
 
 def _divergence(plain: torch.Tensor, other: torch.Tensor) -> torch.Tensor:

@@ -93,7 +93,8 @@ place as (
 ),
 generated as (
     select r.run_id, r.model_id, r.temperature, m.generation, m.origin_id, m.lineage_id,
-        same_policy('{"temperature": 1, "top_k": 0, "top_p": 1}', r.temperature, r.top_k, r.top_p)
+        same_policy('{"temperature": 1, "top_k": 0, "top_p": 1}', r.temperature, r.top_k, r.top_p,
+            r.min_p, r.typical_p, r.repetition_penalty)
             and r.model_id = m.origin_id as own
     from runs r
     join member m using (model_id)

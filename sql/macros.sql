@@ -27,11 +27,16 @@ create or replace macro stop_entropy_of(e) as
 -- Fisher's z of a correlation, clipped as the paper's code clips it.
 create or replace macro fisher_z(r) as atanh(greatest(least(r, 0.999999), -0.999999));
 
--- Whether a policy, as JSON, is sampling at this temperature, top-k and top-p.
-create or replace macro same_policy(policy_json, at_temperature, at_top_k, at_top_p) as
+-- Whether a policy, as JSON, is sampling at this temperature, top-k and top-p, with these others, which are
+-- off where they are NULL or not named.
+create or replace macro same_policy(policy_json, at_temperature, at_top_k, at_top_p,
+        at_min_p := null, at_typical_p := null, at_penalty := null) as
     coalesce((policy_json ->> '$.temperature')::double = at_temperature
         and (policy_json ->> '$.top_k')::integer = at_top_k
-        and (policy_json ->> '$.top_p')::double = at_top_p, false);
+        and (policy_json ->> '$.top_p')::double = at_top_p
+        and coalesce((policy_json ->> '$.min_p')::double, 0) = coalesce(at_min_p, 0)
+        and coalesce((policy_json ->> '$.typical_p')::double, 1) = coalesce(at_typical_p, 1)
+        and coalesce((policy_json ->> '$.repetition_penalty')::double, 1) = coalesce(at_penalty, 1), false);
 
 -- Simpson's rule over an odd number of values, a step apart.
 create or replace macro simpson(vals, step) as

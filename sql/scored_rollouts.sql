@@ -2,7 +2,8 @@
 -- keys: run_id, prompt_id, sample, scorer_id, policy, selection
 -- source: docs/measures.md, 'Under another model'
 select r.family, r.variant, r.task, r.run_id, r.prompt_id, r.sample, s.scorer_id, s.policy,
-    same_policy(s.policy, u.temperature, u.top_k, u.top_p) as same_policy,
+    same_policy(s.policy, u.temperature, u.top_k, u.top_p,
+            u.min_p, u.typical_p, u.repetition_penalty) as same_policy,
     r.selection,
     r.n_tokens,
     r.entropy,

@@ -12,7 +12,8 @@ with own as (
     join runs u using (run_id)
     where not u.logged
         and s.scorer_id = u.model_id
-        and same_policy(s.policy, u.temperature, u.top_k, u.top_p)
+        and same_policy(s.policy, u.temperature, u.top_k, u.top_p,
+            u.min_p, u.typical_p, u.repetition_penalty)
 ),
 whole as (
     -- part of a run would be another run

@@ -85,6 +85,7 @@ SQL: dict[str, list[tuple[str, str]]] = {
         ("coalesce(p >= 5.7e-7,", "coalesce(p >= 5.7e-2,"),
         ("(policy_json ->> '$.top_k')::integer = at_top_k", "at_top_k is not null"),
         ("(policy_json ->> '$.top_p')::double = at_top_p", "at_top_p is not null"),
+        ("= coalesce(at_min_p, 0)", "= coalesce((policy_json ->> '$.min_p')::double, 0)"),
         ("hi - lo > 1e-12", "hi - lo > 1e-6"),
         ("greatest(least(r, 0.999999), -0.999999)", "greatest(least(r, 0.9999), -0.9999)"),
         ("(n * (n - 1.0))", "(n * n)"),
@@ -133,7 +134,11 @@ SQL: dict[str, list[tuple[str, str]]] = {
     ],
     "scored_rollouts": [
         ("s.surprisal_sum - r.surprisal_sum", "r.surprisal_sum - s.surprisal_sum"),
-        ("same_policy(s.policy, u.temperature, u.top_k, u.top_p)", "true"),
+        (
+            "same_policy(s.policy, u.temperature, u.top_k, u.top_p,\n            "
+            "u.min_p, u.typical_p, u.repetition_penalty)",
+            "true",
+        ),
     ],
     "selected_rollouts": [
         ("where scored = n_rollouts", "where scored > 0"),

@@ -74,7 +74,8 @@ def comparable(
     baseline : the variant that the others are held against
     settings : what `run_settings` gives; runs that differ from their baseline's are then refused, and
         the rows get the columns of `require_alike`
-    allow : settings that may differ: cap, temperature, top_k, top_p, rendering, template
+    allow : settings that may differ: cap, temperature, top_k, top_p, min_p, typical_p,
+        repetition_penalty, rendering, template
     horizon : the common cap, in tokens, that the rows are at
 
     Raises

@@ -127,7 +127,8 @@ def compare(
     splits : only these parts of a task's items or of a corpus
     seeds : variants that are checkpoints of one, trained with several seeds: {"sft": "sft-*"}. The
         change is their mean; its variance has a part of seeds and one of prompts
-    allow : settings that may differ: cap, temperature, top_k, top_p, rendering, template
+    allow : settings that may differ: cap, temperature, top_k, top_p, min_p, typical_p,
+        repetition_penalty, rendering, template
     horizon : every measure of the first so many tokens, at most the smallest cap
     resample : what is drawn. 'prompts'; 'both': rollouts within each drawn prompt too, for designs
         with few prompts (their noise then counts twice: conservative); 'rollouts': within the prompts

@@ -17,6 +17,9 @@ SETTINGS = {
     "temperature": "temperature",
     "top_k": "top_k",
     "top_p": "top_p",
+    "min_p": "min_p",
+    "typical_p": "typical_p",
+    "repetition_penalty": "repetition_penalty",
     "rendering": "rendering",
     "template": "template",
 }
@@ -38,6 +41,9 @@ def run_settings(con: Connection) -> pl.DataFrame:
         "from rollouts where finish_reason = 'length' group by run_id) "
         "select r.run_id, coalesce(r.max_new_tokens, case when shortest = longest then shortest end) "
         "as max_new_tokens, shortest as shortest_cut, r.temperature, r.top_k, r.top_p, "
+        # not named they are off
+        "coalesce(r.min_p, 0) as min_p, coalesce(r.typical_p, 1) as typical_p, "
+        "coalesce(r.repetition_penalty, 1) as repetition_penalty, "
         "nullif(r.rendering, 'import') as rendering, r.n_prompts, r.settings, m.tokenizer_sha256 "
         "from runs r left join models m using (model_id) left join cut using (run_id)"
     ).pl()

@@ -115,6 +115,21 @@ def policy_options(command: Callable[..., Any]) -> Callable[..., Any]:
             help="auto: the chat template where the tokenizer has one.",
         ),
         click.option("--seed", default=0, show_default=True),
+        click.option(
+            "--repetition-penalty",
+            default=1.0,
+            show_default=True,
+            help="Of tokens in the prompt and so far; 1 is off.",
+        ),
+        click.option(
+            "--typical-p", default=1.0, show_default=True, help="Mass kept by typical sampling."
+        ),
+        click.option(
+            "--min-p",
+            default=0.0,
+            show_default=True,
+            help="Least probability kept, relative to the likeliest.",
+        ),
         click.option("--top-p", default=1.0, show_default=True, help="Probability mass kept."),
         click.option("--top-k", default=0, show_default=True, help="Tokens kept; 0 keeps all."),
     ):
@@ -329,11 +344,14 @@ def reward_command(root: str, model: str, **options: Any) -> None:
     type=click.Choice(["run", "full"]),
     default="run",
     show_default=True,
-    help="run: each run's own; full: temperature 1, no top-k, no top-p.",
+    help="run: each run's own; full: temperature 1, nothing cut, no penalty.",
 )
 @click.option("--temperature", type=float, help="Instead of the policy's; 0 is greedy.")
 @click.option("--top-k", type=int, help="Instead of the policy's; 0 keeps all.")
 @click.option("--top-p", type=float, help="Instead of the policy's; 1 keeps all.")
+@click.option("--min-p", type=float, help="Instead of the policy's; 0 keeps all.")
+@click.option("--typical-p", type=float, help="Instead of the policy's; 1 keeps all.")
+@click.option("--repetition-penalty", type=float, help="Instead of the policy's; 1 is off.")
 @click.option(
     "--template",
     type=click.Choice(["run", "chat", "plain"]),
