@@ -101,6 +101,8 @@ METRICS: tuple[Column, ...] = (
         "however many are sampled; NULL where no two resemble each other.",
     ),
     _c("same_policy", "Scored under the policy that the run was sampled with.", type="BOOLEAN"),
+    _c("same_model", "Scored by the run's own model.", type="BOOLEAN"),
+    _c("max_abs_log_ratio", "The largest |d|; NULL where no step has one.", "nats"),
     _c(
         "scorer_logprob",
         "Per step, log-probability of the token under scorer and policy; -inf outside the policy's "
@@ -440,6 +442,56 @@ VIEW_DOCS: dict[str, tuple[Column, ...]] = {
         _c("cross_entropy_se", f"Standard error of cross_entropy, {_SAME_PROMPTS}", "nats"),
         _c("kl", "Mean over prompts of their kl: over 'all' the estimate of KL(run || scorer).", "nats"),
         _c("kl_se", f"Standard error of kl, {_SAME_PROMPTS}", "nats"),
+    ),
+    "logged_twice": (
+        _c(
+            "log_ratios",
+            "Per step, the scorer's log-probability of the token less the logged one; -inf where the "
+            "scorer's policy cannot give it.",
+            "nats",
+            "DOUBLE[]",
+        ),
+        _c("n_outside", "Steps whose token the scorer's policy cannot give.", type="INTEGER"),
+    ),
+    "logprob_mismatch": (
+        _count("n_rollouts", "Rollouts of the run that were logged with logprob and scored."),
+        _count("n_tokens", "Their tokens.", "tokens"),
+        _count(
+            "n_outside",
+            "Tokens that the scorer's policy cannot give. The measures of tokens leave them out, and "
+            "those of rollouts the whole rollout: with them k1 would be infinite.",
+            "tokens",
+        ),
+        _c(
+            "mean_log_ratio",
+            "Mean over tokens of d, the scorer's log-probability less the log's.",
+            "nats",
+        ),
+        _c("k1", "-mean_log_ratio: estimates KL(log || scorer) of a step.", "nats"),
+        _c("k3", "Mean over tokens of exp(d) - 1 - d: the same, never below 0.", "nats"),
+        _c("chi2", "Mean over tokens of exp(2d) - 1: estimates χ²(scorer || log) of a step."),
+        _c(
+            "ess_share",
+            "Effective sample size over tokens: (Σ w)² / (n Σ w²), w = exp(d); 1 where all weights are "
+            "alike.",
+        ),
+        _c("share_out_of_band", "Share of tokens with |d| above 0.2 nats."),
+        _c("rollout_mean_log_ratio", "Mean over rollouts of D, the sum of d.", "nats"),
+        _c("rollout_k1", "-rollout_mean_log_ratio: estimates KL(log || scorer) of a rollout.", "nats"),
+        _c("rollout_k3", "Mean over rollouts of exp(D) - 1 - D.", "nats"),
+        _c("rollout_chi2", "Mean over rollouts of exp(2D) - 1."),
+        _c("rollout_ess_share", "Effective sample size over rollouts, w = exp(D), over their number."),
+    ),
+    "logprob_mismatch_by_position": (
+        _count("active", "Rollouts that reach the position, logged and scored."),
+        _count(
+            "n_outside", "Of these the ones whose token here the scorer's policy cannot give: left out."
+        ),
+        _c("mean_log_ratio", "Mean of d at the position, the scorer's less the log's.", "nats"),
+        _c("k1", "-mean_log_ratio.", "nats"),
+        _c("k3", "Mean of exp(d) - 1 - d at the position.", "nats"),
+        _c("chi2", "Mean of exp(2d) - 1 at the position."),
+        _c("share_out_of_band", "Share of steps at the position with |d| above 0.2 nats."),
     ),
     "kl_trajectory": (
         _count("active", f"{_ACTIVE}, of those scored."),

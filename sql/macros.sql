@@ -38,6 +38,10 @@ create or replace macro same_policy(policy_json, at_temperature, at_top_k, at_to
         and coalesce((policy_json ->> '$.typical_p')::double, 1) = coalesce(at_typical_p, 1)
         and coalesce((policy_json ->> '$.repetition_penalty')::double, 1) = coalesce(at_penalty, 1), false);
 
+-- One token's, or rollout's, part of the k3 estimate of a KL, from its log ratio: never
+-- below 0, where rounding alone would take it.
+create or replace macro k3_of(log_ratio) as abs(exp(log_ratio) - 1 - log_ratio);
+
 -- Simpson's rule over an odd number of values, a step apart.
 create or replace macro simpson(vals, step) as
     step / 3 * list_sum(list_transform(vals, lambda y, k: y * case

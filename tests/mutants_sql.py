@@ -81,7 +81,25 @@ SQL: dict[str, list[tuple[str, str]]] = {
         ("stddev_samp(x) as sd", "stddev_pop(x) as sd"),
         ("sqrt(n_rollouts) as z", "sqrt(n_rollouts - 1) as z"),
     ],
+    "logged_twice": [
+        ("x[1] - x[2]", "x[2] - x[1]"),
+        ("where r.logprob is not null and", "where"),
+        ("s.scorer_id = u.model_id as same_model", "true as same_model"),
+    ],
+    "logprob_mismatch": [
+        ("case when n_outside = 0 then coalesce", "case when true then coalesce"),
+        ("abs(d) > 0.2", "d > 0.2"),
+        ("exp(2 * d) - 1", "exp(d) - 1"),
+        ("w * w / w2 / n", "w * w / w2 / n_tokens"),
+        ("rollout_w2 / m", "rollout_w2 / n_rollouts"),
+    ],
+    "logprob_mismatch_by_position": [
+        ("case when not isinf(ratio) then ratio end as d", "ratio as d"),
+        ("-avg(d order", "avg(d order"),
+        ("max(abs(d))", "max(d)"),
+    ],
     "macros": [
+        ("abs(exp(log_ratio) - 1 - log_ratio)", "abs(exp(log_ratio) - 1 + log_ratio)"),
         ("coalesce(p >= 5.7e-7,", "coalesce(p >= 5.7e-2,"),
         ("(policy_json ->> '$.top_k')::integer = at_top_k", "at_top_k is not null"),
         ("(policy_json ->> '$.top_p')::double = at_top_p", "at_top_p is not null"),
