@@ -4,6 +4,7 @@
 select r.* replace (
     -- a text cannot be cut by tokens here: a rollout that is cut has none
     case when n_tokens <= horizon then text end as text,
+    case when n_tokens <= horizon then token_chars end as token_chars,
     token_ids[1:horizon] as token_ids,
     least(n_tokens, horizon)::integer as n_tokens,
     case when n_tokens <= horizon then finish_reason else 'length' end as finish_reason,

@@ -583,31 +583,33 @@ def test_text_of_strangers_is_shown_as_text(browse, tmp_path):
 
 
 def test_each_token_is_shaded_where_it_stands_in_the_text(browse, tmp_path):
-    # characters beyond 16 bits, marks that combine, right-to-left text, markup; a character of three
-    # tokens, and an end token that shows nothing
-    pieces = ["𝔘n", "", "", "東", " e\u0301", " אב ", HOSTILE, "\n\n ", ""]
-    frame = rollouts(prompts=2, text="".join(pieces)).drop("token_ids", strict=False)
-    lists = {name: [[0.25] * len(pieces)] * len(frame) for name in ("entropy", "logprob", "eos_logprob")}
-    lists["logprob"] = [[-0.25] * len(pieces)] * len(frame)
-    lists["eos_logprob"] = lists["logprob"]
+    # characters beyond 16 bits, one of three tokens, marks that combine, right-to-left text, markup, and
+    # an end token that shows nothing
+    several = ["𝔘n", "", "", "東", HOSTILE, " e\u0301", " אב ", "\n\n "]
+
+    def pieces(n: int) -> list[str]:
+        return [*[*several, *(["z"] * n)][: n - 1], ""]
+
+    frame = rollouts(prompts=4)
+    tokens = [pieces(len(entropy)) for entropy in frame["entropy"]]
     frame = frame.with_columns(
-        *(pl.Series(name, values, pl.List(pl.Float32)) for name, values in lists.items()),
-        pl.Series("token_chars", [[len(p) for p in pieces]] * len(frame), pl.List(pl.Int32)),
+        pl.Series("text", ["".join(each) for each in tokens]),
+        pl.Series("token_chars", [[len(piece) for piece in each] for each in tokens]),
     )
     driver = browse(write_report(store_of(tmp_path, frame), tmp_path / "report.html"))
     assert_quiet(driver)
     assert driver.execute_script("return window.hit") is None
-    spans = "[...document.querySelector('.rollout .tokens').children]"
-    assert driver.execute_script(f"return {spans}.map((s) => s.textContent)") == pieces
-    bars = [place for place, piece in enumerate(pieces) if not piece]
-    assert (
-        driver.execute_script(f"return {spans}.flatMap((s, i) => s.matches('.none') ? [i] : [])") == bars
-    )
-    assert driver.execute_script("return document.querySelectorAll('.steps').length") == 0
-    assert driver.execute_script("return document.querySelectorAll('img').length") == 0
-    driver.execute_script(f"{spans}[3].dispatchEvent(new MouseEvent('mouseover', {{bubbles: true}}))")
+    assert driver.execute_script("return document.querySelectorAll('.steps, img').length") == 0
+    cards = "[...document.querySelectorAll('.rollout .tokens')].map((c) => [...c.children].map"
+    shown = driver.execute_script(f"return {cards}((s) => s.textContent))")
+    assert shown == [pieces(len(each)) for each in shown]
+    assert max(len(each) for each in shown) > len(several)
+    bars = driver.execute_script(f"return {cards}((s) => s.matches('.none')))")
+    assert bars == [[piece == "" for piece in each] for each in shown]
+    script = "const at = document.querySelector('.rollout .tokens').children;"
+    driver.execute_script(script + "at[1].dispatchEvent(new MouseEvent('mouseover', {bubbles: true}))")
     (said,) = all_text(driver, "#readout")
-    assert said == f"Step 4 of {len(pieces)}, entropy 0.25 nats, surprisal 0.25 nats"
+    assert said.startswith(f"Step 2 of {len(shown[0])}, entropy ")
 
 
 # ---- what is missing

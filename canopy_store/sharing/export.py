@@ -62,8 +62,8 @@ def export(
     out : the new folder; must not exist, or be empty
     tables : tables to take along besides models, prompts, runs and rollouts [default: all]
     where : an SQL condition on the table runs, as in ``family = 'llama' and task = 'math'``
-    text : False leaves out prompts' and rollouts' texts, token_ids and top_token_ids; every measure
-        stays computable
+    text : False leaves out prompts' and rollouts' texts, token_ids, top_token_ids and token_chars; every
+        measure stays computable
     embeddings : False leaves out the embeddings and keeps their spectra; of the measures only
         length_terciles' semantic_diversity goes
     license : identifier of the rollouts' licence, as in apache-2.0
