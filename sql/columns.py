@@ -124,6 +124,9 @@ _PASSED = {
     "selected_rollouts": "rollouts",
     "rollout_metrics": "selected_rollouts",
     "scored_rollouts": "selected_rollouts",
+    "token_differences": "scored_rollouts",
+    "forking_tokens": "selected_rollouts",
+    "information_density": "selected_rollouts",
     "panel": "prompt_metrics",
     "truncation": "runs",
     "document_metrics": "documents",
@@ -364,6 +367,59 @@ VIEW_DOCS: dict[str, tuple[Column, ...]] = {
             "nats per token",
         ),
         _c("semantic_diversity", "Mean over prompts of the tercile's semantic_diversity."),
+    ),
+    "forking_tokens": (
+        _c(
+            "n_forking",
+            "Steps of the rollout's top fifth by entropy: n_tokens / 5, rounded up.",
+            "tokens",
+            "INTEGER",
+        ),
+        _c(
+            "forking_share",
+            "Share of entropy_sum that lies in the n_forking steps of most entropy; NULL where it is 0.",
+        ),
+        _c("forking_entropy", "Least entropy of these n_forking steps.", "nats"),
+        *(
+            _c(
+                f"entropy_p{p}",
+                f"{p}% quantile of the rollout's step entropies, linear between two.",
+                "nats",
+            )
+            for p in (50, 80, 95)
+        ),
+    ),
+    "information_density": (
+        _c("surprisal_rate", "surprisal_sum / n_tokens of the rollout.", "nats per token"),
+        _c(
+            "surprisal_variance",
+            "Variance of the surprisals of the rollout's steps, divisor n_tokens - 1; NULL of one.",
+            "nats squared",
+        ),
+        _c(
+            "surprisal_slope",
+            "Least-squares slope of surprisal on position in the rollout; NULL of one step.",
+            "nats per token",
+        ),
+    ),
+    "token_differences": (
+        _c("token_id", "Id of the step's token.", "", "INTEGER"),
+        _c(
+            "token",
+            "Characters of the text that the token completes; NULL where not known.",
+            "",
+            "VARCHAR",
+        ),
+        _c("token_logprob", "Log-probability of the token under the run's own policy.", "nats"),
+        _c(
+            "scorer_token_logprob",
+            "The same under the scorer's policy; -inf outside its support.",
+            "nats",
+        ),
+        _c("logprob_difference", "scorer_token_logprob - token_logprob.", "nats"),
+        _c("token_entropy", "Entropy of the step under the run's own policy.", "nats"),
+        _c("scorer_token_entropy", "Entropy of the step under the scorer's policy.", "nats"),
+        _c("entropy_difference", "scorer_token_entropy - token_entropy.", "nats"),
     ),
     "logging_check": (
         _count("n_rollouts", "Rollouts of the run in the selection with logprob and entropy."),

@@ -50,7 +50,7 @@ TESTS = {
     "canopy_store/analysis/regression/slopes.py": "test_regression",
     "ingest/policy.py": "test_sampler test_golden test_ground_truth",
 }
-OF_SQL = "test_scored_views test_study_views test_golden test_views test_sql"
+OF_SQL = "test_step_views test_scored_views test_study_views test_golden test_views test_sql"
 SKIPPED = (".git", ".venv*", "demo*output", "build", "__pycache__", ".*_cache", "*.egg-info")
 # how an operator is written, and what takes its place
 SWAPS = {

@@ -48,12 +48,24 @@ SQL: dict[str, list[tuple[str, str]]] = {
         ("avg(h - stop_entropy_of(e))", "avg(h)"),
         ("avg(exp(e))", "exp(avg(e))"),
     ],
+    "forking_tokens": [
+        ("(n_tokens + 4) // 5", "n_tokens // 5 + 1"),
+        ("list_reverse_sort(", "list_sort("),
+        ("nullif(list_sum(h), 0)", "list_sum(h)"),
+        ("'quantile_cont', 0.8", "'quantile_disc', 0.8"),
+    ],
     "gain_forgetting": [
         ("where i.distance = 1 and", "where"),
         ("0 - o.transfer as", "o.transfer as"),
         ("q.gain >= p.gain", "q.gain > p.gain"),
         ("q.forgetting <= p.forgetting", "q.forgetting < p.forgetting"),
         ("where q.parent_scorer_id = p.parent_scorer_id\n            and", "where"),
+    ],
+    "information_density": [
+        ("/ (n - 1) as surprisal_variance", "/ n as surprisal_variance"),
+        ("(t - (n + 1) / 2)", "t / n"),
+        ("(n * n - 1) / 12", "(n * n) / 12"),
+        ("nullif(n_tokens, 1)", "n_tokens"),
     ],
     "kl_divergence": [
         ("stddev_samp(kl) / sqrt(count(kl))", "stddev_samp(kl) / sqrt(count(*))"),
@@ -144,5 +156,10 @@ SQL: dict[str, list[tuple[str, str]]] = {
             "join selections s using (run_id, prompt_id, sample)",
             "join selections s using (run_id, prompt_id)",
         ),
+    ],
+    "token_differences": [
+        ("scorer_token_logprob - token_logprob as", "token_logprob - scorer_token_logprob as"),
+        ("read - chars + 1", "read - chars"),
+        ("scorer_id, policy, selection order by position", "scorer_id, selection order by position"),
     ],
 }
