@@ -37,7 +37,10 @@ _ARROW = {
 
 @dataclass(frozen=True)
 class Column:
-    """A column: DuckDB type, what it means, unit ('' when it has none), the format that brought it."""
+    """A column: DuckDB type, what it means, unit ('' when it has none), the format that brought it.
+
+    One that was ``added`` within format 2 may lack in a file, and is NULL then.
+    """
 
     name: str
     type: str
@@ -45,6 +48,7 @@ class Column:
     unit: str = ""
     required: bool = True
     since: int = 1
+    added: bool = False
 
 
 @dataclass(frozen=True)
@@ -86,8 +90,16 @@ class Table:
         return tuple(key for key in self.partitions if key != "run" and key not in own)
 
 
-def _c(name: str, type: str, doc: str, unit: str = "", required: bool = True, since: int = 1) -> Column:
-    return Column(name, type, doc, unit, required, since)
+def _c(
+    name: str,
+    type: str,
+    doc: str,
+    unit: str = "",
+    required: bool = True,
+    since: int = 1,
+    added: bool = False,
+) -> Column:
+    return Column(name, type, doc, unit, required, since, added)
 
 
 _RUN_ID = _c("run_id", "VARCHAR", "The run: one ingest of (model, task, sampling policy).")
@@ -155,6 +167,18 @@ TABLES: dict[str, Table] = {
                 _c("weights_sha256", "VARCHAR", "Hash of the weight files.", "", False),
                 _c("tokenizer_sha256", "VARCHAR", "Hash of vocabulary and merges.", "", False),
                 _c("source", "VARCHAR", "Folder name or hub id it was loaded from.", "", False),
+                _c(
+                    "series",
+                    "VARCHAR",
+                    "Of a checkpoint in a series along one training: the variant that it is a step of; "
+                    "its own variant is series@step.",
+                    "",
+                    False,
+                    2,
+                    True,
+                ),
+                _c("step", "BIGINT", "Optimiser steps done by then.", "steps", False, 2, True),
+                _c("tokens_seen", "BIGINT", "Tokens trained on by then.", "tokens", False, 2, True),
             ),
             ("family", "variant"),
             commit=("family", "variant"),
@@ -824,6 +848,11 @@ def file_columns(table: str, version: int = FORMAT_VERSION) -> list[Column]:
     if version == 1:
         return [column for column in TABLES[table].columns if column.since == 1]
     return view_columns(table)
+
+
+def added_columns(table: str) -> list[str]:
+    """The names of a table's columns that a file of format 2 may lack."""
+    return [column.name for column in TABLES[table].columns if column.added]
 
 
 def view_columns(table: str) -> list[Column]:

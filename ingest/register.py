@@ -8,7 +8,7 @@ from typing import Any
 
 from canopy_store import sql, store
 from canopy_store.errors import DataError, StoreError
-from canopy_store.ingest import models
+from canopy_store.ingest import models, series
 from canopy_store.ingest.tokenizer import load_tokenizer
 from canopy_store.store import treatments
 
@@ -55,8 +55,8 @@ def register_checkpoint(
         store.check_name(option, name)
     if not any(folder.glob("*.safetensors")):
         raise StoreError(f"{folder}: no folder with safetensors in it; name that of a checkpoint")
-    adapter = _object(folder / "adapter_config.json")
-    trainer = _object(folder / "trainer_state.json")
+    adapter = series.read_object(folder / "adapter_config.json")
+    trainer = series.read_object(folder / "trainer_state.json")
     curve = _curve(trainer.get("log_history", []), folder / "trainer_state.json")
     said = {**_plain(adapter, _ADAPTER), **_plain(trainer, _TRAINER)}
     kind = str(adapter["peft_type"]).lower() if "peft_type" in adapter else "sft"
@@ -70,6 +70,8 @@ def register_checkpoint(
         "weights_sha256": models.weights_sha256(folder),
         "tokenizer_sha256": _tokenizer_sha256(folder),
         "source": folder.resolve().name,
+        "step": series.count_of(trainer.get("global_step")),
+        "tokens_seen": series.count_of(trainer.get("num_input_tokens_seen")) or None,
     }
     if data is not None:
         row["data_sha256"] = register_dataset(root, data)
@@ -105,16 +107,6 @@ def _tokenizer_sha256(folder: Path) -> str | None:
     if not any(any(folder.glob(pattern)) for pattern in models.TOKENIZERS):
         return None
     return models.tokenizer_sha256(load_tokenizer(str(folder)))
-
-
-def _object(path: Path) -> dict[str, Any]:
-    """What a JSON file holds; empty where there is none."""
-    if not path.is_file():
-        return {}
-    found = store.read_json(path)
-    if not isinstance(found, dict):
-        raise DataError(f"{path}: holds no JSON object; take it from a copy")
-    return found
 
 
 def _plain(found: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:

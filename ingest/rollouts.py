@@ -68,12 +68,14 @@ def open_rollouts(
     progress: Progress,
     listed: list[dict[str, Any]] | None = None,
     shorten: str = "shorten the prompt",
+    loaded: Engine | None = None,
     **options: Any,
 ) -> Job:
     """The job of `ingest_rollouts`: the model loaded, the prompts read, a group for the run.
 
     Parameters
     ----------
+    loaded : the engine of a model in memory; by default the one that the options name is opened
     listed : prompts that were made of the lines of the file ``prompts``, as `read_prompts` gives them
     shorten : what is to be done about a prompt that is longer than the window
     """
@@ -91,13 +93,15 @@ def open_rollouts(
     context = read_context(source.system, source.examples)
     root = store.place(root)
     _check_references(root, source, listed)
-    # told before torch takes its seconds to import; a server has the weights of its model itself
-    check_model(resolve_model(checkpoint.model), weights=runner.engine != "openai")
-    engine = open_engine(
-        runner.engine,
-        checkpoint.model,
-        **{f.name: getattr(runner, f.name) for f in fields(runner) if f.name != "engine"},
-    )
+    engine = loaded
+    if engine is None:
+        # told before torch takes its seconds to import; a server has the weights of its model itself
+        check_model(resolve_model(checkpoint.model), weights=runner.engine != "openai")
+        engine = open_engine(
+            runner.engine,
+            checkpoint.model,
+            **{f.name: getattr(runner, f.name) for f in fields(runner) if f.name != "engine"},
+        )
     ends = _end_ids(engine, checkpoint.model, draws)
     template = source.template
     if template == "auto":
@@ -151,6 +155,9 @@ def open_rollouts(
             "treatment": checkpoint.treatment,
             "hyperparameters": store.canonical(hyperparameters) if hyperparameters else None,
             "data_sha256": checkpoint.data_sha256,
+            "series": checkpoint.series,
+            "step": checkpoint.step,
+            "tokens_seen": checkpoint.tokens_seen,
             **engine.checkpoint,
         },
     )

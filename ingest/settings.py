@@ -41,6 +41,7 @@ class Checkpoint:
     family, variant : its names; together they are its model_id
     parent : model_id of the checkpoint that it was made from
     treatment, hyperparameters, data_sha256 : what was done to the parent
+    series, step, tokens_seen : of a checkpoint in a series along one training
     """
 
     model: str
@@ -50,6 +51,9 @@ class Checkpoint:
     treatment: str | None = None
     hyperparameters: dict[str, Any] | None = None
     data_sha256: str | None = None
+    series: str | None = None
+    step: int | None = None
+    tokens_seen: int | None = None
 
     def __post_init__(self) -> None:
         store.check_name("--family", self.family)

@@ -23,7 +23,7 @@ import polars as pl
 
 from canopy_store import store
 from canopy_store.errors import DataError, StoreError, UsageError
-from canopy_store.schema import TABLES, view_columns
+from canopy_store.schema import TABLES, added_columns, view_columns
 from canopy_store.sql.columns import column_of
 from canopy_store.sql.connection import Connection, set_list, spill_folder
 from canopy_store.sql.horizon import AT_HORIZON, BY_PATTERNS, file_at, macro_at, macro_by
@@ -256,7 +256,8 @@ def _no_files() -> str:
     nothing = ", ".join(f'null::{kind} as "{name}"' for name, kind in columns.items())
     return (
         "create or replace temp macro read_parquet"
-        f"(files, hive_partitioning := false, hive_types := null) as table select {nothing} where false"
+        "(files, hive_partitioning := false, hive_types := null, union_by_name := false) as table "
+        f"select {nothing} where false"
     )
 
 
@@ -374,7 +375,12 @@ def _table_view(table: str, files: str | None, old: bool) -> str:
         # the path's own value, by which whole files are left unopened
         value = '"run"' if c.name == "run_id" and "run" in keys else f'"{c.name}"'
         shown.append(f'{"null" if old and c.since > 1 else value}::{c.type} as "{c.name}"')
-    text = f"select {', '.join(shown)} from read_parquet({files}{options})"
+    rows = f"read_parquet({files}{options})"
+    if added_columns(table):  # any file may lack them, and all of them may
+        lacking = ", ".join(f'null::{c.type} as "{c.name}"' for c in columns if c.added)
+        whole = f"read_parquet({files}{options}, union_by_name = true)"
+        rows = f"(select {lacking} where false union all by name from {whole})"
+    text = f"select {', '.join(shown)} from {rows}"
     if table in MERGED:
         text = f"with stored as ({text}) {source(table)}"
     return f"create or replace view {table} as {text}"

@@ -174,12 +174,15 @@ def grouped(cells: Cells, level: str) -> dict[Key, Cells]:
 def variant_order(models: pl.DataFrame, rows: pl.DataFrame, baseline: str) -> list[str]:
     """The variants of rows: the baseline, then by generation, step of training, and name.
 
-    The step is ``step`` or ``steps`` of a model's hyperparameters; numbers in names count as numbers.
+    The step is that of a model's row, else ``step`` or ``steps`` of its hyperparameters; numbers in
+    names count as numbers.
     """
     steps: dict[str, tuple[int, float]] = {}
     for model in models.to_dicts():
         said = json.loads(model["hyperparameters"] or "{}")
-        step = next((said[key] for key in ("step", "steps") if key in said), 0)
+        step = model.get("step")
+        if step is None:
+            step = next((said[key] for key in ("step", "steps") if key in said), 0)
         place = (model["generation"], float(step) if isinstance(step, int | float) else 0.0)
         steps[model["variant"]] = min(place, steps.get(model["variant"], place))
 

@@ -14,7 +14,7 @@ import click
 from canopy_store import sql, store
 from canopy_store.commands.shared import RUNS, STORE, bar, echo, require_ingest
 from canopy_store.errors import UsageError
-from canopy_store.ingest import rendering, sources, training_data
+from canopy_store.ingest import rendering, series, sources, training_data
 from canopy_store.ingest.settings import check_number_format
 from canopy_store.store.treatments import METHODS
 
@@ -210,24 +210,38 @@ def rollouts_command(root: str, model: str, system: str | None, **options: Any) 
     A job array shares the work: add --shard $I/8 to the same line in each of 8 jobs; whichever
     stores the last shard completes the run.
 
+    A pattern in quotes, --model 'runs/checkpoint-*', samples a series of checkpoints along a training,
+    each in a run of its own: the step is that of its trainer_state.json, or the number at the end of its
+    name. --variant names the series, and the variant of a checkpoint is V@STEP, as in sft@500.
+
     With --until-se ce_star=0.5 a pilot decides how many rollouts each prompt needs for a standard
     error of 0.5 of the mean over these prompts. Only the rollouts after the pilot count, so stopping
     biases nothing: they are the selection after_pilot, in every view and with compare --selection.
     """
     require_ingest()
-    from canopy_store.ingest import until_se
     from canopy_store.ingest.rollouts import ingest_rollouts
 
     options["system"] = None if system is None else rendering.read_system(system)
     with bar("sampling") as progress:
-        run = ingest_rollouts(root, model, progress=progress, **options)
+        if series.is_pattern(model):
+            runs = series.ingest_series(root, model, progress=progress, **options)
+        else:
+            runs = [ingest_rollouts(root, model, progress=progress, **options)]
+    for run in runs:
+        _told_run(root, run, options["shard"])
+
+
+def _told_run(root: str, run: str, part: str | None) -> None:
+    """Says whether a run is complete, and what --until-se came to."""
+    from canopy_store.ingest import until_se
+
     if store.is_complete(store.require(root), run):
         echo(f"{root}: run {run} is complete")
         sampled = until_se.result(root, run)
         for line in until_se.in_words(sampled) if sampled else ():
             echo(line)
     else:
-        echo(f"{root}: run {run}: {options['shard']} is stored; other shards are still to come")
+        echo(f"{root}: run {run}: {part} is stored; other shards are still to come")
 
 
 def _told(root: str, done: str, options: dict[str, Any]) -> None:

@@ -10,7 +10,7 @@ import polars as pl
 
 from canopy_store import store
 from canopy_store.errors import ConflictError, differences
-from canopy_store.schema import REGISTERS, TABLES, file_columns
+from canopy_store.schema import REGISTERS, TABLES, added_columns, file_columns
 from canopy_store.sharing.untrusted import Source
 from canopy_store.store import Record
 
@@ -90,12 +90,17 @@ def _check_register(source: Source, root: Path, stored: Iterable[Record], table:
         left = may_lack & {name for name in row if row[name] is None} if table == "models" else set()
         said = {name: value for name, value in row.items() if name not in left | {"source"}}
         known = here.get(row[key], said)
+        for name in added_columns(table):  # what was stored before there was such a column
+            if known.get(name) is None:
+                said.pop(name, None)
         _same(f"{table.removesuffix('s')} {row[key]}", {name: known[name] for name in said}, said)
 
 
 def _rows(root: Path, records: Iterable[Record], table: str) -> list[dict[str, Any]]:
     names = store.names(records, table)
-    return [row for name in names for row in store.read_rows(root / name).to_pylist()]
+    lacking = dict.fromkeys(added_columns(table))
+    rows = (row for name in names for row in store.read_rows(root / name).to_pylist())
+    return [{**lacking, **row} for row in rows]
 
 
 def _check_prompts(source: Source, root: Path, stored: list[Record]) -> None:
@@ -202,7 +207,10 @@ def _comparable(root: Path, record: Record, table: str) -> pl.DataFrame:
     lists = {c.name for c in TABLES[table].columns if c.type.endswith("[]")} - {"embedding", "samples"}
     own = [c.name for c in TABLES[table].columns if c.name not in lists]
     frames = [pl.DataFrame(store.read_rows(root / name, own)) for name in record.of(table)]
-    return pl.concat(frames).sort([key for key in TABLES[table].keys if key in own])
+    rows = pl.concat(frames, how="diagonal")
+    lacking = [name for name in added_columns(table) if name not in rows.columns]
+    rows = rows.with_columns(pl.lit(None).alias(name) for name in lacking)
+    return rows.sort([key for key in TABLES[table].keys if key in own])
 
 
 # ---------------------------------------------------------------- files

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from canopy_store.errors import ConflictError, StoreError, differences
-from canopy_store.schema import FORMAT_VERSION, TABLES, view_columns
+from canopy_store.schema import FORMAT_VERSION, TABLES, added_columns, view_columns
 from canopy_store.store import format1, work
 from canopy_store.store.commits import (
     Record,
@@ -137,7 +137,8 @@ def add_model(root: Path, row: Mapping[str, Any]) -> str:
     stored = models(root)
     if model_id in stored:
         # what is not given again is not in conflict: an ingest need not repeat the parent
-        checked = {k: v for k, v in given.items() if k != "source"}
+        later = [k for k in added_columns("models") if stored[model_id][k] is None]
+        checked = {k: v for k, v in given.items() if k not in ("source", *later)}
         if any(stored[model_id][k] != v for k, v in checked.items()):
             was = {k: stored[model_id][k] for k in checked}
             raise ConflictError(
@@ -147,7 +148,7 @@ def add_model(root: Path, row: Mapping[str, Any]) -> str:
         return model_id
     require_own_name("model", model_id, stored)
     new = {
-        "treatment": row["variant"],
+        "treatment": row.get("series") or row["variant"],
         "generation": 0,
         "parent_id": None,
         **given,
@@ -176,10 +177,11 @@ def add_prompts(root: Path, task: str, prompts: Iterable[Mapping[str, Any]]) -> 
 
 
 def table_rows(root: Path, table: str) -> Iterator[tuple[Path, dict[str, Any]]]:
-    """Each row of a small table, with its file."""
+    """Each row of a small table, with its file; a column that the file lacks is NULL."""
+    lacking = dict.fromkeys(added_columns(table))
     for path in files(root, table):
         for row in read_rows(path).to_pylist():
-            yield path, row
+            yield path, {**lacking, **row}
 
 
 def commit_rows(root: Path, table: str, rows: Sequence[Mapping[str, Any]]) -> None:

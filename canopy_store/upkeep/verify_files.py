@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 
 from canopy_store import store
 from canopy_store.errors import CanopyError
-from canopy_store.schema import FORMAT_VERSION, METADATA_KEY, TABLES, arrow_schema
+from canopy_store.schema import FORMAT_VERSION, METADATA_KEY, TABLES, added_columns, arrow_schema
 from canopy_store.upkeep.verify_report import AGAIN, Report, short
 from canopy_store.upkeep.verify_rows import problems
 
@@ -168,7 +168,11 @@ def _schema(report: Report, table: str, parquet: pq.ParquetFile, metadata: pq.Fi
     if "embedding" in parquet.schema_arrow.names:
         kind = parquet.schema_arrow.field("embedding").type
         dimension = kind.list_size if pa.types.is_fixed_size_list(kind) else None
-    return arrow_schema(table, dimension, version)
+    wanted = arrow_schema(table, dimension, version)
+    for name in set(added_columns(table)).difference(parquet.schema_arrow.names):
+        if name in wanted.names:  # of format 1 it is not
+            wanted = wanted.remove(wanted.get_field_index(name))
+    return wanted
 
 
 def _differing(shown: pa.Schema, wanted: pa.Schema) -> str:
