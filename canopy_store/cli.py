@@ -82,7 +82,11 @@ def init(root: str) -> None:
 @click.option("--variant", metavar="V", help="Variant, where PATH does not tell it.")
 @click.option("--task", metavar="T", help="Task, where PATH does not tell it.")
 @click.option("--temperature", type=float, help="Sampling temperature, where PATH does not tell it.")
-@click.option("--top-k", type=int, help="Likewise [default: 0, off].")
+@click.option(
+    "--top-k",
+    type=int,
+    help="Likewise [default: 0, off, where the log's engine has no other].",
+)
 @click.option("--top-p", type=float, help="Likewise [default: 1, off].")
 @click.option(
     "--processed-logprobs",
@@ -132,7 +136,8 @@ def import_command(source: str, root: str, tokenizer: str | None, **options: Any
 
     Parquet needs the columns family, variant, task, prompt_id, sample and one of entropy (a list of
     nats, one a token), logprob, token_ids and n_tokens. Other formats: the tree of the paper's own
-    code, lm-evaluation-harness samples, Inspect .eval logs, OpenAI and vLLM batch output. The store is
+    code, lm-evaluation-harness samples, Inspect logs or a folder of them, OpenAI and vLLM batch output. The
+    store is
     made if it is missing; the same source twice is once.
 
     lm-evaluation-harness samples of a multiple-choice task become items and option_scores, as they

@@ -345,7 +345,7 @@ def attempt(kind: str, files: Files) -> bool:
             if kind not in ("parquet", "paper"):
                 told = {"family": "f", "variant": "v", "task": "t", "temperature": 1.0}
             if kind == "lm-eval":
-                told["tokenizer"] = TOKENIZER
+                told |= {"tokenizer": TOKENIZER, "top_k": 0}
             if kind == "requests":
                 told["requests"] = here / "in" / "requests.jsonl"
             form = {"vllm-batch": "openai-batch", "requests": "openai-batch"}.get(kind, kind)

@@ -26,6 +26,8 @@ from canopy_store.store.embeddings import write_embeddings
 DATA = Path(__file__).parent / "data" / "readers"
 WALKS = DATA / "walks.eval"
 COLOURS = DATA / "samples_colours_2026-11-21T11-14-57.020158.jsonl"
+HOPS_LM_EVAL = DATA / "samples_hops_2026-11-27T19-28-03.062178.jsonl"  # its results file beside it
+HOPS_HF = DATA / "hops_hf.json"
 CHOICE = DATA / "samples_choice_2026-11-21T11-14-57.020158.jsonl"
 BATCH, REQUESTS = DATA / "openai_batch_output.jsonl", DATA / "openai_batch_input.jsonl"
 VLLM = DATA / "vllm_batch_output.jsonl"
@@ -232,7 +234,7 @@ def test_two_runs_of_one_name(tmp_path, canopy):
 
 
 def test_lm_eval_samples_are_texts_until_a_tokenizer_is_given(tmp_path, chain, canopy):
-    named = ("--family", "chain", "--variant", "base")
+    named = ("--family", "chain", "--variant", "base", "--top-k", 0)
     result = canopy("import", COLOURS, "--store", tmp_path / "s", *named)
     refused(result, 2, COLOURS.name, "line 1, response 0: tells no tokens", "--tokenizer")
     assert not (tmp_path / "s").exists()
@@ -240,12 +242,52 @@ def test_lm_eval_samples_are_texts_until_a_tokenizer_is_given(tmp_path, chain, c
     assert [(r["prompt_id"], r["sample"]) for r in rows] == [(p, s) for p in "012" for s in (0, 1)]
     assert (rows[0]["text"], rows[0]["token_ids"]) == ("c d", [3, 4])
     assert {r["run_id"] for r in rows} == {"chain.base.colours"}  # the task, from the file's name
-    assert [r["finish_reason"] for r in rows][:2] == ["stop", "length"]  # max_gen_toks is 8
+    # of eight tokens, as many as max_gen_toks: but these are the text's, and not those sampled
+    assert rows[1]["n_tokens"] == 8
+    assert {r["finish_reason"] for r in rows} == {None}
     assert {r["entropy"] is None and r["logprob"] is None for r in rows} == {True}
     run = canopy_store.read(tmp_path / "s", "runs").row(0, named=True)
     assert (run["temperature"], run["top_k"], run["top_p"], run["logged"]) == (0.7, 0, 1.0, False)
     assert json.loads(run["settings"])["tokenizer_sha256"]
     assert canopy_store.read(tmp_path / "s", "model_metrics")["ce_star"].to_list() == [None]
+
+
+def test_a_log_of_transformers_generate_that_names_no_top_k_asks_for_it(tmp_path, chain, canopy):
+    named = ("--family", "chain", "--variant", "base", "--tokenizer", chain)
+    for source, why in (
+        (HOPS_LM_EVAL, "sampled by transformers' generate, which keeps the 50 likeliest tokens unless"),
+        (HOPS_HF, "sampled by transformers' generate, which keeps the 50 likeliest tokens unless"),
+        (COLOURS, "the log names neither its engine (no results file of the same date"),
+    ):
+        result = canopy("import", source, "--store", tmp_path / "s", *named)
+        refused(result, 2, source.name, why, "give --top-k, 0 where it was off")
+    assert not (tmp_path / "s").exists()
+    imported(canopy, tmp_path / "s", HOPS_LM_EVAL, *named, "--top-k", 50)
+    run = canopy_store.read(tmp_path / "s", "runs").row(0, named=True)
+    assert (run["temperature"], run["top_k"]) == (1.0, 50)
+
+
+@pytest.mark.parametrize(
+    ("engine", "settings", "top_k"),
+    [
+        ("vllm", {}, 0),  # samples from all tokens where it is not told otherwise
+        ("hf", {"top_k": 20}, 20),
+        ("hf", {"do_sample": False}, 0),  # greedy needs none
+    ],
+)
+def test_lm_eval_logs_that_tell_their_top_k(tmp_path, chain, canopy, engine, settings, top_k):
+    lines = [json.loads(line) for line in HOPS_LM_EVAL.read_text().splitlines()]
+    for line in lines:
+        line["arguments"]["gen_args_0"]["arg_1"] |= settings
+    source = tmp_path / HOPS_LM_EVAL.name
+    source.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    beside = HOPS_LM_EVAL.name.replace("samples_hops_", "results_").replace(".jsonl", ".json")
+    results = json.loads((DATA / beside).read_text())
+    results["config"]["model"] = engine
+    (tmp_path / beside).write_text(json.dumps(results))
+    imported(canopy, tmp_path / "s", source, *NAMED, "--tokenizer", chain)
+    run = canopy_store.read(tmp_path / "s", "runs").row(0, named=True)
+    assert run["top_k"] == top_k
 
 
 def test_scores_of_given_answers_are_no_rollouts(tmp_path):
@@ -275,6 +317,55 @@ def test_an_inspect_log(tmp_path, canopy):
     logged = canopy_store.read(tmp_path / "s", "model_metrics").row(0, named=True)
     assert logged["surprisal_mean"] == pytest.approx((2.375 + 6.53125 + 0.75 + 0.0625) / 4)
     assert logged["ce_star"] is None
+
+
+def test_inspects_hf_engine_logs_the_likeliest_token_and_not_the_sampled_one(tmp_path, chain, canopy):
+    log = json.loads(HOPS_HF.read_text())
+    choice = log["samples"][0]["output"]["choices"][0]
+    text, logged = choice["message"]["content"], choice["logprobs"]["content"]
+    assert text.split() != [token["token"] for token in logged][: len(text.split())]
+    assert all(token["logprob"] == max(t["logprob"] for t in token["top_logprobs"]) for token in logged)
+    options = (*NAMED, "--top-k", 50)
+    result = canopy("import", HOPS_HF, "--store", tmp_path / "s", *options)
+    refused(result, 2, "sample 1, choice 0: tells no tokens", "--tokenizer")
+    options = (*options, "--tokenizer", chain, "--processed-logprobs")
+    code, _, err = canopy("import", HOPS_HF, "--store", tmp_path / "s", *options)
+    assert code == 0, err
+    # one ended at once, which usage counts as 8 tokens of padding
+    assert "1 rollouts are left out, as their text holds no token" in err
+    assert "first sample 4, choice 0" in err
+    assert "logprob of 3 rollouts is left out: Inspect's hf engine logs those of each step's" in err
+    rows = canopy_store.read(tmp_path / "s", "rollouts").sort("prompt_id", "sample")
+    assert rows["logprob"].null_count() == rows["top_logprobs"].null_count() == 3
+    assert rows["n_tokens"].to_list() == [len(t.split()) for t in rows["text"]] == [7, 6, 7]
+
+
+def test_a_folder_of_inspect_logs_is_read_each_sample_once(tmp_path, canopy):
+    named = ("--family", "mock", "--variant", "base")
+    folder = tmp_path / "logs"
+    (folder / "later").mkdir(parents=True)
+    shutil.copy(WALKS, folder / "1.eval")
+    found = members(WALKS)
+    samples = [value for name, value in found.items() if name.startswith("samples/")]
+    retried = json.loads(json.dumps(samples[:1]))
+    retried[0]["uuid"] = "another"
+    log = {"version": 2, **found["header.json"], "samples": [samples[1], *retried]}
+    (folder / "later" / "2.json").write_text(json.dumps(log))
+    (folder / "notes.json").write_text("{}")
+    (folder / "out.json").symlink_to(HOPS_HF)
+    code, _, err = canopy("import", folder, "--store", tmp_path / "s", *named)
+    assert code == 0, err
+    assert "1 samples are in more than one log and are read once" in err
+    rows = canopy_store.read(tmp_path / "s", "rollouts").sort("prompt_id", "sample")
+    alone = imported(canopy, tmp_path / "alone", WALKS, *named)
+    assert len(rows) == len(alone) + 1
+    assert rows.filter(sample=2)["text"].to_list() == [samples[0]["output"]["completion"]]
+    whole = {"version": 2, **found["header.json"], "samples": samples}
+    (tmp_path / "whole.json").write_text(json.dumps(whole))
+    assert imported(canopy, tmp_path / "s2", tmp_path / "whole.json", *named) == alone
+    (tmp_path / "whole.json").write_text(json.dumps(whole)[:-9])
+    result = canopy("import", tmp_path / "whole.json", "--store", tmp_path / "s3", *named)
+    refused(result, 1, "whole.json: not JSON")
 
 
 def members(path: Path) -> dict[str, object]:
@@ -543,6 +634,26 @@ def test_both_forms_of_log_probabilities_are_read_to_the_same_tokens():
         assert token.token_id({**table, "\ufffd".encode(): 9}) == number, text
 
 
+def test_bytes_that_are_code_points_name_pieces_of_the_vocabulary(tmp_path):
+    """Inspect's local engines write ``bytes = [ord(c) for c in piece]``: of 'Ġis', 288 is the first."""
+    from transformers import AutoTokenizer
+
+    from canopy_store.readers.openai_logprobs import token_table
+
+    words = [w for w in (" is", "é", "—", "blue") for _ in range(9)]
+    tokenizer = AutoTokenizer.from_pretrained(byte_level(tmp_path / "t", *words))
+    table = token_table(tokenizer)
+    for text in (" is", " é", "—", "blue"):
+        ids = tokenizer(text)["input_ids"]
+        pieces = tokenizer.convert_ids_to_tokens(ids)
+        log = [{"token": p, "logprob": -1, "bytes": [ord(c) for c in p]} for p in (*pieces, "Ġis")]
+        tokens = listed_tokens(log, "here")
+        assert [token.token_id(table) for token in tokens[:-1]] == ids, text
+    # without one above 255 they are characters: 'é' is no piece, and 'Ã©' two letters
+    (token,) = listed_tokens([{"token": "é", "logprob": -1, "bytes": [233]}], "here")
+    assert token.token_id(table) == tokenizer.convert_tokens_to_ids("Ã©")
+
+
 # ---------------------------------------------------------------- what every format shares
 
 
@@ -569,6 +680,8 @@ def test_the_same_again_changes_nothing_and_another_is_refused(tmp_path, chain, 
         "t",
         "--temperature",
         1,
+        "--top-k",
+        0,
         "--tokenizer",
         chain,
     )
@@ -577,7 +690,7 @@ def test_the_same_again_changes_nothing_and_another_is_refused(tmp_path, chain, 
     before = {p: p.read_bytes() for p in (tmp_path / "s").rglob("*.parquet")}
     assert canopy("import", source, "--store", tmp_path / "s", *options)[0] == 0
     assert {p: p.read_bytes() for p in (tmp_path / "s").rglob("*.parquet")} == before
-    result = canopy("import", VLLM, "--store", tmp_path / "s", *options[:8])
+    result = canopy("import", VLLM, "--store", tmp_path / "s", *options[:10])
     refused(result, 1, "f.v.t is stored with other settings", "source_sha256")
 
 

@@ -55,6 +55,7 @@ FIELDS = {
     "model": "the checkpoint's name in the source",
     "temperature": "sampling temperature",
     "top_k": "tokens kept by top-k; 0 is off",
+    "top_k_unsure": "why top_k, where nobody tells it, cannot be taken to be off",
     "top_p": "mass kept by top-p",
     "max_new_tokens": "longest rollout allowed",
     "left_out": "what of the rollout the reader left out, and why: {field: reason}",
@@ -66,6 +67,12 @@ _MODULES = {
     "inspect": "canopy_store.readers.inspect_log",
     "openai-batch": "canopy_store.readers.openai_batch",
 }
+
+
+TOP_K_50 = (
+    "sampled by transformers' generate, which keeps the 50 likeliest tokens unless it is told otherwise, "
+    "and the log names no top-k"
+)
 
 
 @dataclass(frozen=True)

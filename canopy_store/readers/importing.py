@@ -41,7 +41,7 @@ from canopy_store.store.rollouts import write_shard
 
 _ROLLOUT = ("text", "n_tokens", "finish_reason", *LISTS)
 _GRADE = ("answer", "correct", "score")
-_STORED = {*_ROLLOUT, *_GRADE, "reward", "where", "embedding"}
+_STORED = {*_ROLLOUT, *_GRADE, "reward", "where", "embedding", "retokenised"}
 # kind of record and its key besides the run: the files of it
 _Files = defaultdict[tuple[str, str], list[Path]]
 _ROLLOUTS_PER_SHARD = 8192
@@ -302,11 +302,12 @@ def _write(
         if name in record and (some or record[name].null_count == len(rows)):
             del record[name]
     check_tokens(record, names)
+    guessed = data["retokenised"].to_pylist() if "retokenised" in columns else [None] * len(names)
     record |= {
         "run_id": [run_id] * len(rows),
         "prompt_id": rows["prompt_id"].to_list(),
         "sample": rows["sample"].to_list(),
-        "finish_reason": finish_reasons(record, settings["max_new_tokens"], names),
+        "finish_reason": finish_reasons(record, settings["max_new_tokens"], names, guessed),
     }
     write_shard(store.shard_path(where, shard), record, names)
     files["rollouts", run_id].append(store.shard_path(where, shard))

@@ -1,4 +1,4 @@
-"""Reads Inspect's ``.eval`` logs: a zip of JSON, one member a sample of an epoch."""
+"""Reads Inspect's logs: ``.eval``, a zip of JSON with a member a sample of an epoch, or ``.json``."""
 
 from __future__ import annotations
 
@@ -14,12 +14,18 @@ from typing import Any
 import pyarrow as pa
 
 from canopy_store.errors import DataError
-from canopy_store.readers import LONGEST, Row, Told, get, parse
+from canopy_store.readers import LONGEST, TOP_K_50, Row, Told, get, parse
 from canopy_store.readers.openai_batch import chat_prompt
-from canopy_store.readers.openai_logprobs import listed_tokens, log_columns, token_table
+from canopy_store.readers.openai_logprobs import Table, listed_tokens, log_columns, token_table
 
 _ZSTD = 93  # the zip method of newer logs, which zipfile knows from Python 3.14 on
 _REASONS = {"stop": "stop", "tool_calls": "stop", "max_tokens": "length", "model_length": "length"}
+# Its hf engine takes each step's likeliest token for the sampled one, before temperature and top-k, and
+# counts the padding of its batch.
+_OF_THE_LIKELIEST = (
+    "Inspect's hf engine logs those of each step's likeliest token under the plain model, not those of "
+    "the token that was sampled; canopy ingest score --own gives them"
+)
 _BROKEN = (
     zipfile.BadZipFile,
     zlib.error,
@@ -33,7 +39,13 @@ _BROKEN = (
 
 
 def sniff(path: Path) -> bool:
-    """Whether a file is a zip with a log's header or journal."""
+    """Whether a file is a log, as a zip with its header or journal or as JSON, or a folder has one."""
+    if path.is_dir():
+        return bool(files(path))
+    if path.suffix == ".json" and path.is_file():
+        with open(path, "rb") as file:
+            start = file.read(4096)
+        return start.lstrip().startswith(b"{") and b'"eval":' in start and b'"version":' in start
     try:
         with zipfile.ZipFile(path) as log:
             return bool({"header.json", "_journal/start.json"} & set(log.namelist()))
@@ -41,11 +53,20 @@ def sniff(path: Path) -> bool:
         return False
 
 
+def files(path: Path) -> list[Path]:
+    """The logs of a folder and the folders in it, by name, which begins with the time; or the log."""
+    if not path.is_dir():
+        return [path]
+    inside = path.resolve()
+    named = (p for p in sorted(path.rglob("*")) if p.suffix in (".eval", ".json") and p.is_file())
+    return [p for p in named if p.resolve().is_relative_to(inside) and sniff(p)]
+
+
 def read(path: Path, told: Told) -> Iterator[Row]:
     """The generations of every sample that has one; the others are counted and left out.
 
     Only samples of one generation are rollouts of their prompt: one that called tools or took turns
-    is refused.
+    is refused. Of a folder's logs, a sample that a retried log has taken over is read once.
 
     Raises
     ------
@@ -53,6 +74,37 @@ def read(path: Path, told: Told) -> Iterator[Row]:
         No log, a sample in chunks or of several generations, a member that decodes to too much.
     """
     table = token_table(told.tokenizer)
+    numbers: Counter[tuple[str | None, str]] = Counter()
+    seen: set[str] = set()
+    failed: list[str] = []
+    again = 0
+    for file in files(path):
+        log = _json_log(file) if file.suffix == ".json" else _zip_log(file)
+        told_there = _header(*next(log))
+        for sample, where in log:
+            uuid = get(sample, "uuid", str, where, None)
+            if uuid in seen:
+                again += 1
+                continue
+            rows = _sample(sample, where, table)
+            if rows and uuid:
+                seen.add(uuid)
+            failed += [] if rows else [where.removeprefix(f"{path}: ")]
+            for row in rows:
+                if told_there["top_k_unsure"]:
+                    _leave_out_the_likeliest(row)
+                key = told_there["task"], row["prompt_id"]
+                row["sample"] = numbers[key]
+                numbers[key] += 1
+                yield told_there | row
+    if failed:
+        told.say(f"{path}: {len(failed)} samples have no generation and are left out, first {failed[0]}")
+    if again:
+        told.say(f"{path}: {again} samples are in more than one log and are read once")
+
+
+def _zip_log(path: Path) -> Iterator[tuple[Any, str]]:
+    """Header and samples of an .eval log, each with what errors call it."""
     try:
         log = zipfile.ZipFile(path)
     except _BROKEN:
@@ -62,38 +114,53 @@ def read(path: Path, told: Told) -> Iterator[Row]:
         header = next((n for n in ("header.json", "_journal/start.json") if n in names), None)
         if header is None:
             raise DataError(f"{path}: holds neither header.json nor _journal/start.json: no .eval log")
-        told_there = _header(_member(log, path, header), f"{path}: {header}")
+        yield _member(log, path, header), f"{path}: {header}"
         if any(re.fullmatch(r"samples/.*/sample\.json", name) for name in names):
             raise DataError(
                 f"{path}: its samples are stored in chunks, which are not read; "
                 "give the log as it was first written"
             )
-        samples: Counter[str] = Counter()
-        failed = []
         for name in sorted(n for n in names if re.fullmatch(r"samples/[^/]*\.json", n)):
-            rows = _sample(_member(log, path, name), f"{path}: {name}", table)
-            failed += [] if rows else [name]
-            for row in rows:
-                row["sample"] = samples[row["prompt_id"]]
-                samples[row["prompt_id"]] += 1
-                yield told_there | row
-    if failed:
-        told.say(f"{path}: {len(failed)} samples have no generation and are left out, first {failed[0]}")
+            yield _member(log, path, name), f"{path}: {name}"
+
+
+def _json_log(path: Path) -> Iterator[tuple[Any, str]]:
+    """Header and samples of a .json log, each with what errors call it."""
+    try:
+        with open(path, "rb") as file:
+            log = parse(file.read(LONGEST + 1), str(path))
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}") from None
+    yield log, str(path)
+    for number, sample in enumerate(get(log, "samples", list, str(path), []), 1):
+        yield sample, f"{path}: sample {number}"
+
+
+def _leave_out_the_likeliest(row: dict[str, Any]) -> None:
+    """Takes from a rollout of the hf engine what is not of its own tokens."""
+    had = row.get("logprob") is not None
+    for name in ("logprob", "raw_logprobs", "token_ids", "top_token_ids", "top_logprobs", "n_tokens"):
+        row.pop(name, None)
+    row["left_out"] = {"logprob": _OF_THE_LIKELIEST} if had else {}
 
 
 def _header(header: Any, where: str) -> dict[str, Any]:
     config = get(header, "eval.model_generate_config", dict, where, {})
+    model = get(header, "eval.model", str, where, None)
+    hf = (model or "").startswith("hf/")
+    greedy = hf and get(header, "eval.model_args.do_sample", bool, where, None) is False
     return {
         "task": get(header, "eval.task", str, where, None),
-        "model": get(header, "eval.model", str, where, None),
-        "temperature": get(config, "temperature", (int, float), where, None),
+        "model": model,
+        "top_k_unsure": TOP_K_50 if hf else None,
+        "temperature": 0.0 if greedy else get(config, "temperature", (int, float), where, None),
         "top_p": get(config, "top_p", (int, float), where, None),
         "top_k": get(config, "top_k", int, where, None),
         "max_new_tokens": get(config, "max_tokens", int, where, None),
     }
 
 
-def _sample(sample: Any, where: str, table: dict[bytes, int] | None) -> list[dict[str, Any]]:
+def _sample(sample: Any, where: str, table: Table | None) -> list[dict[str, Any]]:
     attachments = get(sample, "attachments", dict, where, {})
     messages = get(sample, "messages", list, where)
     choices = get(sample, "output.choices", list, where, [])

@@ -14,16 +14,37 @@ from pathlib import Path
 from typing import Any
 
 from canopy_store.errors import DataError
-from canopy_store.readers import Row, Told, first_record, get, records
+from canopy_store.readers import LONGEST, TOP_K_50, Row, Told, first_record, get, parse, records
 from canopy_store.store.items import option_rows
 
 _SCORED = "a task that scores given answers has no rollouts; canopy import makes items of it"
 
 
+_NAMED = r"samples_(.+)_(\d{4}-\d\d-\d\dT[\d.:-]+)"
+
+
 def task_of(path: Path) -> str | None:
     """The task, as a file's name tells it."""
-    named = re.fullmatch(r"samples_(.+)_\d{4}-\d\d-\d\dT[\d.:-]+", path.stem)
+    named = re.fullmatch(_NAMED, path.stem)
     return named and named[1]
+
+
+def _top_k_unsure(path: Path) -> str | None:
+    """Why top-k may be on where a sample names none; the results beside the samples tell the engine."""
+    named = re.fullmatch(_NAMED, path.stem)
+    results = path.with_name(f"results_{named[2]}.json") if named else path
+    if results == path or not results.is_file():
+        return (
+            "the log names neither its engine (no results file of the same date is beside it) nor "
+            "top-k, and the hf engine keeps the 50 likeliest tokens unless it is told otherwise"
+        )
+    try:
+        with open(results, "rb") as file:
+            content = parse(file.read(LONGEST + 1), str(results))
+    except OSError as error:
+        raise DataError(f"{results}: cannot be read: {error.strerror}") from None
+    engine = get(content, "config.model", str, str(results))
+    return TOP_K_50 if engine == "huggingface" or engine.startswith("hf") else None
 
 
 def sniff(path: Path) -> bool:
@@ -41,7 +62,7 @@ def read(path: Path, told: Told) -> Iterator[Row]:
     DataError
         A line that is no sample, or one of a task that scores given answers.
     """
-    task = task_of(path)
+    task, unsure = task_of(path), _top_k_unsure(path)
     only = None
     for where, record in records(path):
         shown = get(record, "filter", str, where, "none")
@@ -69,6 +90,7 @@ def read(path: Path, told: Told) -> Iterator[Row]:
                 "temperature": temperature,
                 "top_p": get(settings, "top_p", (int, float), where, None),
                 "top_k": get(settings, "top_k", int, where, None),
+                "top_k_unsure": unsure,
                 "max_new_tokens": get(settings, "max_gen_toks", int, where, None),
             }
 

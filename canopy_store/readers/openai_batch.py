@@ -13,7 +13,13 @@ from typing import Any
 from canopy_store import store
 from canopy_store.errors import DataError
 from canopy_store.readers import Row, Told, first_record, get, records
-from canopy_store.readers.openai_logprobs import check_ids, log_columns, logged_tokens, token_table
+from canopy_store.readers.openai_logprobs import (
+    Table,
+    check_ids,
+    log_columns,
+    logged_tokens,
+    token_table,
+)
 
 
 def sniff(path: Path) -> bool:
@@ -76,7 +82,7 @@ def read(path: Path, told: Told) -> Iterator[Row]:
         )
 
 
-def _choice(choice: dict[str, Any], where: str, table: dict[bytes, int] | None) -> dict[str, Any]:
+def _choice(choice: dict[str, Any], where: str, table: Table | None) -> dict[str, Any]:
     """Text, token ids and log-probabilities of one choice of a chat or text completion."""
     ids = get(choice, "token_ids", list, where, None)
     check_ids(ids or [], where)

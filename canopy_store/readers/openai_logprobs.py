@@ -20,6 +20,9 @@ _LOST = "\ufffd".encode()  # part of a character, which the engine's text has lo
 _NO_IDS = "the ids of its tokens are not known, or not of all; --tokenizer may tell them"
 
 
+Table = dict[bytes | str, int]  # ids by the bytes of a token's text, and by its piece of the vocabulary
+
+
 @dataclass(frozen=True)
 class LoggedToken:
     """A token as an answer logs it.
@@ -30,23 +33,26 @@ class LoggedToken:
     raw : the bytes of its text
     value : its log-probability as it is logged, nats; None where it is null
     tops : the likeliest tokens of its step
+    piece : its text, where that is how the vocabulary spells it
     """
 
     number: int | None
     raw: bytes
     value: float | None
     tops: tuple[LoggedToken, ...] = ()
+    piece: str | None = None
 
     @property
     def logprob(self) -> float | None:
         """Log-probability, nats; None where the log does not know it."""
         return None if self.value is None or self.value <= UNKNOWN else min(self.value, 0.0)
 
-    def token_id(self, table: dict[bytes, int] | None) -> int | None:
+    def token_id(self, table: Table | None) -> int | None:
         """Its id, from the log or by its text from a `token_table`; None where neither tells it."""
         if self.number is not None or table is None or _LOST in self.raw:
             return self.number
-        return table.get(self.raw)
+        by_piece = table.get(self.piece) if self.piece is not None else None
+        return table.get(self.raw) if by_piece is None else by_piece
 
 
 def logged_tokens(choice: dict[str, Any], where: str) -> list[LoggedToken]:
@@ -81,16 +87,27 @@ def logged_tokens(choice: dict[str, Any], where: str) -> list[LoggedToken]:
 
 
 def listed_tokens(entries: Sequence[Any], where: str) -> list[LoggedToken]:
-    """The tokens of a list of objects: each with token and logprob, some with bytes and top_logprobs."""
-    tokens = []
+    """The tokens of a list of objects: each with token and logprob, some with bytes and top_logprobs.
+
+    ``bytes`` above 255 are code points of pieces of the vocabulary, 'Ġ' for a space: then all are.
+    """
+    steps = []
     for step, entry in enumerate(entries, 1):
         at = f"{where}: token {step}"
-        tops = (_token(top, at) for top in get(entry, "top_logprobs", list, at, []))
-        tokens.append(_token(entry, at, tuple(tops)))
-    return tokens
+        steps.append((at, entry, get(entry, "top_logprobs", list, at, [])))
+    pieces = any(_beyond_bytes(each) for _, entry, tops in steps for each in (entry, *tops))
+    return [
+        _token(entry, at, pieces, tuple(_token(top, at, pieces) for top in tops))
+        for at, entry, tops in steps
+    ]
 
 
-def _token(entry: Any, where: str, tops: tuple[LoggedToken, ...] = ()) -> LoggedToken:
+def _beyond_bytes(entry: Any) -> bool:
+    given = entry.get("bytes") if isinstance(entry, dict) else None
+    return isinstance(given, list) and any(type(b) is int and b > 255 for b in given)
+
+
+def _token(entry: Any, where: str, pieces: bool, tops: tuple[LoggedToken, ...] = ()) -> LoggedToken:
     text = get(entry, "token", str, where)
     number = get(entry, "id", int, where, None)
     digits = text.removeprefix("token_id:")
@@ -103,7 +120,8 @@ def _token(entry: Any, where: str, tops: tuple[LoggedToken, ...] = ()) -> Logged
         value = float("inf")
     if value is not None and not value <= _ROUNDING:
         raise DataError(f"{where}: logprob {value:.4g} is no log-probability")
-    return LoggedToken(number, _raw(text, entry.get("bytes")), value, tops)
+    piece = text if pieces else None
+    return LoggedToken(number, _raw(text, entry.get("bytes")), value, tops, piece)
 
 
 def _raw(text: str, given: Any) -> bytes:
@@ -114,9 +132,7 @@ def _raw(text: str, given: Any) -> bytes:
     return text.encode(errors="replace")
 
 
-def log_columns(
-    tokens: Sequence[LoggedToken], where: str, table: dict[bytes, int] | None
-) -> dict[str, Any]:
+def log_columns(tokens: Sequence[LoggedToken], where: str, table: Table | None) -> dict[str, Any]:
     """logprob, token_ids, top_logprobs and top_token_ids of logged tokens, as a reader's row has them.
 
     Ids are None where neither the source nor ``table`` has them. The tops go with them: a
@@ -180,14 +196,15 @@ def check_ids(ids: Sequence[Any], where: str, vocabulary: int = 2**31) -> None:
             )
 
 
-def token_table(tokenizer: Any) -> dict[bytes, int] | None:
-    """Each token's id by the bytes of its text, of tokens that no other shares them with."""
+def token_table(tokenizer: Any) -> Table | None:
+    """Each token's id by its piece, and by its text's bytes where no other token shares them."""
     if tokenizer is None:
         return None
+    pieces: dict[str, int] = tokenizer.get_vocab()
     table: dict[bytes, int] = {}
     shared: set[bytes] = set()
-    for token, number in tokenizer.get_vocab().items():
+    for token, number in pieces.items():
         raw = tokenizer.convert_tokens_to_string([token]).encode(errors="replace")
         shared.update({raw} & table.keys())
         table[raw] = number
-    return {raw: number for raw, number in table.items() if raw not in shared}
+    return {**pieces, **{raw: number for raw, number in table.items() if raw not in shared}}

@@ -204,17 +204,18 @@ def _are_ids(values: pa.Array) -> bool:
 
 
 def finish_reasons(
-    record: dict[str, Any], max_new_tokens: int | None, names: list[str]
+    record: dict[str, Any], max_new_tokens: int | None, names: list[str], guessed: list[bool | None]
 ) -> list[str | None]:
+    """What ended each rollout: as told, else by its length, unless its tokens are ``guessed``."""
     known = next(name for name in LENGTHS if name in record)
     values = record[known].combine_chunks()
     lengths = (values if known == "n_tokens" else values.value_lengths()).to_pylist()
     given = record["finish_reason"].to_pylist() if "finish_reason" in record else [None] * len(names)
     reasons: list[str | None] = []
-    for name, reason, length in zip(names, given, lengths, strict=True):
+    for name, reason, length, guess in zip(names, given, lengths, guessed, strict=True):
         if reason not in (None, "stop", "length"):
             raise DataError(f"{name}: finish_reason {reason!r}: needs stop or length")
-        if reason is None and max_new_tokens is not None and length is not None:
+        if reason is None and max_new_tokens is not None and length is not None and not guess:
             reason = "length" if length >= max_new_tokens else "stop"
         reasons.append(reason)
     return reasons

@@ -44,10 +44,7 @@ def as_parquet(
             yield file, [path], None
             return
         files = reader.files(path) if hasattr(reader, "files") else [path]
-        rows = (
-            _finish({**row, **named}, path, told, processed, options)
-            for row in reader.read(path, options)
-        )
+        rows = _finished(reader.read(path, options), path, {**named, **told}, processed, options)
         for (name, reason), count in _spool(rows, file, path).items():
             options.say(f"{path}: {name} of {count} rollouts is left out: {reason}")
         yield file, files, found
@@ -93,6 +90,7 @@ _SPOOL = {
     "sample": pa.int64(),
     **dict.fromkeys(("prompt", "messages", "text", "finish_reason", "model"), pa.string()),
     "n_tokens": pa.int64(),
+    "retokenised": pa.bool_(),
     "token_ids": _INT_LIST,
     **dict.fromkeys(("logprob", "entropy", "eos_logprob"), _FLOAT_LIST),
     "top_token_ids": pa.list_(_INT_LIST),
@@ -108,15 +106,37 @@ _SPOOL = {
 }
 
 
-def _finish(
-    row: dict[str, Any], path: Path, told: dict[str, Any], processed: bool, options: readers.Told
-) -> dict[str, Any]:
-    """A reader's row with what the caller tells, as it can be stored."""
-    row |= told
+def _finished(
+    rows: Iterable[dict[str, Any]],
+    path: Path,
+    told: dict[str, Any],
+    processed: bool,
+    options: readers.Told,
+) -> Iterator[dict[str, Any]]:
+    """The rows as they can be stored, without those whose text has no token to count."""
+    empty = []
+    for row in rows:
+        finished = _finish({**row, **told}, path, processed, options)
+        if finished.get("retokenised") and not finished["token_ids"]:
+            empty.append(finished["where"].removeprefix(f"{path}: "))
+        else:
+            yield finished
+    if empty:
+        options.say(
+            f"{path}: {len(empty)} rollouts are left out, as their text holds no token and the tokens "
+            f"themselves are not in the source, first {empty[0]}"
+        )
+
+
+def _finish(row: dict[str, Any], path: Path, processed: bool, options: readers.Told) -> dict[str, Any]:
+    """A reader's row, with what the caller tells, as it can be stored."""
     where = row.setdefault("where", str(path))
     for name in NAMES:
         if not row.get(name):
             raise UsageError(f"{path}: does not tell the {name}; give --{name}")
+    unsure = row.pop("top_k_unsure", None)
+    if unsure and row.get("top_k") is None and row.get("temperature"):  # greedy and unknown need none
+        raise UsageError(f"{where}: {unsure}; give --top-k, 0 where it was off")
     row["prompt_id"] = str(row["prompt_id"]) if row.get("prompt_id") is not None else None
     if row.pop("raw_logprobs", False) and not processed and row.get("logprob") is not None:
         if row.get("temperature") is None:
@@ -142,6 +162,7 @@ def _finish(
         except (UnicodeEncodeError, AttributeError):  # half a pair of surrogates, which JSON can hold
             raise DataError(f"{where}: text cannot be kept: it is not valid Unicode") from None
         row["token_ids"] = options.tokenizer(row["text"], add_special_tokens=False)["input_ids"]
+        row["retokenised"] = True
     return row
 
 
