@@ -10,19 +10,17 @@
 #   make studies    the studies of docs/studies.md, on tiny models that it makes
 #   make docs       docs/dictionary.md and docs/commands.md, from the code
 #   make test-vllm  the vLLM engines for real, on the CPU, in an environment of their own (3.4 GB)
-#   make test-lm-eval  lm-evaluation-harness for real, in an environment of its own (1.5 GB)
 
 VENV ?= .venv
 PYTHON := $(VENV)/bin/python
 VLLM_VENV ?= .venv-vllm
-LM_EVAL_VENV ?= .venv-lm-eval
 # A machine with an NVIDIA driver gets pip's normal build of torch. 2.13.0 is the version the tests
 # are run with elsewhere; set TORCH to have another: make demo TORCH='torch==2.14.0'
 TORCH ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && echo torch || echo torch==2.13.0)
 
 SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
 
-.PHONY: install demo demo-real test test-vllm test-lm-eval lint browser bench bench-ingest gpu faults mutants simulate studies docs clean
+.PHONY: install demo demo-real test test-vllm lint browser bench bench-ingest gpu faults mutants simulate studies docs clean
 
 install: $(VENV)/.installed
 
@@ -72,15 +70,6 @@ test-vllm: install $(VLLM_VENV)/.installed
 	test -e demo-real-output/base || $(PYTHON) demo/demo_real.py
 	VLLM_CPU_KVCACHE_SPACE=1 CANOPY_PYTHON=$(abspath $(PYTHON)) $(VLLM_VENV)/bin/python -m pytest tests/vllm_engines.py -v
 
-$(LM_EVAL_VENV)/.installed:
-	python3 -m venv $(LM_EVAL_VENV)
-	$(LM_EVAL_VENV)/bin/pip install --quiet --upgrade pip
-	$(LM_EVAL_VENV)/bin/pip install --quiet torch==2.13.0 'lm-eval[hf]==0.4.13' transformers==5.23.0
-	touch $@
-
-test-lm-eval: install $(LM_EVAL_VENV)/.installed
-	LM_EVAL=$(abspath $(LM_EVAL_VENV))/bin/lm_eval $(PYTHON) -m pytest tests/lm_eval_harness.py -v -s
-
 bench: install
 	$(PYTHON) benchmarks/bench_query.py
 	$(PYTHON) benchmarks/bench_compare.py
@@ -129,4 +118,4 @@ docs: install
 	$(PYTHON) docs/commands.py
 
 clean:
-	rm -rf $(VENV) $(VLLM_VENV) $(LM_EVAL_VENV) build dist *.egg-info demo-output demo-real-output canopy-demo
+	rm -rf $(VENV) $(VLLM_VENV) build dist *.egg-info demo-output demo-real-output canopy-demo

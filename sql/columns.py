@@ -58,6 +58,11 @@ METRICS: tuple[Column, ...] = (
     _c("N_bar", "The prompt's mean_length, as the regressions call it.", "tokens"),
     _c("vendi_share", "The prompt's vendi_score / n_rollouts: a share, at most 1."),
     _c(
+        "vendi_norm",
+        "The prompt's (vendi_score - 1) / (n_rollouts - 1): 0 where all rollouts are one, 1 where none "
+        "is like another. NULL with one rollout.",
+    ),
+    _c(
         "var_R",
         "Squared standard error of R_bar: the sample variance of its rollouts' rates over their number; "
         "NULL of one.",

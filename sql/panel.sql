@@ -20,6 +20,7 @@ row as materialized (
         p.mean_length as N_bar,
         p.vendi_score,
         p.vendi_score / p.n_rollouts as vendi_share,
+        (p.vendi_score - 1) / nullif(p.n_rollouts - 1, 0) as vendi_norm,
         p.n_rollouts,
         e.var_R, e.var_N, e.cov_RN, e.cov_RD, e.cov_ND
     from prompt_metrics p

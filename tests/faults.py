@@ -41,9 +41,7 @@ DOCS = Path(__file__).parent.parent / "docs" / "reliability.md"
 BEGIN, END = "<!-- faults: made by make faults -->", "<!-- end of faults -->"
 VOLATILE = {"started_at", "finished_at", "wall_s", "versions", "n_shards", "seconds"}
 ONCE = ("rm-run", "export")  # refused where there is nothing left to do
-BESIDE = (  # write there too
-    *("ingest finetune", "ingest interpolate", "ingest generated", "ingest augment", "study run"),
-)
+BESIDE = ("ingest finetune", "ingest interpolate", "ingest generated", "study run")  # write there too
 Arguments = list[str]
 
 
@@ -69,7 +67,6 @@ FORKS.set_forkserver_preload(
         "faults",
         *(f"canopy_store.ingest.{m}" for m in ("engine_transformers", "embed", "reward", "score")),
         *(f"canopy_store.ingest.{m}" for m in ("documents", "options", "finetune", "interpolate")),
-        "canopy_store.ingest.augment",
     ]
 )
 
@@ -132,9 +129,6 @@ def make_world(world: Path) -> None:
     )
     (world / "data.jsonl").write_text('{"text": "a b c d e f g"}\n' * 64)
     walks = ["a b c d e f g", "b c a f", "g f e d c b a", "c c a b"]
-    lines = [f"{a} {b} {c}" for a in "abc" for b in "abcd" for c in "abcd"]
-    (world / "lines.jsonl").write_text("".join(f'{{"text": "{line}"}}\n' for line in lines))
-    (world / "told.txt").write_text("{line}")  # the model walks on from each line
     (world / "corpus.jsonl").write_text(
         "".join(f'{{"document_id": "{n}", "text": "{walk}"}}\n' for n, walk in enumerate(walks * 30))
     )
@@ -170,15 +164,6 @@ def finetuned(world: Path, root: Path, out: Path) -> Arguments:
     named = ["--family", "chain", "--variant", "child", "--out", str(out), "--steps", "4"]
     of = ["--model", str(world / "model"), "--data", str(world / "data.jsonl")]
     return ["ingest", "finetune", "--store", str(root), *of, *named]
-
-
-def augmented(world: Path, here: Path) -> Arguments:
-    """What the chain makes of lines, into a file in the folder."""
-    of = ["--model", world / "model", "--family", "chain", "--variant", "base", "--data"]
-    asked = [world / "lines.jsonl", "--method", "local", "--instruction", world / "told.txt"]
-    drawn = ["--temperature", 1, "--max-new-tokens", 30, "--prompts-per-shard", 4, "--out"]
-    words = ["ingest", "augment", "--store", here / "store", *of, *asked, *drawn, here / "made.jsonl"]
-    return [str(word) for word in words]
 
 
 def study(world: Path, here: Path) -> Arguments:
@@ -234,7 +219,6 @@ def writes(world: Path) -> list[Write]:
                 str(here / "drawn.jsonl"),
             ],
         ),
-        Write("ingest augment", "plain", lambda here: augmented(world, here)),
         Write(
             "ingest register",
             "plain",

@@ -516,7 +516,7 @@ def test_a_break_anywhere_and_the_same_call_again(tmp_path, chain, walks, monkey
     monkeypatch.setenv(
         "PYTHONPATH", os.pathsep.join([here, *os.environ.get("PYTHONPATH", "").split(":")])
     )
-    roots = [tmp_path / f"s{n}" for n in range(10)]
+    roots = [tmp_path / f"s{n}" for n in range(5)]
     options = {"model": str(chain), **walks}
     stopped("test_augment.augment_beside", tmp_path / "spare", roots, **options)
     whole = made(tmp_path / "spare")

@@ -117,8 +117,8 @@ def test_killed_again_and_again_a_run_equals_an_unbroken_one(tmp_path, chain):
         return [ingest_arguments(root, chain, prompts, task=task) for task in tasks]
 
     assert drive(calls(tmp_path / "whole"), 0, 0, slow=0, longest=1) == 0
-    kills = drive(calls(tmp_path / "broken"), 12, 1, slow=0.02, longest=0.9)
-    assert kills >= 9
+    kills = drive(calls(tmp_path / "broken"), 7, 1, slow=0.02, longest=0.9)
+    assert kills >= 5
     assert rollouts(tmp_path / "broken").equals(rollouts(tmp_path / "whole"))
     assert table_hashes(tmp_path / "broken", "rollouts") == table_hashes(tmp_path / "whole", "rollouts")
     assert not list((tmp_path / "broken" / "rollouts").rglob("*.tmp"))  # a resume tidies up

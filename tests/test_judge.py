@@ -202,7 +202,7 @@ def test_a_stop_at_any_change_to_the_disk_loses_nothing(tmp_path, monkeypatch, j
     if job.startswith("clusters"):
         ingest_judgments(whole, **more)
         more, table = {"judge": "A"}, "clusters"
-    roots = [shutil.copytree(whole, tmp_path / f"copy{n}") for n in range(12)]
+    roots = [shutil.copytree(whole, tmp_path / f"copy{n}") for n in range(6)]
     stopped(f"canopy_store.ingest.{job}", roots[0], roots[1:], **more)
     expected = canopy_store.read(roots[0], table)
     keys = [*TABLES[table].keys]

@@ -76,10 +76,12 @@ def judged_store(
     return root
 
 
-def metrics(root: Path, method: str = "components") -> dict[str, dict]:
-    """Rows of meaning_metrics by prompt."""
-    frame = canopy_store.read(root, "meaning_metrics").filter(clustering=f"J.{method}")
-    return {row["prompt_id"]: row for row in frame.to_dicts()}
+def metrics(
+    root: Path, method: str = "components", frame: pl.DataFrame | None = None
+) -> dict[str, dict]:
+    """Rows of meaning_metrics by prompt; ``frame``: the whole view, where it was read."""
+    frame = canopy_store.read(root, "meaning_metrics") if frame is None else frame
+    return {row["prompt_id"]: row for row in frame.filter(clustering=f"J.{method}").to_dicts()}
 
 
 # ---------------------------------------------------------------- golden values
@@ -217,13 +219,14 @@ def rank(labels: list[int]) -> list[int]:
     return [order.index(label) for label in labels]
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
-@given(st.lists(prompts_with_verdicts(), min_size=1, max_size=5))
+@settings(max_examples=10, deadline=None, suppress_health_check=list(HealthCheck))
+@given(st.lists(prompts_with_verdicts(), min_size=1, max_size=12))
 def test_every_measure_is_what_its_definition_says(prompts):
     with tempfile.TemporaryDirectory() as folder:
         root = judged_store(Path(folder) / "s", {str(n): each for n, each in enumerate(prompts)})
+        measured = canopy_store.read(root, "meaning_metrics")
         for method in METHODS:
-            rows = metrics(root, method)
+            rows = metrics(root, method, measured)
             for n, (matrix, logprobs) in enumerate(prompts):
                 expected = derived(matrix, logprobs, method)
                 row = {name: rows[str(n)][name] for name in expected}

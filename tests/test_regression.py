@@ -485,6 +485,25 @@ def test_another_share_stands_in_for_diversity(panel: pl.DataFrame, beta_fit: Fi
     assert fit.formula.startswith("vendi_share ~")
 
 
+def test_the_precision_of_the_paper_s_vendi_model(panel: pl.DataFrame, beta_fit: Fit) -> None:
+    """1/N_bar by variant, four terms each, in place of three; the rest is the full model's."""
+    fit = regress(
+        panel.with_columns(vendi_norm=pl.col("D").abs()),
+        "beta",
+        outcome="vendi_norm",
+        precision="crossed",
+    )
+    right = "variant*task + ns(invN_sc, 4)*variant + R_sc*variant + family"
+    assert fit.formula.endswith(right)
+    terms = fit.coefficients.filter(part="dispersion")["term"].to_list()
+    variants = panel["variant"].n_unique()
+    assert sum("ns(invN_sc, 4)" in name for name in terms) == 4 * variants
+    assert sum("ns(invN_sc, 3)" in name for name in terms) == 0
+    full = beta_fit.coefficients.filter(part="dispersion")["term"].to_list()
+    others = [name for name in full if "ns(" not in name]
+    assert [name for name in terms if "ns(" not in name] == others
+
+
 # --------------------------------------------------------------------------------------------- reading
 
 

@@ -961,3 +961,20 @@ def test_a_large_store_is_sampled_and_the_page_says_so(browse, tmp_path):
     assert_quiet(driver)
     assert "320 of 13,200 rollouts are on this page" in all_text(driver, "#explorer-shown")[0]
     assert "2,400 of 2,640 prompts are drawn" in " ".join(all_text(driver, "#diversity p"))
+
+
+def test_pass_at_k_is_drawn_where_rollouts_are_graded(tmp_path):
+    """Against the estimator, prompt by prompt; the sentence beneath says where the curves cross."""
+    hits = {"base": (1, 1, 1), "sft": (8, 0, 0)}  # of eight rollouts, on each of three prompts
+    rows = rollouts(tasks=("math",), prompts=3, samples=8)
+    right = [
+        row["sample"] < hits[row["variant"]][int(row["prompt_id"][-1])]
+        for row in rows.iter_rows(named=True)
+    ]
+    root = store_of(tmp_path, rows.with_columns(correct=pl.Series(right)))
+    page = write_report(root, tmp_path / "report.html")
+    drawn = {(row["variant"], row["k"]): row["value"] for row in chart_of(data_of(page), "pass-at-k")}
+    expected = {("base", k): k / 8 for k in (1, 2, 4, 8)} | {("sft", k): 1 / 3 for k in (1, 2, 4, 8)}
+    assert drawn == pytest.approx(expected, abs=1e-6)
+    (said,) = [c["shown"] for c in data_of(page)["charts"] if c["id"] == "pass-at-k"]
+    assert "base overtakes at k = 4" in said

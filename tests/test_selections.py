@@ -14,7 +14,7 @@ from polars.testing import assert_frame_equal
 from scipy.sparse import csr_array
 from scipy.sparse.csgraph import maximum_bipartite_matching
 from stops import interleaved
-from stores import GOLDEN_ROLLOUTS, enter, import_golden, rewrite, rollout_rows, write_parquet
+from stores import GOLDEN_ROLLOUTS, enter, import_golden, rewrite, rollout_rows, views, write_parquet
 
 import canopy_store
 from canopy_store import ConflictError, DataError, UsageError
@@ -81,13 +81,14 @@ def test_every_view_carries_the_selection_as_if_it_were_all(tmp_path):
     rows = rows.drop("run_id", "key", "number")
     write_parquet(tmp_path / "in.parquet", rows)
     canopy_store.import_rollouts(alone, tmp_path / "in.parquet", max_new_tokens=64)
-    for view in canopy_store.sql.VIEWS:
+    of_all, of_chosen = views(root), views(alone)
+    for view, frame in of_all.items():
         if view in ("scored_rollouts", "cross_entropy", "kl_divergence", "kl_trajectory"):
             continue  # nothing here is scored; tests/test_score.py has them
-        if "selection" not in canopy_store.read(root, view).columns:
+        if "selection" not in frame.columns:
             continue  # of documents and items
-        found = canopy_store.read(root, view).filter(selection="few").drop("selection")
-        expected = canopy_store.read(alone, view).drop("selection")
+        found = frame.filter(selection="few").drop("selection")
+        expected = of_chosen[view].drop("selection")
         keys = canopy_store.sql.source(view).splitlines()[1].removeprefix("-- keys: ").split(", ")
         keys.remove("selection")
         assert len(expected)

@@ -271,7 +271,7 @@ def test_a_treatment_that_does_nothing_is_told_from_none_as_often_as_it_may_be()
         schema_overrides={"hyperparameters": pl.String, "family": pl.String, "variant": pl.String},
     )
     below, unknown = 0, ("mean_length", "truncation_rate")
-    for _ in range(300):
+    for _ in range(100):
         hardness = numbers.random(25)  # of a fact, for both arms
         rows = [
             {
@@ -291,10 +291,10 @@ def test_a_treatment_that_does_nothing_is_told_from_none_as_often_as_it_may_be()
             models,
             metrics=["accuracy_sum"],
             unit="item",
-            replicates=300,
+            replicates=200,
         )
         below += frame["p"][0] < 0.05
-    assert 5 <= below <= 27
+    assert 1 <= below <= 12
 
 
 def test_power_of_items_counts_clusters(tmp_path):

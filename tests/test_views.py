@@ -189,6 +189,9 @@ def expected_rows(runs: list[Run], caps: dict[str, int | None]) -> dict[str, lis
                     "N_bar": metrics["mean_length"],
                     "vendi_score": metrics["vendi_score"],
                     "vendi_share": metrics["vendi_score"] and metrics["vendi_score"] / len(chosen),
+                    "vendi_norm": (metrics["vendi_score"] - 1) / (len(chosen) - 1)
+                    if metrics["vendi_score"] and len(chosen) > 1
+                    else None,
                     **reference.error_covariances(chosen, unit),
                 }
             )

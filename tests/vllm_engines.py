@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -202,3 +203,17 @@ def test_the_server_under_a_truncated_policy_and_kill_9(tmp_path, prompts, serve
     own = tmp_path / "own"
     run(MAIN, own, *sampling(prompts, "transformers", "--device", "cpu", *policy))
     check(root, "openai", own, logged=False)
+
+
+def test_a_model_of_135m_is_no_judge_and_nothing_is_stored(tmp_path, own, server):
+    """It is asked of two identical texts first, and answers neither similar nor different in a word."""
+    root = Path(shutil.copytree(own, tmp_path / "s"))
+    line = ["ingest", "judge", "--judge", "smol", "--method", "chat", "--base-url", server]
+    done = subprocess.run(
+        command(MAIN, root, *line, "--subsample", 6), env=ENV, capture_output=True, text=True
+    )
+    foretold, refused = done.stderr.strip().splitlines()
+    assert done.returncode == 1, done.stderr
+    assert "60 pairs of 4 prompts, 61 to 121 calls" in foretold
+    assert "of two identical texts it answered" in refused
+    assert canopy_store.read(root, "judgments").is_empty()

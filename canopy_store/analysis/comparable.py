@@ -32,6 +32,7 @@ _EMBEDDED = (
     "cov_length_diversity",
     "D",
     "vendi_share",
+    "vendi_norm",
     "cov_RD",
     "cov_ND",
 )

@@ -9,8 +9,10 @@ import polars as pl
 
 from canopy_store import sql
 from canopy_store.analysis.bootstrap import AT_K
-from canopy_store.analysis.comparison import compare
+from canopy_store.analysis.comparison import compare, compare_prompts
+from canopy_store.analysis.grades import with_at_k
 from canopy_store.errors import DataError, UsageError
+from canopy_store.sql.connection import Connection
 
 KINDS = tuple(dict.fromkeys(name.rpartition("_")[0] for name in AT_K))
 PLACE = ["level", "family", "task", "variant", "checkpoint"]
@@ -53,20 +55,45 @@ def pass_at_k_curve(
     if measure not in KINDS:
         raise UsageError(f"--measure {measure}: one of {', '.join(KINDS)}")
     with sql.connect(root, relations=("model_pass_at_k",)) as con:
-        most = con.sql(
-            "select max(k) from model_pass_at_k where selection = $selection "
-            "and ($grader is null or grader = $grader)",
-            params={"selection": selection, "grader": grader},
-        ).fetchall()[0][0]
-    most = most or 1  # none is graded so: the comparison says what is
-    names = [name for name in AT_K if name.rpartition("_")[0] == measure]
-    names = [name for name in names if _k(name) <= most]
-    frame = compare(root, metrics=names, selection=selection, grader=grader, **options)
+        names = _metrics(con, measure, selection, grader)
+    frame = _curve(compare(root, metrics=names, selection=selection, grader=grader, **options))
+    if frame.is_empty():
+        raise DataError(f"{measure}: no prompt has a graded rollout in both variants")
+    return frame
+
+
+def curve_of_prompts(
+    con: Connection, prompts: pl.DataFrame, models: pl.DataFrame, *, baseline: str, seed: int
+) -> pl.DataFrame:
+    """The curve of pass@k from rows that are read already, as `compare_prompts` takes them.
+
+    No rows where the prompts have no grades, or none is graded in both variants.
+    """
+    if "grader" not in prompts.columns:
+        return pl.DataFrame()
+    names = _metrics(con, "pass_at", prompts["selection"][0], prompts["grader"][0])
+    prompts = with_at_k(con, prompts, names)
+    return _curve(compare_prompts(prompts, models, metrics=names, baseline=baseline, seed=seed))
+
+
+def _metrics(con: Connection, measure: str, selection: str, grader: str | None) -> list[str]:
+    """The metrics of a curve: k up to the most rollouts of a prompt."""
+    most = con.sql(
+        "select max(k) from model_pass_at_k where selection = $selection "
+        "and ($grader is null or grader = $grader)",
+        params={"selection": selection, "grader": grader},
+    ).fetchall()[0][0]
+    # where none is graded so, the comparison says what is
+    return [name for name in AT_K if name.rpartition("_")[0] == measure and _k(name) <= (most or 1)]
+
+
+def _curve(frame: pl.DataFrame) -> pl.DataFrame:
+    """What `compare` gives of the metrics of a curve, as `pass_at_k_curve` returns it."""
     frame = frame.with_columns(k=pl.col("metric").str.extract(r"(\d+)$").cast(pl.Int64))
     # of no prompt k rollouts are graded on both sides
     frame = frame.filter(pl.col("delta").is_not_null())
     if frame.is_empty():
-        raise DataError(f"{measure}: no prompt has a graded rollout in both variants")
+        return frame
     parts = [
         rows.with_columns(overtaken_at=pl.lit(overtaken_at(rows["k"], rows["delta"]), pl.Int64))
         for _, rows in frame.group_by(PLACE, maintain_order=True)

@@ -91,7 +91,8 @@ def at_common_m(rows: pl.DataFrame, baseline: str, kernels: Kernels) -> pl.DataF
     ).drop("_fewer")
     if "vendi_share" in rows.columns:
         m = pl.coalesce("rarefied_to", "n_rollouts")
-        rows = rows.with_columns(vendi_share=pl.col("vendi_score") / m)
+        norm = pl.when(m > 1).then((pl.col("vendi_score") - 1) / (m - 1))
+        rows = rows.with_columns(vendi_share=pl.col("vendi_score") / m, vendi_norm=norm)
     return rows
 
 

@@ -57,10 +57,11 @@ from canopy_store.errors import UsageError
 )
 @click.option(
     "--precision",
-    type=click.Choice(["full", "variant"]),
+    type=click.Choice(["full", "crossed", "variant"]),
     default="full",
     show_default=True,
-    help="Terms of the beta model's log precision; variant alone with few prompts.",
+    help="Terms of the beta model's log precision; crossed, with 1/N_bar by variant, for vendi_norm; "
+    "variant alone with few prompts.",
 )
 @click.option(
     "--bootstrap",

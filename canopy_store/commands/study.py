@@ -495,7 +495,7 @@ def run_command(
     context = "facts.txt"
     [[ask]]                         # of every arm, or of those in arms = ["base", "sft"]
     options = { task = "facts", items = "facts.jsonl" }
-    [[ask]]                         # of runs: once for all, or with arms = [...] a line for each of them
+    [[ask]]                         # of runs: once for all; with arms = [...] once for each
     score = { scorer = "{base.model}", run = "llama.{arm}.math", policy = "full" }
     arms = ["sft"]
     [[answer]]
@@ -544,12 +544,7 @@ def _print_estimate(lines: list[Line], folder: Path, speeds: str | Path, form: s
         found = estimate([(line.step, line.options) for line in lines], speeds)
     print_rows(duckdb.from_arrow(found.to_arrow()), form)
     unknown = found.filter(pl.col("hours").is_null())["command"].to_list()
-    to_come = found.filter(pl.col("rows").is_null())["command"].to_list()
-    if form != "table":
-        return
-    if to_come:
-        echo(f"not known of {', '.join(to_come)}: starts from a file that the study has yet to write")
-    if unknown := [name for name in unknown if name not in to_come]:
+    if form == "table" and unknown:
         echo(f"not known of {', '.join(unknown)}: --speeds names a store that has seen such work done")
 
 

@@ -247,6 +247,39 @@ def trajectory(frame: pl.DataFrame, variants: Sequence[str], panels: Sequence[st
     return specification(chart, frame)
 
 
+def pass_at_k(frame: pl.DataFrame, variants: Sequence[str], panels: Sequence[str]) -> Spec:
+    """Lines of ``value`` over k, which doubles from mark to mark, with their intervals as bands."""
+    present = set(frame["variant"])
+    own = [name for name in variants if name in present]
+    ks = frame["k"].unique().sort().to_list()
+    x = alt.X(
+        "k:Q",
+        title="k (rollouts)",
+        scale=alt.Scale(type="log", base=2, nice=False),
+        axis=alt.Axis(values=ks, grid=False, format="d", labelOverlap=True),
+    )
+    y: dict[str, Any] = {
+        "title": "prompts answered right",
+        "scale": alt.Scale(domain=[0, 1], clamp=True),
+        "axis": alt.Axis(tickCount=4, format="%"),
+    }
+    base = alt.Chart().encode(
+        x=x,
+        color=by_variant(variants, values=own, symbolType="stroke", symbolStrokeWidth=3),
+        tooltip=[
+            "variant:N",
+            "k:Q",
+            "n_prompts:Q",
+            *(alt.Tooltip(f"{name}:Q", format=".1%") for name in ("value", "low", "high")),
+        ],
+    )
+    band = base.mark_area(opacity=0.18).encode(y=alt.Y("low:Q", **y), y2="high:Q")
+    line = base.mark_line(strokeWidth=2.4).encode(y=alt.Y("value:Q", **y))
+    mark = base.mark_point(filled=True, size=40, opacity=1).encode(y=alt.Y("value:Q", **y))
+    layered = alt.layer(band, line, mark).properties(width=330, height=170)
+    return specification(small_charts(layered, panels, 2), frame)
+
+
 def lengths(frame: pl.DataFrame, variants: Sequence[str], panels: Sequence[str]) -> Spec:
     """Share of rollouts that go on after each length; what stands at the right end was cut.
 

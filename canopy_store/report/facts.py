@@ -15,6 +15,7 @@ from canopy_store.analysis.comparison import compare_prompts
 from canopy_store.analysis.examples import example_rollouts
 from canopy_store.analysis.lengths import length_shares
 from canopy_store.analysis.pairing import unpaired, variant_order
+from canopy_store.analysis.pass_at_k import curve_of_prompts
 from canopy_store.analysis.prompt_rows import prompt_rows
 from canopy_store.analysis.regression.reliability import ENOUGH, reliability, samples_for
 from canopy_store.analysis.studies import alone, values_of
@@ -50,6 +51,8 @@ class Facts:
     changes : what `compare` gives; no rows where nothing can be compared
     alone : what `estimate` gives of the models that no row of ``changes`` has
     unpaired : why nothing can be compared; None where something can
+    grader : whose grades are shown; None where there are none
+    pass_at_k : pass@k of that grader, as `pass_at_k_curve` gives it; no rows where none is compared
     decomposition, trajectory, lengths : rows of the views, of the runs shown
     logging, stopping : every row of ``logging_check`` and ``stop_check``
     reliability : a row a variant, over the prompts of the runs shown, as `reliability` gives them
@@ -69,6 +72,8 @@ class Facts:
     changes: pl.DataFrame = field(default_factory=pl.DataFrame)
     alone: pl.DataFrame = field(default_factory=pl.DataFrame)
     unpaired: str | None = None
+    grader: str | None = None
+    pass_at_k: pl.DataFrame = field(default_factory=pl.DataFrame)
     decomposition: pl.DataFrame = field(default_factory=pl.DataFrame)
     trajectory: pl.DataFrame = field(default_factory=pl.DataFrame)
     lengths: pl.DataFrame = field(default_factory=pl.DataFrame)
@@ -178,9 +183,10 @@ def gather(
         of_runs = pl.col("run_id").is_in(names), pl.col("selection") == selection
         models = view_rows(con, "models")
         reason = unpaired(prompts, baseline)
-        changes = pl.DataFrame()
+        changes = curve = pl.DataFrame()
         if reason is None:
             changes = compare_prompts(prompts, models, baseline=baseline, seed=seed)
+            curve = curve_of_prompts(con, prompts, models, baseline=baseline, seed=seed)
         lone = alone(prompts, changes, baseline, seed)
         open_ended = values_of(changes, lone, baseline, "ce_star")
         study = gather_study(con, root, rollouts=open_ended, **of_study)
@@ -199,6 +205,8 @@ def gather(
             alone=lone,
             study=study,
             unpaired=reason,
+            grader=prompts["grader"][0] if "grader" in prompts.columns else None,
+            pass_at_k=curve,
             variants=variant_order(models, shown, baseline),
             decomposition=view_rows(con, "ce_star_decomposition").filter(*of_runs),
             trajectory=thin_trajectories(con, names, positions=MAX_POSITIONS, share=MIN_ACTIVE, **drawn),

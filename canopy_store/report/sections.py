@@ -8,12 +8,13 @@ from typing import Any
 import polars as pl
 
 from canopy_store.analysis.lines import fitted_lines
+from canopy_store.analysis.pass_at_k import crossing
 from canopy_store.analysis.regression.reliability import ENOUGH
 from canopy_store.analysis.studies import values_of
 from canopy_store.analysis.words import CUT, marks
 from canopy_store.report import charts as draw
 from canopy_store.report import forests
-from canopy_store.report.facts import Facts, few, place
+from canopy_store.report.facts import MAX_PANELS, Facts, few, place
 from canopy_store.report.study_sections import study_charts
 from canopy_store.report.tables import CORRECTS
 
@@ -33,13 +34,12 @@ _SHORT = pl.col(pl.Float64).round(7).round_sig_figs(6)
 
 def charts(facts: Facts) -> list[dict[str, Any]]:
     """One entry a chart: id, title, how to read it, and its ``spec`` or what is ``missing``."""
-    of_rollouts = [
-        _entry(
-            {"id": identity, "short": short, "title": title, "how": how},
-            "No run is complete yet." if facts.shown.is_empty() else make(facts),
-        )
-        for identity, short, title, how, make in (() if facts.runs.is_empty() else _CHARTS)
-    ]
+    of_rollouts = []
+    for identity, short, title, how, make in () if facts.runs.is_empty() else _CHARTS:
+        made = "No run is complete yet." if facts.shown.is_empty() else make(facts)
+        if made is not None:
+            entry = {"id": identity, "short": short, "title": title, "how": how}
+            of_rollouts.append(_entry(entry, made))
     return [*of_rollouts, *study_charts(facts.study, _entry)]
 
 
@@ -211,6 +211,38 @@ def _changes(facts: Facts) -> Any:
     return drawn, _left_out(facts, frame, "too few prompts are in both variants", facts.treated)
 
 
+def _pass_at_k(facts: Facts) -> Any:
+    """Each variant beside the baseline over the prompts that both have; None where nothing is graded."""
+    if facts.grader is None:
+        return None
+    if facts.unpaired is not None:
+        return f"Nothing is compared: {facts.unpaired}."
+    if facts.pass_at_k.is_empty():
+        return f"No prompt has rollouts of both variants that {facts.grader} graded."
+    rows = facts.placed(facts.pass_at_k.filter(level="task"), on=("family", "task"))
+    several = rows["variant"].n_unique() > 1
+    names = [pl.col("panel"), pl.col("checkpoint").fill_null(pl.col("variant"))]
+    rows = rows.sort("panel", place(facts), "k").with_columns(
+        panel=pl.concat_str(names if several else names[:1], separator=" · ")
+    )
+    panels = rows["panel"].unique(maintain_order=True).to_list()[:MAX_PANELS]
+    ends = {"value": "", "low": "_ci_low", "high": "_ci_high"}
+    frame = pl.concat(
+        rows.filter(pl.col("panel").is_in(panels)).select(
+            "panel",
+            pl.col(of).alias("variant"),
+            *("k", "n_prompts"),
+            *(pl.col(side + end).alias(name) for name, end in ends.items()),
+        )
+        for side, of in (("baseline", "baseline_variant"), ("treated", "variant"))
+    )
+    whole = rows.group_by("panel", maintain_order=True)
+    said = " ".join(f"{crossing(one, 'pass_at')}." for _, one in whole)
+    return draw.pass_at_k(frame.with_columns(_SHORT), facts.variants, panels), (
+        f"Graded by {facts.grader}. {said}"
+    )
+
+
 def _in(panels: Sequence[str], frame: pl.DataFrame) -> list[str]:
     drawn = set(frame["panel"])
     return [name for name in panels if name in drawn]
@@ -232,7 +264,7 @@ def _left_out(
     return f"Not drawn: {few(lacking)}: {reason}." if lacking else ""
 
 
-# id, name in the contents, title, how to read it, what makes it
+# id, name in the contents, title, how to read it, what makes it: as in `study_sections`
 _CHARTS: tuple[tuple[str, str, str, str, Callable[[Facts], Any]], ...] = (
     (
         "changes",
@@ -306,5 +338,14 @@ _CHARTS: tuple[tuple[str, str, str, str, Callable[[Facts], Any]], ...] = (
         "its rollouts are in meaning (1 − mean cosine similarity). Where the line is steep, "
         "uncertainty about tokens becomes difference in meaning.",
         _diversity,
+    ),
+    (
+        "pass-at-k",
+        "pass@k",
+        "Right within k rollouts: pass@k",
+        "The chance that at least one of k rollouts is right, over the prompts that the baseline and "
+        "the variant share, with its 95% interval over prompts. Where a variant is ahead at k = 1 and "
+        "behind at a large k, it finds sooner what the baseline finds too, and less besides.",
+        _pass_at_k,
     ),
 )

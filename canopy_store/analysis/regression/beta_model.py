@@ -20,10 +20,11 @@ from canopy_store.analysis.regression.fit import Solved
 from canopy_store.analysis.regression.panel import Columns, PanelData
 from canopy_store.errors import FitError
 
-Precision = Literal["full", "variant"]
+Precision = Literal["full", "crossed", "variant"]
 
 _PRECISIONS: dict[Precision, str] = {
     "full": "variant*task + ns(invN_sc, 3) + R_sc*variant + family",
+    "crossed": "variant*task + ns(invN_sc, 4)*variant + R_sc*variant + family",
     "variant": "variant",
 }
 SDS = ["sd(prompt)", "sd(family)"]
@@ -45,7 +46,9 @@ def _beta_designs(data: PanelData, precision: Precision, unit: float | None) -> 
     mean = one | r | variant | four | task | cross(r, variant) | cross(four, variant)
     if precision == "variant":
         return mean, one | variant
-    return mean, one | variant | task | cross(variant, task) | three | r | cross(r, variant) | family
+    inverse_length = four | cross(four, variant) if precision == "crossed" else three
+    by_rate = inverse_length | r | cross(r, variant)
+    return mean, one | variant | task | cross(variant, task) | by_rate | family
 
 
 @dataclass(frozen=True)
