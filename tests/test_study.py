@@ -321,6 +321,69 @@ rollouts = {{ task = "walk", prompts = "p.jsonl", samples = 40, max_new_tokens =
     refused(canopy("study", "run", file, "--speeds", tmp_path), 2, "--speeds", "--estimate")
 
 
+def test_what_augmenting_takes_is_foretold_too(tmp_path, chain, canopy):
+    (tmp_path / "told.txt").write_text("{line}")
+    walks = [f"{a} {b}" for a in "abcd" for b in "efg"]
+    (tmp_path / "d.jsonl").write_text("".join(json.dumps({"text": walk}) + "\n" for walk in walks))
+    file = tmp_path / "study.toml"
+    file.write_text(
+        f"""
+family = "chain"
+[arms.base]
+model = {json.dumps(str(chain))}
+[arms.local]
+parent = "base"
+[arms.local.augment]
+method = "local"
+data = "d.jsonl"
+instruction = "told.txt"
+out = "{{arm}}.jsonl"
+samples = 3
+max-new-tokens = 40
+temperature = 1.0
+[arms.again]
+parent = "base"
+[arms.again.augment]
+method = "local"
+data = "{{local}}.jsonl"
+instruction = "told.txt"
+out = "{{arm}}.jsonl"
+samples = 2
+max-new-tokens = 40
+temperature = 1.0
+[[ask]]
+reward = {{ reward-model = "r" }}
+"""
+    )
+
+    def foretold(*options):
+        code, out, err = canopy("study", "run", file, "--estimate", "--format", "json", *options)
+        assert (code, err) == (0, "")
+        return {row["command"]: row for row in json.loads(out)}
+
+    # what the second starts from is not written yet, and a reward is of its answers too
+    nothing = dict.fromkeys(("rows", "tokens", "bytes", "hours"))
+    before = foretold()
+    assert before["augment"] == {"command": "augment", "commands": 2, **nothing}
+    assert before["reward"] == {"command": "reward", "commands": 1, **nothing}
+    told = canopy("study", "run", file, "--estimate")[1]
+    assert "not known of augment, reward: starts from a file that the study has yet to write" in told
+    only = foretold("--arm", "local")["augment"]
+    assert (only["rows"], only["tokens"], only["hours"]) == (12 * 3, 12 * 3 * 40, None)
+
+    file.write_text(file.read_text().split("[[ask]]")[0])
+    assert canopy("study", "run", file)[0] == 0
+    lines = len((tmp_path / "local.jsonl").read_text().splitlines())
+    after = foretold()["augment"]
+    runs, work = (canopy_store.read(tmp_path / "store", name) for name in ("runs", "work"))
+    assert set(runs["task"]) == {"augment-local-d", "augment-local-local"}
+    assert after["rows"] == runs["n_rollouts"].sum() == 12 * 3 + lines * 2
+    assert after["tokens"] == pytest.approx(runs["n_tokens"].sum(), abs=1)
+    assert after["hours"] == pytest.approx(work["seconds"].sum() / 3600, abs=1e-3)
+    (tmp_path / "d.jsonl").unlink()
+    refused(canopy("study", "run", file, "--estimate"), 1, "d.jsonl")
+
+
 def test_a_command_that_fails_ends_the_study_with_its_line(tmp_path, chain, canopy):
     file = tmp_path / "study.toml"
     file.write_text(

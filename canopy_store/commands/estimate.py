@@ -2,7 +2,8 @@
 
 Lengths and speeds are those of what a store has had done: a rollout is as long as those stored of its
 task, else as those of any, else as --max-new-tokens lets it be; a job is as fast as the table ``work``
-says.
+says, sampling as that of its task, else as any. Augmenting is sampling: an answer to each instruction
+about each line, so often.
 """
 
 from __future__ import annotations
@@ -19,12 +20,15 @@ import canopy_store
 from canopy_store import store
 from canopy_store.errors import CanopyError
 from canopy_store.ingest.corpus import read_documents
+from canopy_store.ingest.instructions import read_instructions
 from canopy_store.ingest.items import read_items
 from canopy_store.ingest.prompts import read_prompts
+from canopy_store.ingest.training_data import read_records
 
 # The table that a command fills, by whose work its speed is known.
 _FILLS = {
     "rollouts": "rollouts",
+    "augment": "rollouts",
     "options": "option_scores",
     "documents": "document_scores",
     "embed": "embeddings",
@@ -38,7 +42,8 @@ _OVER_ROLLOUTS = ("embed", "score", "reward", "grade")
 def estimate(lines: Sequence[tuple[str, Mapping[str, Any]]], speeds: Path) -> pl.DataFrame:
     """A row per kind of command: how many, and rows, tokens, bytes and hours of a device in all.
 
-    What cannot be foretold is NULL: seconds of a job that the store of ``speeds`` has never seen done.
+    What cannot be foretold is NULL: seconds of a job that the store of ``speeds`` has never seen done,
+    and all of what starts from a file that another of the lines is to write.
 
     Parameters
     ----------
@@ -55,16 +60,27 @@ def estimate(lines: Sequence[tuple[str, Mapping[str, Any]]], speeds: Path) -> pl
     prompts = functools.cache(read_prompts)
     items = functools.cache(read_items)
     documents = functools.cache(read_documents)
-    runs: dict[str, tuple[int, float]] = {}  # rows and tokens of each that is sampled
+    records = functools.cache(lambda path: sum(1 for _ in read_records(path)))
+    runs: dict[str, tuple[float, float]] = {}  # rows and tokens of each that is sampled
+    written: set[str] = set()  # by the lines before
     found: list[dict[str, Any]] = []
     for name, given in lines:
+        task = None
         if name in _OVER_ROLLOUTS:
             of = [runs[run] for run in given.get("runs") or runs if run in runs]
             rows, read = sum(n for n, _ in of), sum(length for _, length in of)
-        elif name == "rollouts":
-            rows = len(prompts(given["prompts"])) * given["samples"]
-            read = rows * known.length(given["task"], given["max_new_tokens"])
-            run = given["run"] or f"{given['family']}.{given['variant']}.{given['task']}"
+        elif name in ("rollouts", "augment"):
+            task = given["task"]
+            if name == "rollouts":
+                rows = len(prompts(given["prompts"])) * given["samples"]
+            else:
+                data = Path(given["data"])
+                task = task or f"augment-{given['method']}-{data.stem}"
+                told = len(read_instructions(given["method"], given["instructions"]))
+                to_come = given["data"] in written and not data.exists()
+                rows = math.nan if to_come else told * records(data) * given["samples"]
+            read = rows * known.length(task, given["max_new_tokens"])
+            run = given["run"] or f"{given['family']}.{given['variant']}.{task}"
             runs[run] = rows, read
         elif name == "options" and given["items"] is not None:
             rows = sum(map(len, items(given["items"])))
@@ -74,9 +90,11 @@ def estimate(lines: Sequence[tuple[str, Mapping[str, Any]]], speeds: Path) -> pl
             read = rows * known.per_row("document_scores", "tokens")
         else:
             rows, read = 0, math.nan
+        if given.get("out"):
+            written.add(given["out"])
         table = _FILLS.get(name)
-        seconds = read / known.speed(table) if table else math.nan
-        size = rows * known.bytes_per_row(table, read / rows if rows else 0) if table else math.nan
+        seconds = read / known.speed(table, task) if table else math.nan
+        size = rows * known.bytes_per_row(table, read / rows if rows else 0.0) if table else math.nan
         found.append(
             {"command": name, "rows": rows, "tokens": read, "bytes": size, "hours": seconds / 3600}
         )
@@ -112,9 +130,14 @@ class _Known:
     def _of(self, table: str) -> pl.DataFrame:
         return self.work.filter(kind=table) if len(self.work) else self.work
 
-    def speed(self, table: str) -> float:
-        """Tokens a second."""
-        return _ratio(self._of(table), "tokens", "seconds")
+    def speed(self, table: str, task: str | None = None) -> float:
+        """Tokens a second, of the runs of a task where there are any."""
+        work = self._of(table)
+        if task is not None and len(work):
+            of_task = self.runs.filter(task=task)["run_id"].implode()
+            same = work.filter(pl.col("run_id").is_in(of_task))
+            work = same if len(same) else work
+        return _ratio(work, "tokens", "seconds")
 
     def per_row(self, table: str, column: str) -> float:
         return _ratio(self._of(table), column, "rows")

@@ -544,7 +544,12 @@ def _print_estimate(lines: list[Line], folder: Path, speeds: str | Path, form: s
         found = estimate([(line.step, line.options) for line in lines], speeds)
     print_rows(duckdb.from_arrow(found.to_arrow()), form)
     unknown = found.filter(pl.col("hours").is_null())["command"].to_list()
-    if form == "table" and unknown:
+    to_come = found.filter(pl.col("rows").is_null())["command"].to_list()
+    if form != "table":
+        return
+    if to_come:
+        echo(f"not known of {', '.join(to_come)}: starts from a file that the study has yet to write")
+    if unknown := [name for name in unknown if name not in to_come]:
         echo(f"not known of {', '.join(unknown)}: --speeds names a store that has seen such work done")
 
 
